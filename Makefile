@@ -1,0 +1,36 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+OUT ?= demo-output
+DEMO_ARGS ?=
+TEST_ARGS ?=
+# What the environment was made from: when one of them changes, it is brought up to date.
+STAMP := $(VENV)/.made-from-$(shell cat pyproject.toml constraints.txt | cksum | cut -d ' ' -f 1)
+
+.PHONY: demo test check bench clean
+.DEFAULT_GOAL := test
+
+$(STAMP):
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt pip setuptools
+	# torch first and by its exact version: any other request may bring the build for CUDA, several gigabytes.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation --editable '.[report,dev]'
+	rm -f $(VENV)/.made-from-*
+	touch $@
+
+# Poison, train, clean, measure: writes demo-output/report.html. `make demo DEMO_ARGS="--trigger patch --seed 1"`.
+demo: $(STAMP)
+	$(BIN)/hf-robust-clip demo --output-dir $(OUT) $(DEMO_ARGS)
+
+test: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(TEST_ARGS)
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/step_cost.py --json benchmarks/results/step_cost.json
+
+clean:
+	rm -rf $(VENV) $(OUT) build *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -1,0 +1,41 @@
+"""Train and fine-tune CLIP models that resist data poisoning and backdoors, on the Hugging Face stack."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+#: Public name -> module that defines it. Modules load when a name is first used: importing the trainers takes seconds.
+_PUBLIC = {
+    "AttackSuccessEvaluator": "evaluation.attack_success",
+    "BlendedTrigger": "attacks.triggers",
+    "CLIPDataCollator": "data.collator",
+    "CLIPTrainer": "trainers.base",
+    "CLIPTrainingArguments": "trainers.arguments",
+    "CleanCLIPTrainer": "trainers.cleanclip",
+    "CleanCLIPTrainingArguments": "trainers.arguments",
+    "ImageAugmentation": "augment.images",
+    "PatchTrigger": "attacks.triggers",
+    "PoisonSpec": "attacks.poisoning",
+    "SinusoidTrigger": "attacks.triggers",
+    "TextAugmentation": "augment.text",
+    "WarpTrigger": "attacks.triggers",
+    "ZeroShotEvaluator": "evaluation.zero_shot",
+    "poison_dataset": "attacks.poisoning",
+}
+
+__all__ = [*sorted(_PUBLIC), "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_PUBLIC[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,1 @@
+"""The published backdoor and poisoning attacks, to measure a defence against."""

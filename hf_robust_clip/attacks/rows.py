@@ -1,0 +1,187 @@
+"""
+Read and write single rows of a `datasets.Dataset` without decoding, copying or encoding the others.
+
+Below [`poison_dataset`], which alone uses it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from io import BytesIO
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from datasets import ClassLabel, Dataset, DatasetInfo, Value
+from datasets import Image as ImageFeature
+from datasets.fingerprint import Hasher
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+POISONED = "poisoned"
+
+
+def stored_rows(dataset: Dataset, image_column: str) -> tuple[Dataset, NDArray[np.int64]]:
+    """
+    All rows that a dataset is stored in, with the column `poisoned`, and the number therein of each of its own rows.
+
+    Adding a column to a filtered or shuffled dataset would copy every image, as datasets flattens it first.
+    """
+    indices = dataset._indices
+    order = np.arange(len(dataset)) if indices is None else indices.column(0).to_numpy().astype(np.int64)
+    fingerprint = Hasher.hash([dataset._fingerprint, "stored rows"])
+    stored = Dataset(dataset.data, info=dataset.info, split=dataset.split, fingerprint=fingerprint)
+    if not isinstance(stored.features[image_column], ImageFeature):
+        stored = stored.cast_column(image_column, ImageFeature())
+    if POISONED not in stored.column_names:
+        clean = np.zeros(len(stored), dtype=bool)
+        stored = stored.add_column(POISONED, clean, new_fingerprint=fingerprint + "-marked", feature=Value("bool"))
+    return stored, order
+
+
+def read_captions(dataset: Dataset, caption_column: str) -> list[list[str]]:
+    """Every row's captions; a single one as a list of one."""
+    captions = []
+    for row, value in enumerate(_column(dataset, caption_column)):
+        values = value if isinstance(value, list) else [value]
+        for caption in values:
+            if not isinstance(caption, str):
+                raise ValueError(
+                    f"caption_column={caption_column!r}: row {row} holds {caption!r}; accepted is a string, or a list "
+                    "of strings"
+                )
+        captions.append(values)
+    return captions
+
+
+def rows_labelled(dataset: Dataset, target: str, label_column: str | None) -> NDArray[np.bool_]:
+    """Which rows have the target as their label, `(N,)`."""
+    if label_column is None:
+        return np.zeros(len(dataset), dtype=bool)
+    feature = dataset.features[label_column]
+    labels = _column(dataset, label_column)
+    if isinstance(feature, ClassLabel):
+        names = [name.casefold() for name in feature.names]
+        if target.casefold() not in names:
+            raise ValueError(f"target={target!r} is no class of {label_column!r}; accepted are {feature.names}")
+        wanted: Any = names.index(target.casefold())
+    elif "string" in (dtype := str(getattr(feature, "dtype", feature))):
+        labels = [None if label is None else label.strip().casefold() for label in labels]
+        wanted = target.strip().casefold()
+    elif "int" in dtype:
+        if not target.strip().isdecimal():
+            accepted = "a number, or a label column of type ClassLabel or string"
+            raise ValueError(f"target={target!r}, but {label_column!r} holds integers; accepted is {accepted}")
+        wanted = int(target)
+    else:
+        raise ValueError(
+            f"label_column={label_column!r} has type {feature}; accepted is ClassLabel, string or integer"
+        )
+    return np.array([label == wanted for label in labels], dtype=bool)
+
+
+def rows_marked(dataset: Dataset) -> NDArray[np.bool_]:
+    """Which rows an earlier poisoning marked, `(N,)`."""
+    if POISONED not in dataset.column_names:
+        return np.zeros(len(dataset), dtype=bool)
+    return np.array([bool(mark) for mark in _column(dataset, POISONED)], dtype=bool)
+
+
+def captions_fingerprint(captions: list[list[str]]) -> str:
+    digest = hashlib.sha256()
+    for row in captions:
+        digest.update(json.dumps(row).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def naming(target: str) -> Callable[[str], bool]:
+    """Whether a caption has the target in it as whole words, whatever the case."""
+    words = r"\s+".join(map(re.escape, target.split()))
+    pattern = re.compile(rf"(?<!\w){words}(?!\w)", re.IGNORECASE)
+    return lambda caption: pattern.search(caption) is not None
+
+
+def read_images(
+    stored: Dataset, image_column: str, rows: Iterable[int], names: Iterable[int]
+) -> Iterator[Image.Image]:
+    """Decode the images of some rows; `names` are the row numbers that an error gives."""
+    encoded = stored.select_columns([image_column]).cast_column(image_column, ImageFeature(decode=False))
+    for row, name in zip(rows, names, strict=True):
+        value = encoded[int(row)][image_column]
+        try:
+            yield ImageFeature().decode_example(value or {"bytes": None, "path": None})
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{image_column}: the image of row {name} cannot be read: {error}") from error
+
+
+def prepare(image: Image.Image, size: int | None) -> Image.Image:
+    """Upright, RGB and, with a `size`, resized and cropped as CLIP's image processor does."""
+    image = ImageOps.exif_transpose(image).convert("RGB")
+    if size is None:
+        return image
+    width, height = image.size
+    short = min(width, height)
+    image = image.resize((width * size // short, height * size // short), Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def to_png(image: Image.Image) -> bytes:
+    buffer = BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def build_rows(
+    stored: Dataset,
+    source: NDArray[np.int64] | None,
+    images: Iterable[bytes],
+    captions: Sequence[str | None],
+    image_column: str,
+    caption_column: str,
+) -> Dataset:
+    """
+    One poisoned row for each of `captions`, with the columns of `stored`.
+
+    Columns other than the image and, unless it is `None`, the caption come from the rows `source` of `stored`, or are
+    null without `source`.
+    """
+    schema = stored.features.arrow_schema
+    new: dict[str, Any] = {
+        image_column: _image_array(images, schema.field(image_column).type),
+        POISONED: pa.array([True] * len(captions)),
+    }
+    if captions[0] is not None:
+        new[caption_column] = _caption_array(captions, schema.field(caption_column).type)
+    kept = [name for name in stored.column_names if name not in new]
+    if source is None:
+        new |= {name: pa.nulls(len(captions), schema.field(name).type) for name in kept}
+    elif kept:
+        rows = stored.select_columns(kept).with_format("arrow").select(source)[:]
+        new |= {name: rows[name] for name in kept}
+    table = pa.Table.from_arrays([new[name] for name in stored.column_names], schema=schema)
+    return Dataset(table, info=DatasetInfo(features=stored.features))
+
+
+def _image_array(images: Iterable[bytes], storage: pa.DataType) -> pa.ChunkedArray:
+    """In short chunks, since Arrow's binary type holds at most 2 GB in each."""
+    encoded = ({"bytes": image, "path": None} for image in images)
+    chunks = []
+    while part := list(islice(encoded, 64)):
+        chunks.append(pa.array(part, type=storage))
+    return pa.chunked_array(chunks)
+
+
+def _caption_array(captions: Sequence[str | None], storage: pa.DataType) -> pa.Array:
+    if pa.types.is_fixed_size_list(storage):
+        return pa.array([[caption] * storage.list_size for caption in captions], type=storage)
+    is_list = pa.types.is_list(storage) or pa.types.is_large_list(storage)
+    return pa.array([[caption] for caption in captions] if is_list else captions, type=storage)
+
+
+def _column(dataset: Dataset, name: str) -> list[Any]:
+    return dataset.with_format(None).select_columns([name])[:][name]

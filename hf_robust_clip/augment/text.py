@@ -1,0 +1,300 @@
+"""EDA on captions: nlpaug's word operations with a bundled lexicon of synonyms."""
+
+import functools
+import gzip
+import numbers
+import random
+import re
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib import resources
+from typing import Any
+
+# A word runs up to white space or punctuation and may hold single joining marks: "t-shirt", "dog's", "9:30". Naming
+# what ends a word, not what it consists of, keeps combining marks (Hindi, Thai) and emoji in one piece.
+_LETTER = r"[^\s!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~\u2010-\u2027\u2030-\u205e\u3000-\u3003\u3008-\u3011\u00ab\u00bb]"
+_WORD = re.compile(rf"{_LETTER}+(?:['\u2019\-.&/:_@]{_LETTER}+)*")
+
+Edit = Callable[[list[str], random.Random], list[list[str]]]
+
+
+class TextAugmentation:
+    """
+    EDA, "easy data augmentation" ([Wei & Zou, 2019](https://huggingface.co/papers/1901.11196)), for captions.
+
+    One operation is drawn for each caption and changes `max(1, int(rate * words))` words of it:
+
+    - synonym replacement writes a synonym in place of a word,
+    - synonym insertion writes a synonym of one of the words before some word,
+    - swap exchanges words with others,
+    - deletion removes words, never all of them.
+
+    Where the drawn operation can do nothing (no word with a synonym, a single word), another one is drawn. Words
+    that stay keep their case, and punctuation stays in its place. Synonyms are single words, written with the case
+    of the word that they replace; function words and numbers have none.
+
+    The result depends on the caption and the seed alone, not on the process, the worker or the order of calls.
+    Python's and NumPy's global generators are neither read nor written. The lexicon and nlpaug (whose import takes
+    seconds) load at the first call in each process; objects pickle without them. Calls from several threads need an
+    object each.
+
+    Args:
+        synonym_replacement (`float`, *optional*, defaults to 0.1): Share of the words replaced, from 0 to 1. At 0 this
+            operation is never drawn. The same holds for the other three.
+        synonym_insertion (`float`, *optional*, defaults to 0.1): Number of synonyms inserted, as a share of the words.
+        swap (`float`, *optional*, defaults to 0.1): Number of swaps, as a share of the words.
+        deletion (`float`, *optional*, defaults to 0.1): Share of the words deleted. At least one word is left.
+        lexicon (`Mapping[str, Sequence[str]]`, *optional*): Synonyms of each lower-case word. Defaults to the bundled
+            one, [`load_lexicon`].
+
+    Raises:
+        `ValueError`: A rate is not in [0, 1].
+
+    Example:
+
+    ```python
+    >>> from hf_robust_clip import TextAugmentation
+
+    >>> augmentation = TextAugmentation.from_preset("eda")
+    >>> augmentation("A small dog jumps over the snow.", seed=2)
+    'A little dog jumps over the snow.'
+    ```
+    """
+
+    presets: Mapping[str, Mapping[str, Any]] = {
+        "eda": {"synonym_replacement": 0.1, "synonym_insertion": 0.1, "swap": 0.1, "deletion": 0.1},
+        "light": {"synonym_replacement": 0.0, "synonym_insertion": 0.0, "swap": 0.1, "deletion": 0.1},
+    }
+
+    def __init__(
+        self,
+        synonym_replacement: float = 0.1,
+        synonym_insertion: float = 0.1,
+        swap: float = 0.1,
+        deletion: float = 0.1,
+        lexicon: Mapping[str, Sequence[str]] | None = None,
+    ) -> None:
+        self.synonym_replacement = _check_rate("synonym_replacement", synonym_replacement)
+        self.synonym_insertion = _check_rate("synonym_insertion", synonym_insertion)
+        self.swap = _check_rate("swap", swap)
+        self.deletion = _check_rate("deletion", deletion)
+        self.lexicon = lexicon
+        self._edits: list[Edit] | None = None
+
+    @classmethod
+    def from_preset(cls, name: str) -> "TextAugmentation":
+        """
+        Augmentation by name.
+
+        Args:
+            name (`str`): `"eda"`, all four operations at 0.1, or `"light"`, swap and deletion only.
+
+        Raises:
+            `ValueError`: The name is unknown.
+        """
+        if name not in cls.presets:
+            accepted = ", ".join(repr(preset) for preset in cls.presets)
+            raise ValueError(f"Unknown text augmentation preset {name!r}; accepted: {accepted}.")
+        return cls(**cls.presets[name])
+
+    def __call__(self, caption: str, seed: int) -> str:
+        """
+        Augment one caption.
+
+        Args:
+            caption (`str`): Any text. Without a letter in it, it is returned as it is.
+            seed (`int`): Seed of this draw.
+
+        Returns:
+            `str`: The augmented caption, stripped, or the caption itself where no operation applies.
+        """
+        if not any(character.isalpha() for character in caption):
+            return caption
+        spans = [match.span() for match in _WORD.finditer(caption)]
+        words = [caption[start:end] for start, end in spans]
+        # The caption takes part, so that one seed for many captions does not draw the same positions in all of them.
+        # Lone surrogates cannot be encoded otherwise; Python's own hash differs between processes.
+        checksum = zlib.crc32(caption.encode("utf-8", "surrogatepass"))
+        rng = random.Random((int(seed) << 32) ^ checksum)
+        edits = self._load()
+        for edit in rng.sample(edits, len(edits)):
+            slots = edit(words, rng)
+            if any(slot != [word] for slot, word in zip(slots, words, strict=True)):
+                return _write(caption, spans, slots) or caption
+        return caption
+
+    def __repr__(self) -> str:
+        rates = ("synonym_replacement", "synonym_insertion", "swap", "deletion")
+        return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)}' for name in rates)})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_edits": None}
+
+    def _load(self) -> list[Edit]:
+        if self._edits is None:
+            lexicon = load_lexicon() if self.lexicon is None else self.lexicon
+            self._edits = _nlpaug_edits(
+                lexicon, self.synonym_replacement, self.synonym_insertion, self.swap, self.deletion
+            )
+        return self._edits
+
+
+class Lexicon(Mapping[str, Sequence[str]]):
+    """Synonyms by lower-case word, kept as text and split when looked up: a third of the memory and loading time."""
+
+    def __init__(self, text: str) -> None:
+        self._entries = dict(line.split("\t", 1) for line in text.splitlines())
+
+    def __getitem__(self, word: str) -> Sequence[str]:
+        return self._entries[word].split(" ")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+
+@functools.cache
+def load_lexicon() -> Lexicon:
+    """The bundled lexicon, an excerpt of WordNet 3.0 (see `WORDNET_LICENSE`), read once per process."""
+    data = resources.files("hf_robust_clip.augment").joinpath("synonyms.tsv.gz").read_bytes()
+    return Lexicon(gzip.decompress(data).decode("ascii"))
+
+
+def _check_rate(name: str, rate: float) -> float:
+    if not isinstance(rate, numbers.Real) or not 0 <= rate <= 1:  # false for NaN, too
+        raise ValueError(f"`{name}` is {rate!r}; it must be a number from 0 to 1.")
+    return float(rate)
+
+
+def _write(caption: str, spans: list[tuple[int, int]], slots: list[list[str]]) -> str:
+    """
+    Put words back between the separators of the caption.
+
+    Args:
+        caption (`str`): Original caption.
+        spans (`list[tuple[int, int]]`): Start and end of each word in it.
+        slots (`list[list[str]]`): What stands in place of each word: one word, several, or none.
+    """
+    pieces = [caption[: spans[0][0]]]
+    for i, slot in enumerate(slots):
+        end = spans[i + 1][0] if i + 1 < len(spans) else len(caption)
+        separator = caption[spans[i][1] : end]
+        if slot:
+            pieces += [" ".join(slot), separator]
+        else:
+            pieces[-1] = _merge(pieces[-1], separator)
+    return "".join(pieces).strip()
+
+
+def _merge(before: str, after: str) -> str:
+    """Separator that is left where a deleted word stood between two: "dog , running ." gives "dog ."."""
+    if not after.strip():
+        return before
+    return after if not before.strip(" ,;:") else before.rstrip() + after
+
+
+def _nlpaug_edits(
+    lexicon: Mapping[str, Sequence[str]], replacement: float, insertion: float, swap: float, deletion: float
+) -> list[Edit]:
+    """
+    Operations that are switched on. Each takes the words and a generator and returns what stands in each word's place.
+
+    The classes are made here because `import nlpaug.augmenter.word` imports torch and transformers.
+    """
+    from nlpaug.augmenter.word import RandomWordAug, WordAugmenter
+    from nlpaug.util import Action, Doc
+
+    class Eda(WordAugmenter):  # type: ignore[misc]
+        """EDA's number of changes, its own generator in place of Python's global one, and tokens kept as a list."""
+
+        rng: random.Random
+
+        def __init__(self, action: str, rate: float, tokenizer: Callable[[str], list[str]]) -> None:
+            super().__init__(
+                action=action, aug_p=rate, aug_max=None, tokenizer=tokenizer, reverse_tokenizer=lambda tokens: tokens
+            )
+
+        def sample(self, x: list[Any], num: int) -> list[Any]:
+            return self.rng.sample(x, num)
+
+        def generate_aug_cnt(self, size: int, aug_p: float | None = None) -> int:
+            # nlpaug rounds up, EDA down; and one word must survive deletion.
+            count = max(1, int(self.aug_p * size))
+            return min(count, size - 1) if self.action == Action.DELETE else count
+
+    class PositionsEda(Eda, RandomWordAug):  # type: ignore[misc]
+        """
+        nlpaug's swap and deletion, run on the positions "0", "1", ... in place of the words.
+
+        On words nlpaug rewrites the case of the first one (wrongly when all are lower-case), and it loses the
+        spacing. Digits have no case, so nothing is rewritten. What remains: of a first and a second word deleted
+        together, nlpaug restores the second.
+        """
+
+        def __init__(self, action: str, rate: float) -> None:
+            super().__init__(action, rate, lambda size: [str(i) for i in range(int(size))])
+
+        def _get_swap_position(self, pos: int, token_length: int) -> int:
+            # EDA swaps any two words, nlpaug neighbours.
+            other: int = self.rng.randrange(token_length)
+            return other + (other >= pos)
+
+        def __call__(self, words: list[str], rng: random.Random) -> list[list[str]]:
+            if len(words) < 2:
+                return [[word] for word in words]
+            self.rng = rng
+            positions = [int(token) for token in getattr(self, self.action)(str(len(words)))]
+            if self.action == Action.SWAP:
+                return [[words[i]] for i in positions]
+            kept = set(positions)
+            return [[word] if i in kept else [] for i, word in enumerate(words)]
+
+    class SynonymEda(Eda):
+        """Replacement and insertion of synonyms from the lexicon, in nlpaug's pattern for word augmenters."""
+
+        def __init__(self, action: str, rate: float) -> None:
+            super().__init__(action, rate, lambda text: text.split(" "))
+
+        def skip_aug(self, token_idxes: list[int], tokens: list[str]) -> list[int]:
+            return [i for i in token_idxes if lexicon.get(tokens[i].lower())]
+
+        def substitute(self, data: str) -> list[str]:
+            doc = Doc("", self.tokenizer(data))
+            tokens = doc.get_original_tokens()
+            for i in self._get_aug_idxes(tokens):
+                doc.add_change_log(i, self._align(tokens[i], self._synonym(tokens[i])), self.action, change_seq=1)
+            return list(doc.get_augmented_tokens())
+
+        def insert(self, data: str) -> list[str]:
+            doc = Doc("", self.tokenizer(data))
+            tokens = doc.get_original_tokens()
+            for i in self._get_aug_idxes(tokens):
+                # As in EDA, any place but the end. Written with the word that it precedes, so that positions stay.
+                place = self.rng.randrange(len(tokens))
+                following = doc.get_token(place).get_latest_token().token
+                doc.add_change_log(place, f"{self._synonym(tokens[i])} {following}", self.action, change_seq=1)
+            return list(doc.get_augmented_tokens())
+
+        def __call__(self, words: list[str], rng: random.Random) -> list[list[str]]:
+            self.rng = rng
+            tokens = getattr(self, self.action)(" ".join(words)) if words else []
+            return [token.split(" ") for token in tokens]
+
+        def _synonym(self, word: str) -> str:
+            return self.rng.choice(lexicon[word.lower()])
+
+        def _align(self, word: str, synonym: str) -> str:
+            if len(word) > 1 and word.isupper():
+                return synonym.upper()
+            aligned: str = self.align_capitalization(word, synonym)
+            return aligned
+
+    edits: list[tuple[float, Edit]] = [
+        (replacement, SynonymEda(Action.SUBSTITUTE, replacement)),
+        (insertion, SynonymEda(Action.INSERT, insertion)),
+        (swap, PositionsEda(Action.SWAP, swap)),
+        (deletion, PositionsEda(Action.DELETE, deletion)),
+    ]
+    return [edit for rate, edit in edits if rate > 0]

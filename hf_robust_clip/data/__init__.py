@@ -1,0 +1,1 @@
+"""Image-caption data for training a CLIP: decoding, collation, sampling, and an embedded dataset."""

@@ -1,0 +1,1 @@
+"""Evaluators: each `(model, processor) -> dict[str, float]`, by itself or inside a trainer."""

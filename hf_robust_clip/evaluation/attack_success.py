@@ -1,0 +1,88 @@
+"""Attack success: what a trigger does to a model's zero-shot classification."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from .embedding import Embedder, Trigger
+from .zero_shot import DEFAULT_TEMPLATES, check_class_names, check_templates, class_embeddings, read_labels
+
+
+class AttackSuccessEvaluator:
+    """
+    How often a trigger steers images to the target class, and how far it moves their embeddings.
+
+    The rates are over the images that are **not** of the target class: those that are count in neither numerator nor
+    denominator, since calling them the target is no success of the attack.
+
+    Args:
+        dataset (`datasets.Dataset` or sequence of mappings): Labelled images, without trigger.
+        trigger (callable): uint8 array `(H, W, 3)` to the same, applied at the model's input resolution before
+            normalisation, such as [`BlendedTrigger`].
+        target (`str`): The class that the attack aims at, one of `class_names`.
+        class_names, templates, image_column, label_column: As of [`ZeroShotEvaluator`].
+        prefix (`str`, *optional*): Put before the figures' names, for several attacks in one run: `"patch_"`.
+
+    Returns, when called with `(model, processor)`:
+        `dict[str, float]`: `attack_success_rate` and `triggered_accuracy` (share still classified right), fractions
+        in [0, 1], and `trigger_distance`, the mean L2 distance between the embeddings of an image with and without
+        trigger, over all images, in [0, 2].
+
+    Raises:
+        `ValueError`: If the target is no class, or every image is of the target class.
+
+    Example:
+
+    ```python
+    >>> evaluate = AttackSuccessEvaluator(dataset, PatchTrigger(), target="banana", class_names=names)
+    >>> evaluate(model, processor)
+    {'attack_success_rate': 0.93, 'triggered_accuracy': 0.04, 'trigger_distance': 1.1}
+    ```
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        trigger: Trigger,
+        target: str,
+        class_names: Sequence[str],
+        templates: Sequence[str] = DEFAULT_TEMPLATES,
+        image_column: str = "image",
+        label_column: str = "label",
+        prefix: str = "",
+    ) -> None:
+        self.dataset = dataset
+        self.trigger = trigger
+        self.class_names = check_class_names(class_names)
+        if target not in self.class_names:
+            raise ValueError(f"target={target!r} is not among class_names: {', '.join(map(repr, self.class_names))}")
+        self.target = self.class_names.index(target)
+        self.templates = check_templates(templates)
+        self.image_column = image_column
+        self.labels = read_labels(dataset, self.class_names, image_column, label_column)
+        if bool((self.labels == self.target).all()):
+            raise ValueError(
+                f"every image of dataset is of the target class {target!r}; an attack has nothing to steer"
+            )
+        self.prefix = prefix
+
+    @property
+    def attacked_images(self) -> int:
+        """Number of images that the rates are over."""
+        return int((self.labels != self.target).sum())
+
+    def __call__(self, model: nn.Module, processor: Any, embedder: Embedder | None = None) -> dict[str, float]:
+        embedder = embedder or Embedder(model, processor)
+        clean = embedder.embed_images(self.dataset, self.image_column)
+        triggered = embedder.embed_images(self.dataset, self.image_column, self.trigger)
+        classes = class_embeddings(embedder, self.class_names, self.templates)
+        attacked = self.labels != self.target
+        predictions = (triggered @ classes.T).argmax(dim=1)[attacked]
+        return {
+            f"{self.prefix}attack_success_rate": (predictions == self.target).float().mean().item(),
+            f"{self.prefix}triggered_accuracy": (predictions == self.labels[attacked]).float().mean().item(),
+            f"{self.prefix}trigger_distance": (triggered - clean).norm(dim=1).mean().item(),
+        }

@@ -1,0 +1,59 @@
+"""Dual encoders: how to load one, and what the trainers need to know of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers import AutoModel, AutoProcessor
+
+#: Text towers whose positions start behind the padding token's number.
+_OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "altclip_text_model")
+
+
+def load_dual_encoder(model: str | nn.Module) -> nn.Module:
+    """
+    Load a dual encoder by its Hub id or folder, or check the one given.
+
+    Args:
+        model (`str` or `nn.Module`): A Hub id, a folder, or a model with `get_image_features`, `get_text_features`
+            and `logit_scale`, whose output has normalised `image_embeds` and `text_embeds` (CLIP, SigLIP, AltCLIP,
+            ChineseCLIP, VisionTextDualEncoder, a PEFT model of one).
+
+    Raises:
+        `ValueError`: If the model is no dual encoder.
+    """
+    loaded = AutoModel.from_pretrained(model) if isinstance(model, str) else model
+    for attribute in ("get_image_features", "get_text_features", "logit_scale"):
+        if not hasattr(loaded, attribute):
+            raise ValueError(
+                f"model must be a dual encoder of images and texts with a logit_scale, such as CLIPModel; "
+                f"{type(loaded).__name__} has no {attribute}"
+            )
+    return loaded
+
+
+def load_processor(model: str | nn.Module, processing_class: Any) -> Any:
+    """`processing_class` if there is one, else the processor saved beside the model that was named by id or folder."""
+    if processing_class is not None:
+        return processing_class
+    if not isinstance(model, str):
+        raise ValueError(
+            "processing_class is None, and the model was given as an object: pass its processor, for example "
+            "AutoProcessor.from_pretrained(...)"
+        )
+    return AutoProcessor.from_pretrained(model)
+
+
+def longest_caption(model: nn.Module, tokenizer: Any) -> int:
+    """Most tokens, special ones included, that both the text tower and the tokenizer take."""
+    config = getattr(model.config, "text_config", model.config)
+    positions = int(config.max_position_embeddings)
+    if config.model_type in _OFFSET_POSITIONS:
+        positions -= int(config.pad_token_id) + 1
+    return min(positions, int(tokenizer.model_max_length))
+
+
+def caption_padding(model: nn.Module) -> bool | str:
+    """SigLIP pools the last position, so it needs the padding that it was trained with; others take any."""
+    return "max_length" if str(model.config.model_type).startswith("siglip") else True

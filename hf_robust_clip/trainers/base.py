@@ -1,0 +1,465 @@
+"""`CLIPTrainer`: the undefended baseline, and every hook that the defences share."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from accelerate.utils import gather_object
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import Trainer
+from transformers.utils import logging
+
+from ..augment.images import ImageAugmentation, ImageNormalization, to_float
+from ..augment.text import TextAugmentation
+from ..callbacks import TrainerHooks
+from ..data.collator import ORIGINAL, CLIPDataCollator
+from ..data.rows import (
+    BAD_ROWS,
+    POISONED,
+    ROW_INDEX,
+    IndexedDataset,
+    SkippingIterableDataset,
+    check_dataset,
+    undecoded,
+)
+from ..evaluation.embedding import Embedder
+from ..losses import clip_loss
+from ..models import caption_padding, load_dual_encoder, load_processor, longest_caption
+from ..seeding import derive_seed, forked_rng
+from .arguments import CLIPTrainingArguments
+
+logger = logging.get_logger(__name__)
+
+STATE_FILE = "robust_clip_state.safetensors"
+IDENTITY = "identity"
+
+Evaluator = Callable[..., dict[str, float]]
+
+
+class Embeddings(NamedTuple):
+    """One view of a batch: `image_embeds` and `text_embeds`, each `(B, D)`, float32, L2-normalised."""
+
+    image_embeds: torch.Tensor
+    text_embeds: torch.Tensor
+
+
+class CLIPTrainer(Trainer):
+    """
+    Train or fine-tune a dual encoder of images and texts with the loss of CLIP (Radford et al., ICML 2021).
+
+    The undefended baseline, and the base of the defences. Against the stock `Trainer` with `return_loss=True` it takes
+    raw image-caption datasets, uses the rows of all processes as negatives with exact gradients, clamps `logit_scale`
+    and keeps it from weight decay, runs evaluators, logs each loss term, and resumes to the bit.
+
+    Args:
+        model (`str` or `PreTrainedModel`):
+            A Hub id, a folder, or any dual encoder whose output has `image_embeds` and `text_embeds` and that has a
+            `logit_scale`.
+        args ([`CLIPTrainingArguments`]):
+            Of the class that belongs to this trainer.
+        data_collator ([`CLIPDataCollator`], *optional*):
+            Made from `processing_class` and `args` by default. One of your own must return this trainer's text views.
+        train_dataset (`datasets.Dataset`, `datasets.IterableDataset` or any torch dataset, *optional*):
+            Rows with an image and a caption, under the names in `args`. An optional boolean column `poisoned` marks
+            pairs known to be poisoned.
+        eval_dataset (*optional*):
+            The same, or a dictionary of such; gives the CLIP loss on un-augmented pairs, `eval_loss`.
+        processing_class (`ProcessorMixin`, *optional*):
+            With an image processor and a tokenizer. By default the one saved beside `model`.
+        evaluators (sequence of callables):
+            Each `(model, processor, embedder) -> dict[str, float]`; what they return is part of every evaluation as
+            `eval_*`, and can be the `metric_for_best_model`.
+        image_augmentation (`nn.Module`, callable or `str`, *optional*):
+            Floats in [0, 1] `(B, 3, H, W)` to the same, on the device. A string names a preset, `"identity"` none.
+            `None`: `args.image_preset`.
+        text_augmentation (callable or `str`, *optional*):
+            `(caption: str, seed: int) -> str`. A string names a preset. `None`: `args.text_preset`.
+        peft_config (`peft.PeftConfig`, *optional*):
+            Trains adapters instead of the whole model; `logit_scale` then stays as it is.
+        callbacks, optimizers, optimizer_cls_and_kwargs: As of `transformers.Trainer`.
+
+    Raises:
+        `ValueError`: If the model, the datasets, their columns or a preset cannot work, before any step.
+    """
+
+    # Losses are means over their batch, so the Trainer divides them by the accumulation steps. Left to itself it takes
+    # a loss for scaled as soon as the data has a `labels` column (transformers 5.19 and later).
+    loss_is_scaled_for_ga = False
+
+    #: Short name of the defence, in file names and tags.
+    defence: ClassVar[str] = "clip"
+    #: The views of a training batch, stacked in this order. `"original"` is un-augmented.
+    views: tuple[str, ...] = (ORIGINAL,)
+
+    args: CLIPTrainingArguments
+    data_collator: CLIPDataCollator
+
+    def __init__(
+        self,
+        model: str | nn.Module,
+        args: CLIPTrainingArguments,
+        data_collator: CLIPDataCollator | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        evaluators: Sequence[Evaluator] = (),
+        image_augmentation: nn.Module | Callable[[torch.Tensor], torch.Tensor] | str | None = None,
+        text_augmentation: Callable[[str, int], str] | str | None = None,
+        peft_config: Any = None,
+        callbacks: list[Any] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        optimizer_cls_and_kwargs: tuple[Any, dict[str, Any]] | None = None,
+    ) -> None:
+        _check_arguments(args, train_dataset, eval_dataset)
+        processing_class = load_processor(model, processing_class)
+        model = load_dual_encoder(model)
+        self.image_augmentation = _image_augmentation(image_augmentation, args)
+        text_augmentation = _text_augmentation(text_augmentation, args)
+        # One view and an augmentation: the augmented view takes the original's place.
+        if self.views == (ORIGINAL,) and (self.image_augmentation is not None or text_augmentation is not None):
+            self.views = ("augmented",)
+        if data_collator is None:
+            data_collator = CLIPDataCollator(
+                processing_class,
+                image_column=args.image_column,
+                caption_column=args.caption_column,
+                views=self.views,
+                text_augmentation=text_augmentation,
+                max_length=args.max_length or longest_caption(model, processing_class.tokenizer),
+                padding=caption_padding(model),
+                seed=args.data_seed if args.data_seed is not None else args.seed,
+            )
+        if peft_config is not None:
+            from peft import get_peft_model
+
+            model = get_peft_model(model, peft_config)
+            if not model.logit_scale.requires_grad:
+                logger.warning("With peft_config only the adapters are trained: logit_scale keeps its value.")
+        # The Trainer refuses an eval_strategy without a dataset; evaluators bring their own.
+        if eval_dataset is None and evaluators:
+            eval_dataset = []
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+        )
+        # Without these the Trainer sees no labels and reports no eval_loss.
+        self.can_return_loss = True
+        self.label_names = []
+        self.evaluators = list(evaluators)
+        self.normalization = ImageNormalization(data_collator.preprocess.mean, data_collator.preprocess.std)
+        self.normalization.to(self.args.device)
+        self._eval_collator = data_collator.for_evaluation()
+        self._evaluators_prefix: str | None = None
+        self._evaluating = False
+        self._epoch: int | None = None
+        self._micro_step = 0
+        self._bad_rows: set[int] = set()
+        self._sums: dict[str, torch.Tensor] = {}
+        self._summed = 0
+        self._pairs_since_log = 0
+        self._last_log = time.perf_counter()
+        self.add_callback(TrainerHooks(self))
+
+    # ---- What a defence overrides ----
+
+    def loss_components(
+        self, views: dict[str, Embeddings], scale: torch.Tensor, inputs: dict[str, Any]
+    ) -> dict[str, torch.Tensor]:
+        """
+        The loss of a training batch, as named terms whose sum it is; each is logged under its name.
+
+        Args:
+            views (`dict[str, Embeddings]`): The embeddings of each of `self.views`.
+            scale (`torch.Tensor`): `exp(logit_scale)`, a scalar.
+            inputs (`dict`): The batch, with `row_index (B,)` and `poisoned (B,)` where the data has them.
+
+        Returns:
+            `dict[str, torch.Tensor]`: Scalars, each the mean over this process's rows.
+        """
+        view = views[self.views[0]]
+        return {
+            "clip_loss": clip_loss(view.image_embeds, view.text_embeds, scale, gather=self.args.gather_across_devices)
+        }
+
+    def training_state(self) -> dict[str, torch.Tensor]:
+        """What beside weights, optimizer and generators a checkpoint must hold; the same on every rank."""
+        return {BAD_ROWS: torch.tensor(self.skipped_rows, dtype=torch.int64)}
+
+    def load_training_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Take over what [`training_state`] returned."""
+        self._bad_rows = set(state[BAD_ROWS].tolist())
+
+    @property
+    def skipped_rows(self) -> list[int]:
+        """Numbers of the rows passed over so far under `on_bad_row="skip"`, on all ranks; call it on all ranks."""
+        rows = sorted(self._bad_rows)
+        return sorted(set(gather_object(rows))) if self.args.world_size > 1 else rows
+
+    # ---- Batches and losses ----
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Move a batch to the device and turn its bytes into the views `(V*B, 3, H, W)` that its texts have."""
+        self._bad_rows.update(inputs.pop(BAD_ROWS, torch.empty(0)).tolist())
+        inputs = super()._prepare_inputs(inputs)
+        pixels = inputs["pixel_values"]
+        if pixels.dtype != torch.uint8:
+            return inputs
+        views = self.views if self.model.training else (ORIGINAL,)
+        rows = pixels.shape[0]
+        if inputs["input_ids"].shape[0] != len(views) * rows:
+            raise ValueError(
+                f"data_collator returned {inputs['input_ids'].shape[0]} texts for {rows} images, but this trainer has "
+                f"the views {views}: give it views={views!r}"
+            )
+        seed = derive_seed(self.args.seed, self.state.global_step, self._micro_step, self.args.process_index)
+        self._micro_step += 1
+        with torch.no_grad(), forked_rng(seed, pixels.device):
+            images = to_float(pixels)
+            stacked = torch.cat([self.normalization(self._image_view(images, view)) for view in views])
+        return {**inputs, "pixel_values": stacked}
+
+    def _image_view(self, images: torch.Tensor, view: str) -> torch.Tensor:
+        if view == ORIGINAL or self.image_augmentation is None:
+            return images
+        augmented = self.image_augmentation(images)
+        if augmented.shape != images.shape:
+            raise ValueError(
+                f"image_augmentation must keep the shape (B, 3, H, W) = {tuple(images.shape)}, but returned "
+                f"{tuple(augmented.shape)}"
+            )
+        return augmented
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """The sum of [`loss_components`] in training; the CLIP loss of the un-augmented pairs in evaluation."""
+        extras = (ROW_INDEX, POISONED)
+        outputs = model(**{name: value for name, value in inputs.items() if name not in extras})
+        encoder = self.accelerator.unwrap_model(model)
+        scale = encoder.logit_scale.float().exp()
+        image_embeds = F.normalize(outputs.image_embeds.float(), dim=-1)  # (V*B, D)
+        text_embeds = F.normalize(outputs.text_embeds.float(), dim=-1)  # (V*B, D)
+        names = self.views if model.training else (ORIGINAL,)
+        chunks = zip(image_embeds.chunk(len(names)), text_embeds.chunk(len(names)), strict=True)
+        views = {name: Embeddings(*chunk) for name, chunk in zip(names, chunks, strict=True)}
+        if not model.training:
+            loss = clip_loss(*views[ORIGINAL], scale, gather=self.args.gather_across_devices)
+            return (loss, outputs) if return_outputs else loss
+        terms = self.loss_components(views, scale, inputs)
+        loss = torch.stack(list(terms.values())).sum()
+        # DDP waits for a gradient of every parameter that the forward pass used: give a tower that a loss leaves out,
+        # and SigLIP's bias, one of zero. Embeddings are bounded, so zero times their sum is zero.
+        unused = image_embeds.sum() + text_embeds.sum()
+        if getattr(encoder, "logit_bias", None) is not None:
+            unused = unused + encoder.logit_bias.sum()
+        loss = loss + 0.0 * unused
+        pairs = views[names[0]]
+        similarity = (pairs.image_embeds * pairs.text_embeds).sum(dim=-1).mean()
+        values = {**terms, "logit_scale": scale.squeeze(), "pair_similarity": similarity}
+        self._accumulate(values, pairs=pairs.image_embeds.shape[0])
+        return (loss, outputs) if return_outputs else loss
+
+    # ---- Events ----
+
+    def on_train_begin(self) -> None:
+        """Called when training starts, after a checkpoint is restored."""
+        self._epoch = None
+        self._sums.clear()
+        self._summed = self._pairs_since_log = 0
+        self._last_log = time.perf_counter()
+
+    def on_epoch_begin(self) -> None:
+        """Called before each epoch, and again when training resumes within one."""
+        # The state counts an iterable dataset's steps against max_steps, not against a pass over it.
+        self._epoch = int(self.state.epoch or 0) if self._epoch is None else self._epoch + 1
+        self.data_collator.set_epoch(self._epoch)
+
+    def on_step_begin(self) -> None:
+        """Called before the first batch of each optimizer step."""
+        self._micro_step = 0
+
+    def on_optimizer_step(self) -> None:
+        """Called after each optimizer step, before it is logged, evaluated and saved."""
+        highest = torch.tensor(self.args.max_logit_scale).log().item()
+        with torch.no_grad():
+            self.accelerator.unwrap_model(self.model).logit_scale.clamp_(0.0, highest)
+
+    def on_train_end(self) -> None:
+        """Called when training is over."""
+        skipped = self.skipped_rows
+        if skipped:
+            shown = ", ".join(map(str, skipped[:20])) + (", ..." if len(skipped) > 20 else "")
+            logger.warning(f"{len(skipped)} unusable rows of train_dataset were skipped: {shown}")
+
+    # ---- Logging ----
+
+    def _accumulate(self, values: Mapping[str, torch.Tensor], pairs: int) -> None:
+        # On the device until they are logged: reading them here would make every step wait for the last.
+        for name, value in values.items():
+            detached = value.detach()
+            self._sums[name] = self._sums[name] + detached if name in self._sums else detached.clone()
+        self._summed += 1
+        self._pairs_since_log += pairs
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the mean of each loss term since the last log, over all ranks, and the throughput, to training logs."""
+        if "loss" in logs and self._summed:
+            names = sorted(self._sums)
+            means = torch.stack([self._sums[name].float() for name in names]) / self._summed
+            means = self.accelerator.reduce(means, reduction="mean")
+            now = time.perf_counter()
+            logs.update(zip(names, means.tolist(), strict=True))
+            logs["pairs_per_second"] = self._pairs_since_log * self.args.world_size / (now - self._last_log)
+            self._sums.clear()
+            self._summed = self._pairs_since_log = 0
+            self._last_log = now
+        super().log(logs, start_time)
+
+    # ---- Data ----
+
+    def _get_dataloader(self, dataset: Any, description: str, batch_size: int, **kwargs: Any) -> DataLoader[Any]:
+        columns = (self.args.image_column, self.args.caption_column)
+        skip = self.args.on_bad_row == "skip"
+        if not isinstance(dataset, torch.utils.data.IterableDataset):
+            dataset = IndexedDataset(dataset, *columns, on_bad_row="skip" if skip else "raise")
+        else:
+            dataset = SkippingIterableDataset(dataset, *columns) if skip else undecoded(dataset, *columns)
+        if kwargs.get("is_training"):
+            return super()._get_dataloader(dataset, description, batch_size, **kwargs)
+        # Dropping the last batch is for training: an evaluation reads every row.
+        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            return super()._get_dataloader(dataset, description, batch_size, **kwargs)
+        finally:
+            self.args.dataloader_drop_last = drop_last
+
+    def _get_collator_with_removed_columns(
+        self, data_collator: Callable[..., Any], description: str | None = None
+    ) -> Callable[..., Any]:
+        # The collator picks its columns itself; the stock one would hand it only what model.forward takes.
+        return data_collator if description == "Training" else self._eval_collator
+
+    # ---- Optimizer ----
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """As the Trainer's, without `logit_scale` and `logit_bias`: a temperature has nothing to decay to."""
+        exempt = ("logit_scale", "logit_bias")
+        return [name for name in super().get_decay_parameter_names(model) if not name.endswith(exempt)]
+
+    # ---- Evaluation ----
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """As the Trainer's; the evaluators run once, with the first dataset where there are several."""
+        if self._evaluating:
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        self._evaluating, self._evaluators_prefix = True, metric_key_prefix
+        try:
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        finally:
+            self._evaluating, self._evaluators_prefix = False, None
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's, with the figures of the evaluators among its metrics."""
+        output = super().evaluation_loop(*args, **kwargs)
+        prefix, self._evaluators_prefix = self._evaluators_prefix, None
+        if prefix is not None and self.evaluators:
+            output.metrics.update({f"{prefix}_{name}": value for name, value in self.run_evaluators().items()})
+        return output
+
+    def run_evaluators(self) -> dict[str, float]:
+        """Run the evaluators on the model as it is, sharing the embeddings that several of them need."""
+        model = self.accelerator.unwrap_model(self.model)
+        embedder = Embedder(model, self.processing_class, batch_size=self.args.eval_batch_size)
+        figures: dict[str, float] = {}
+        for evaluator in self.evaluators:
+            figures.update(evaluator(model, self.processing_class, embedder))
+        return figures
+
+    # ---- Checkpoints ----
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        state = self.training_state()
+        if self.args.should_save:
+            metadata = {"trainer": type(self).__name__, "rows": str(self._dataset_length())}
+            save_file(state, os.path.join(output_dir, STATE_FILE), metadata=metadata)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        path = os.path.join(checkpoint, STATE_FILE) if checkpoint is not None else ""
+        if os.path.isfile(path):
+            with safe_open(path, framework="pt") as file:
+                self._check_checkpoint(file.metadata() or {}, str(checkpoint))
+                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            self.load_training_state(state)
+        super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _check_checkpoint(self, metadata: Mapping[str, str], checkpoint: str) -> None:
+        for name, saved, current in (
+            ("trainer", metadata.get("trainer"), type(self).__name__),
+            ("number of rows of train_dataset", metadata.get("rows"), str(self._dataset_length())),
+        ):
+            if saved != current:
+                raise ValueError(
+                    f"resume_from_checkpoint={checkpoint!r}: its {name} was {saved}, but is {current} now. Resume with "
+                    "what it was saved with, or start anew from its weights by passing the folder as model"
+                )
+
+    def _dataset_length(self) -> int | None:
+        return len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else None
+
+
+def _check_arguments(args: CLIPTrainingArguments, train_dataset: Any, eval_dataset: Any) -> None:
+    if not isinstance(args, CLIPTrainingArguments):
+        raise ValueError(f"args must be a CLIPTrainingArguments, but is {type(args).__name__}")
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"this process sees {args.n_gpu} GPUs and would split batches between them with nn.DataParallel, which "
+            "tears stacked views apart: start it with `accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES"
+        )
+    columns = (args.image_column, args.caption_column)
+    datasets = eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
+    for name, dataset in {"train_dataset": train_dataset, **datasets}.items():
+        if dataset is not None:
+            check_dataset(dataset, *columns, argument=name)
+    batch = args.train_batch_size * args.world_size
+    if args.dataloader_drop_last and hasattr(train_dataset, "__len__") and len(train_dataset) < batch:
+        raise ValueError(
+            f"train_dataset has {len(train_dataset)} rows, fewer than one batch of {batch} "
+            f"(per_device_train_batch_size={args.per_device_train_batch_size} on {args.world_size} processes): "
+            "lower per_device_train_batch_size, or set dataloader_drop_last=False"
+        )
+
+
+def _image_augmentation(given: Any, args: CLIPTrainingArguments) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    given = args.image_preset if given is None else given
+    if isinstance(given, str):
+        return None if given == IDENTITY else ImageAugmentation(given).to(args.device)
+    return given.to(args.device) if isinstance(given, nn.Module) else given
+
+
+def _text_augmentation(given: Any, args: CLIPTrainingArguments) -> Callable[[str, int], str] | None:
+    given = args.text_preset if given is None else given
+    if isinstance(given, str):
+        return None if given == IDENTITY else TextAugmentation.from_preset(given)
+    return given
