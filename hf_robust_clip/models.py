@@ -11,7 +11,7 @@ from transformers import AutoModel, AutoProcessor
 _OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "altclip_text_model")
 
 
-def load_dual_encoder(model: str | nn.Module) -> nn.Module:
+def load_dual_encoder(model: str | nn.Module) -> Any:
     """
     Load a dual encoder by its Hub id or folder, or check the one given.
 
@@ -45,7 +45,7 @@ def load_processor(model: str | nn.Module, processing_class: Any) -> Any:
     return AutoProcessor.from_pretrained(model)
 
 
-def longest_caption(model: nn.Module, tokenizer: Any) -> int:
+def longest_caption(model: Any, tokenizer: Any) -> int:
     """Most tokens, special ones included, that both the text tower and the tokenizer take."""
     config = getattr(model.config, "text_config", model.config)
     positions = int(config.max_position_embeddings)
@@ -54,6 +54,6 @@ def longest_caption(model: nn.Module, tokenizer: Any) -> int:
     return min(positions, int(tokenizer.model_max_length))
 
 
-def caption_padding(model: nn.Module) -> bool | str:
+def caption_padding(model: Any) -> bool | str:
     """SigLIP pools the last position, so it needs the padding that it was trained with; others take any."""
     return "max_length" if str(model.config.model_type).startswith("siglip") else True

@@ -206,7 +206,7 @@ def _nlpaug_edits(
     from nlpaug.augmenter.word import RandomWordAug, WordAugmenter
     from nlpaug.util import Action, Doc
 
-    class Eda(WordAugmenter):  # type: ignore[misc]
+    class Eda(WordAugmenter):
         """EDA's number of changes, its own generator in place of Python's global one, and tokens kept as a list."""
 
         rng: random.Random
@@ -224,7 +224,7 @@ def _nlpaug_edits(
             count = max(1, int(self.aug_p * size))
             return min(count, size - 1) if self.action == Action.DELETE else count
 
-    class PositionsEda(Eda, RandomWordAug):  # type: ignore[misc]
+    class PositionsEda(Eda, RandomWordAug):
         """
         nlpaug's swap and deletion, run on the positions "0", "1", ... in place of the words.
 

@@ -140,7 +140,7 @@ class CLIPDataCollator:
         if number is None:
             captions = row[self.caption_column]
             text = captions if isinstance(captions, str) else "\n".join(captions)
-            number = zlib.crc32(text.encode("utf-8", "surrogatepass"), zlib.crc32(pixels.numpy()))
+            number = zlib.crc32(text.encode("utf-8", "surrogatepass"), zlib.crc32(pixels.numpy().tobytes()))
         return derive_seed(self.seed, int(self._epoch), int(number))
 
     def _caption(self, row: Mapping[str, Any], key: int) -> str:

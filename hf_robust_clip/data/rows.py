@@ -112,7 +112,8 @@ class IndexedDataset(torch.utils.data.Dataset[dict[str, Any]]):
         return [self._usable(row) for row in rows] if self.on_bad_row == "skip" else rows
 
     def _usable(self, row: dict[str, Any]) -> dict[str, Any]:
-        first, bad = row[ROW_INDEX], []
+        first: int = row[ROW_INDEX]
+        bad: list[int] = []
         for index in itertools.chain(range(first, len(self)), range(first)):
             candidate = row if index == first else {**self.dataset[index], ROW_INDEX: index}
             try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from tokenizers.pre_tokenizers import ByteLevel
@@ -31,7 +32,7 @@ def build_processor(
     base = [_START, _END, *alphabet, *(symbol + "</w>" for symbol in alphabet)]
     bare = CLIPTokenizer(vocab={token: i for i, token in enumerate(base)}, merges=[], model_max_length=max_length)
     learned = bare.train_new_from_iterator(captions, vocab_size=len(base) + merges, show_progress=False)
-    pairs = [tuple(pair) for pair in json.loads(learned.backend_tokenizer.to_str())["model"]["merges"]]
+    pairs: Any = [tuple(pair) for pair in json.loads(learned.backend_tokenizer.to_str())["model"]["merges"]]
     tokens = dict.fromkeys([*base, *(left + right for left, right in pairs)])
     tokenizer = CLIPTokenizer(
         vocab={token: i for i, token in enumerate(tokens)}, merges=pairs, model_max_length=max_length

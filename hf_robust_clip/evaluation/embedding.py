@@ -11,7 +11,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import nn
 from tqdm.auto import tqdm
 
 from ..augment.images import ImageNormalization
@@ -33,7 +32,7 @@ class Embedder:
         batch_size (`int`, defaults to 64): Images, or texts, encoded at a time.
     """
 
-    def __init__(self, model: nn.Module, processor: Any, batch_size: int = 64) -> None:
+    def __init__(self, model: Any, processor: Any, batch_size: int = 64) -> None:
         self.model = model
         self.tokenizer = processor.tokenizer
         self.batch_size = batch_size

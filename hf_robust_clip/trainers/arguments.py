@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from transformers import TrainingArguments
 
@@ -77,8 +78,9 @@ class CLIPTrainingArguments(TrainingArguments):
         # B x B logits of several batches cannot be concatenated, and nothing here reads them.
         self.prediction_loss_only = True
         # Dispatching cuts batches along their first dimension, which for the texts is views x rows.
-        if self.accelerator_config.dispatch_batches is None:
-            self.accelerator_config.dispatch_batches = False
+        accelerator_config: Any = self.accelerator_config
+        if accelerator_config.dispatch_batches is None:
+            accelerator_config.dispatch_batches = False
 
 
 @dataclass

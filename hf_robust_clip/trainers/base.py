@@ -120,7 +120,7 @@ class CLIPTrainer(Trainer):
     ) -> None:
         _check_arguments(args, train_dataset, eval_dataset)
         processing_class = load_processor(model, processing_class)
-        model = load_dual_encoder(model)
+        encoder = load_dual_encoder(model)
         self.image_augmentation = _image_augmentation(image_augmentation, args)
         text_augmentation = _text_augmentation(text_augmentation, args)
         # One view and an augmentation: the augmented view takes the original's place.
@@ -133,21 +133,21 @@ class CLIPTrainer(Trainer):
                 caption_column=args.caption_column,
                 views=self.views,
                 text_augmentation=text_augmentation,
-                max_length=args.max_length or longest_caption(model, processing_class.tokenizer),
-                padding=caption_padding(model),
+                max_length=args.max_length or longest_caption(encoder, processing_class.tokenizer),
+                padding=caption_padding(encoder),
                 seed=args.data_seed if args.data_seed is not None else args.seed,
             )
         if peft_config is not None:
             from peft import get_peft_model
 
-            model = get_peft_model(model, peft_config)
-            if not model.logit_scale.requires_grad:
+            encoder = get_peft_model(encoder, peft_config)
+            if not encoder.logit_scale.requires_grad:
                 logger.warning("With peft_config only the adapters are trained: logit_scale keeps its value.")
         # The Trainer refuses an eval_strategy without a dataset; evaluators bring their own.
         if eval_dataset is None and evaluators:
             eval_dataset = []
         super().__init__(
-            model=model,
+            model=encoder,
             args=args,
             data_collator=data_collator,
             train_dataset=train_dataset,
@@ -210,6 +210,11 @@ class CLIPTrainer(Trainer):
         rows = sorted(self._bad_rows)
         return sorted(set(gather_object(rows))) if self.args.world_size > 1 else rows
 
+    @property
+    def unwrapped_model(self) -> Any:
+        """The model without what distributed training wraps around it."""
+        return self.accelerator.unwrap_model(self.model)
+
     # ---- Batches and losses ----
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -219,7 +224,7 @@ class CLIPTrainer(Trainer):
         pixels = inputs["pixel_values"]
         if pixels.dtype != torch.uint8:
             return inputs
-        views = self.views if self.model.training else (ORIGINAL,)
+        views = self.views if self.unwrapped_model.training else (ORIGINAL,)
         rows = pixels.shape[0]
         if inputs["input_ids"].shape[0] != len(views) * rows:
             raise ValueError(
@@ -254,7 +259,7 @@ class CLIPTrainer(Trainer):
         """The sum of [`loss_components`] in training; the CLIP loss of the un-augmented pairs in evaluation."""
         extras = (ROW_INDEX, POISONED)
         outputs = model(**{name: value for name, value in inputs.items() if name not in extras})
-        encoder = self.accelerator.unwrap_model(model)
+        encoder = self.unwrapped_model
         scale = encoder.logit_scale.float().exp()
         image_embeds = F.normalize(outputs.image_embeds.float(), dim=-1)  # (V*B, D)
         text_embeds = F.normalize(outputs.text_embeds.float(), dim=-1)  # (V*B, D)
@@ -301,7 +306,7 @@ class CLIPTrainer(Trainer):
         """Called after each optimizer step, before it is logged, evaluated and saved."""
         highest = torch.tensor(self.args.max_logit_scale).log().item()
         with torch.no_grad():
-            self.accelerator.unwrap_model(self.model).logit_scale.clamp_(0.0, highest)
+            self.unwrapped_model.logit_scale.clamp_(0.0, highest)
 
     def on_train_end(self) -> None:
         """Called when training is over."""
@@ -336,7 +341,9 @@ class CLIPTrainer(Trainer):
 
     # ---- Data ----
 
-    def _get_dataloader(self, dataset: Any, description: str, batch_size: int, **kwargs: Any) -> DataLoader[Any]:
+    def _get_dataloader(  # type: ignore[override]  # passes on what it does not name
+        self, dataset: Any, description: str, batch_size: int, **kwargs: Any
+    ) -> DataLoader[Any]:
         columns = (self.args.image_column, self.args.caption_column)
         skip = self.args.on_bad_row == "skip"
         if not isinstance(dataset, torch.utils.data.IterableDataset):
@@ -381,7 +388,7 @@ class CLIPTrainer(Trainer):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's, with the figures of the evaluators among its metrics."""
-        output = super().evaluation_loop(*args, **kwargs)
+        output: Any = super().evaluation_loop(*args, **kwargs)
         prefix, self._evaluators_prefix = self._evaluators_prefix, None
         if prefix is not None and self.evaluators:
             output.metrics.update({f"{prefix}_{name}": value for name, value in self.run_evaluators().items()})
@@ -389,7 +396,7 @@ class CLIPTrainer(Trainer):
 
     def run_evaluators(self) -> dict[str, float]:
         """Run the evaluators on the model as it is, sharing the embeddings that several of them need."""
-        model = self.accelerator.unwrap_model(self.model)
+        model = self.unwrapped_model
         embedder = Embedder(model, self.processing_class, batch_size=self.args.eval_batch_size)
         figures: dict[str, float] = {}
         for evaluator in self.evaluators:
@@ -421,12 +428,13 @@ class CLIPTrainer(Trainer):
         ):
             if saved != current:
                 raise ValueError(
-                    f"resume_from_checkpoint={checkpoint!r}: its {name} was {saved}, but is {current} now. Resume with "
-                    "what it was saved with, or start anew from its weights by passing the folder as model"
+                    f"resume_from_checkpoint={checkpoint!r}: its {name} was {saved}, but is {current} now. Resume "
+                    "with what it was saved with, or start anew from its weights by passing the folder as model"
                 )
 
     def _dataset_length(self) -> int | None:
-        return len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else None
+        dataset: Any = self.train_dataset
+        return len(dataset) if hasattr(dataset, "__len__") else None
 
 
 def _check_arguments(args: CLIPTrainingArguments, train_dataset: Any, eval_dataset: Any) -> None:

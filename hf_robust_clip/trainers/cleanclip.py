@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ..losses import cleanclip_loss
+from .arguments import CleanCLIPTrainingArguments
 from .base import CLIPTrainer, Embeddings
 
 
@@ -18,7 +19,7 @@ class CleanCLIPTrainer(CLIPTrainer):
 
     It needs pairs that are clean: five poisons left among them keep the attack success above 32% (arXiv 2311.14948).
     It is weak against structured triggers (stripes, triangles, text) and against BadCLIP. Measure, with
-    [`AttackSuccessEvaluator`], and do not resume the optimizer of the poisoned checkpoint: pass its weights as `model`.
+    [`AttackSuccessEvaluator`], and do not resume the optimizer of the poisoned checkpoint: pass its weights.
 
     Args:
         model (`str` or `PreTrainedModel`): A Hub id, a folder, or a dual encoder.
@@ -29,6 +30,7 @@ class CleanCLIPTrainer(CLIPTrainer):
 
     defence = "cleanclip"
     views = ("original", "augmented")
+    args: CleanCLIPTrainingArguments
 
     def loss_components(
         self, views: dict[str, Embeddings], scale: torch.Tensor, inputs: dict[str, Any]
