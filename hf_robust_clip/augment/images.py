@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -31,7 +32,8 @@ class ImageAugmentationConfig:
         erasing (`float`): Probability that a rectangle is erased.
         erasing_scale (`tuple[float, float]`): Range of its area as a fraction of the image's.
         policy (`str`, *optional*): `"autoaugment"`: the ImageNet policy of AutoAugment (Cubuk et al., CVPR 2019),
-            which CleanCLIP's released code applies. Runs first.
+            which CleanCLIP's released code applies. Runs first. Each image draws its own of the 25 sub-policies, as
+            in the paper (kornia's `AutoAugment` draws one for the whole batch).
     """
 
     shift: float = 0.0
@@ -51,19 +53,31 @@ class ImageAugmentationConfig:
 
     def __post_init__(self) -> None:
         for name in ("shift", "flip", "jitter_probability", "greyscale", "blur", "noise", "noise_std", "erasing"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be in [0, 1], but is {getattr(self, name)!r}")
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or not 0 <= value <= 1 or (name == "shift" and value == 1):
+                accepted = "[0, 1)" if name == "shift" else "[0, 1]"
+                raise ValueError(f"{name} must be in {accepted}, but is {value!r}")
         for name in ("crop_scale", "crop_ratio", "blur_sigma", "erasing_scale"):
-            low, high = getattr(self, name)
-            if not 0 < low <= high or (name != "crop_ratio" and high > 1):
-                raise ValueError(f"{name} must be a range (low, high) within (0, 1], but is {getattr(self, name)!r}")
-        if len(self.jitter) != 4 or not all(0 <= value <= 1 for value in self.jitter) or self.jitter[3] > 0.5:
+            value = getattr(self, name)
+            highest = math.inf if name == "crop_ratio" else 1
+            if not _are_numbers(value, 2) or not 0 < value[0] <= value[1] <= highest:
+                accepted = "with 0 < low <= high" if name == "crop_ratio" else "within (0, 1]"
+                raise ValueError(f"{name} must be a range (low, high) {accepted}, but is {value!r}")
+        if not _are_numbers(self.jitter, 4) or not all(0 <= v <= 1 for v in self.jitter) or self.jitter[3] > 0.5:
             raise ValueError(
                 "jitter must be (brightness, contrast, saturation, hue), the first three in [0, 1] and hue in "
                 f"[0, 0.5], but is {self.jitter!r}"
             )
         if self.policy not in (None, "autoaugment"):
             raise ValueError(f"policy must be None or 'autoaugment', but is {self.policy!r}")
+
+
+def _are_numbers(values: Any, length: int) -> bool:
+    return (
+        isinstance(values, (tuple, list))
+        and len(values) == length
+        and all(isinstance(v, (int, float)) for v in values)
+    )
 
 
 _CLEANCLIP = ImageAugmentationConfig(
@@ -158,7 +172,7 @@ def _build(config: ImageAugmentationConfig, size: tuple[int, int]) -> list[Calla
     side = min(size)
     steps: list[Callable[[torch.Tensor], torch.Tensor]] = []
     if config.policy == "autoaugment":
-        steps.append(K.auto.AutoAugment(policy="imagenet"))
+        steps.append(_OneEach(list(K.auto.AutoAugment(policy="imagenet").children())))
     if config.shift > 0:
         steps.append(_Shift(config.shift))
     if config.crop_scale != (1.0, 1.0):
@@ -181,6 +195,22 @@ def _build(config: ImageAugmentationConfig, size: tuple[int, int]) -> list[Calla
     if config.erasing > 0:
         steps.append(K.RandomErasing(scale=config.erasing_scale, p=config.erasing))
     return steps
+
+
+class _OneEach:
+    """Give each image one of several augmentations, drawn for it alone."""
+
+    def __init__(self, augmentations: Sequence[Callable[[torch.Tensor], torch.Tensor]]) -> None:
+        self.augmentations = augmentations
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        # On the CPU: which augmentations run must be known here.
+        drawn = torch.randint(len(self.augmentations), (images.shape[0],))
+        augmented = images.clone()
+        for i in drawn.unique().tolist():
+            rows = (drawn == i).nonzero().flatten().to(images.device)
+            augmented[rows] = self.augmentations[i](images[rows])
+        return augmented
 
 
 class _Shift:
@@ -228,8 +258,8 @@ class ImageNormalization(nn.Module):
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
-        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, 3, 1, 1), persistent=False)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """

@@ -34,7 +34,8 @@ class CLIPDataCollator:
         caption_column (`str`, defaults to `"caption"`):
             Column with the caption, or with a list of captions of which one is drawn each epoch.
         views (sequence of `str`, defaults to `("original",)`):
-            The text views. `"original"` is the caption as it is, any other name an augmented copy.
+            The text views, all named differently. `"original"` is the caption as it is, any other name an augmented
+            copy.
         text_augmentation (callable, *optional*):
             `(caption: str, seed: int) -> str`; `None` leaves the augmented views as they are.
         max_length (`int`, *optional*):
@@ -72,6 +73,8 @@ class CLIPDataCollator:
                     f"processor must have an image_processor and a tokenizer, as a CLIPProcessor has; "
                     f"{type(processor).__name__} has no {part}"
                 )
+        if isinstance(views, str) or len(views) == 0 or len(set(views)) < len(views):
+            raise ValueError(f"views must be one or more different names, such as ('original',), but is {views!r}")
         self.preprocess = ImagePreprocessor(processor.image_processor)
         self.tokenizer = processor.tokenizer
         self.image_column = image_column

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import datasets
+import numpy as np
 import torch
 
 from .images import decode_image
@@ -25,6 +26,10 @@ class BadRowError(ValueError):
     """A row that cannot be trained on: its image does not decode, or its caption is no string."""
 
 
+#: What reading a row raises when the row is at fault: [`BadRowError`], or a dataset's own trouble with broken data.
+UNREADABLE = (ValueError, OSError, SyntaxError, EOFError)
+
+
 def decode_row(row: Mapping[str, Any], image_column: str, caption_column: str) -> dict[str, Any]:
     """
     Decode a row's image and check its caption.
@@ -35,7 +40,8 @@ def decode_row(row: Mapping[str, Any], image_column: str, caption_column: str) -
         caption_column (`str`): A string, or a non-empty list of strings of which one is drawn at each visit.
 
     Returns:
-        `dict`: The row with an RGB `PIL.Image.Image` in place of the image.
+        `dict`: The row with an RGB `PIL.Image.Image` in place of the image, and a `bool` under `"poisoned"` where it
+        has one that is not `None`.
 
     Raises:
         [`BadRowError`]: Naming the row, the column and the reason.
@@ -54,6 +60,17 @@ def decode_row(row: Mapping[str, Any], image_column: str, caption_column: str) -
             f"but is {caption!r} ({type(caption).__name__})"
         )
     try:
+        "".join(caption).encode()
+    except UnicodeEncodeError as error:
+        # A lone surrogate: no tokenizer takes one, and its error does not name the row.
+        raise BadRowError(f"{where}, column {caption_column!r}: {caption!r} cannot be encoded: {error}") from error
+    flag = row.get(POISONED)
+    if flag is not None:
+        flag = flag.item() if isinstance(flag, (np.ndarray, np.generic, torch.Tensor)) and flag.ndim == 0 else flag
+        if not isinstance(flag, bool):
+            raise BadRowError(f"{where}, column {POISONED!r}: it must be boolean, but is {flag!r}")
+        row = {**row, POISONED: flag}
+    try:
         image = decode_image(row[image_column])
     except ValueError as error:
         raise BadRowError(f"{where}, column {image_column!r}: {error}") from error
@@ -62,20 +79,27 @@ def decode_row(row: Mapping[str, Any], image_column: str, caption_column: str) -
 
 def undecoded(dataset: Any, image_column: str, caption_column: str) -> Any:
     """
-    The same `datasets` dataset with only the columns that training reads, and its images left as encoded bytes.
+    The same `datasets` dataset with only the columns that training reads, unformatted, and its images left as encoded
+    bytes.
 
     Other kinds of dataset, and those with a transform of their own, come back as they are.
     """
     if not isinstance(dataset, (datasets.Dataset, datasets.IterableDataset)) or dataset.features is None:
         return dataset
-    if isinstance(dataset, datasets.Dataset) and dataset.format["type"] is not None:
+    if has_transform(dataset):
         return dataset
     wanted = [name for name in dict.fromkeys((image_column, caption_column, POISONED)) if name in dataset.features]
-    dataset = dataset.select_columns(wanted)
+    # A format ("torch", "numpy") would decode the images, and leave captions and flags in types of its own.
+    dataset = dataset.with_format(None).select_columns(wanted)
     # `datasets` decodes a whole batch at once and its error does not say which row failed, so rows decode here.
-    if isinstance(dataset.features[image_column], datasets.Image):
+    if isinstance(dataset.features.get(image_column), datasets.Image):
         dataset = dataset.cast_column(image_column, datasets.Image(decode=False))
     return dataset
+
+
+def has_transform(dataset: Any) -> bool:
+    """Whether a `datasets.Dataset` makes its rows with a function of the user's (`with_transform`)."""
+    return isinstance(dataset, datasets.Dataset) and dataset.format["type"] == "custom"
 
 
 class IndexedDataset(torch.utils.data.Dataset[dict[str, Any]]):
@@ -88,7 +112,8 @@ class IndexedDataset(torch.utils.data.Dataset[dict[str, Any]]):
         image_column, caption_column (`str`): Names of the columns.
         on_bad_row (`str`): `"raise"` leaves an unusable row to the collator, which raises. `"skip"` takes the next
             usable row in its place, so that batches keep their size on every rank, and lists the number of the row
-            passed over under `"bad_rows"`.
+            passed over under `"bad_rows"`. A row that the dataset itself fails to read (its transform meets a broken
+            image, say) is unusable too.
     """
 
     def __init__(self, dataset: Any, image_column: str, caption_column: str, on_bad_row: OnBadRow = "raise") -> None:
@@ -103,30 +128,34 @@ class IndexedDataset(torch.utils.data.Dataset[dict[str, Any]]):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        if self.on_bad_row == "skip":
+            return [self._usable(int(index)) for index in indices]
         if isinstance(self.dataset, datasets.Dataset):
             batch = self.dataset[list(indices)]
             rows = [{name: batch[name][i] for name in batch} for i in range(len(indices))]
         else:
             rows = [dict(self.dataset[index]) for index in indices]
-        rows = [{**row, ROW_INDEX: int(index)} for row, index in zip(rows, indices, strict=True)]
-        return [self._usable(row) for row in rows] if self.on_bad_row == "skip" else rows
+        return [{**row, ROW_INDEX: int(index)} for row, index in zip(rows, indices, strict=True)]
 
-    def _usable(self, row: dict[str, Any]) -> dict[str, Any]:
-        first: int = row[ROW_INDEX]
+    def _usable(self, first: int) -> dict[str, Any]:
         bad: list[int] = []
         for index in itertools.chain(range(first, len(self)), range(first)):
-            candidate = row if index == first else {**self.dataset[index], ROW_INDEX: index}
             try:
-                return {**decode_row(candidate, *self.columns), BAD_ROWS: bad}
-            except BadRowError:
+                row = {**self.dataset[index], ROW_INDEX: index}
+                return {**decode_row(row, *self.columns), BAD_ROWS: bad}
+            except UNREADABLE as error:
                 bad.append(index)
-        raise BadRowError(f"none of the {len(self)} rows can be used: every image or caption is broken")
+                last = error
+        raise BadRowError(f"none of the {len(self)} rows can be used; the last: {last}") from last
 
 
 class SkippingIterableDataset(torch.utils.data.IterableDataset[dict[str, Any]]):
     """
-    An iterable dataset without its unusable rows. The next usable row lists them under `"bad_rows"`, by their position
-    in the stream as its worker sees it.
+    An iterable dataset without its unusable rows. The next usable row, or the last one for those at the end, lists
+    them under `"bad_rows"`, by their position in the stream as its worker sees it.
+
+    Raises, when iterated:
+        [`BadRowError`]: If every row is unusable. Of several workers, one whose share is all unusable yields nothing.
     """
 
     def __init__(self, dataset: Any, image_column: str, caption_column: str) -> None:
@@ -139,14 +168,22 @@ class SkippingIterableDataset(torch.utils.data.IterableDataset[dict[str, Any]]):
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         bad: list[int] = []
+        held: dict[str, Any] | None = None  # one behind, so that the last one can list what comes after it
         for position, row in enumerate(self.dataset):
             try:
                 usable = decode_row(row, *self.columns)
-            except BadRowError:
+            except BadRowError as error:
                 bad.append(position)
+                last = error
                 continue
-            yield {**usable, BAD_ROWS: bad}
-            bad = []
+            if held is not None:
+                yield held
+            held, bad = {**usable, BAD_ROWS: bad}, []
+        if held is not None:
+            yield {**held, BAD_ROWS: [*held[BAD_ROWS], *bad]}
+        worker = torch.utils.data.get_worker_info()
+        if held is None and bad and (worker is None or worker.num_workers == 1):
+            raise BadRowError(f"none of the {len(bad)} rows can be used; the last: {last}") from last
 
 
 def check_dataset(dataset: Any, image_column: str, caption_column: str, argument: str) -> None:
@@ -161,18 +198,18 @@ def check_dataset(dataset: Any, image_column: str, caption_column: str, argument
     Raises:
         `ValueError`: Naming the argument, what was found and what is accepted.
     """
+    if isinstance(dataset, Mapping):
+        raise ValueError(
+            f"{argument} is a dictionary, with {', '.join(map(repr, dataset)) or 'nothing in it'}; pass one dataset"
+        )
     length = len(dataset) if hasattr(dataset, "__len__") else None
     if length == 0:
         raise ValueError(f"{argument} is empty; it needs rows with an image and a caption")
-    features = getattr(dataset, "features", None)
-    names = getattr(dataset, "column_names", None)
-    if names is None and length is not None:
-        first = dataset[0]
-        if not isinstance(first, Mapping):
-            raise ValueError(
-                f"the rows of {argument} must be mappings of column names, but are {type(first).__name__}"
-            )
-        names = list(first)
+    # Of a dataset with a transform only the rows tell what there is.
+    features = None if has_transform(dataset) else getattr(dataset, "features", None)
+    names = None if has_transform(dataset) else getattr(dataset, "column_names", None)
+    if names is None and length is not None and hasattr(dataset, "__getitem__"):
+        names = _first_columns(dataset, argument)
     if names is not None:
         for name, column in (("image_column", image_column), ("caption_column", caption_column)):
             if column not in names:
@@ -180,12 +217,34 @@ def check_dataset(dataset: Any, image_column: str, caption_column: str, argument
                     f"{name}={column!r} is not a column of {argument}; its columns are {', '.join(map(repr, names))}"
                 )
     if features is not None:
-        caption = features[caption_column]
-        caption = getattr(caption, "feature", caption)
-        if getattr(caption, "dtype", None) not in ("string", "large_string"):
-            raise ValueError(
-                f"caption_column={caption_column!r} of {argument} must hold strings or lists of strings, but holds "
-                f"{features[caption_column]}"
-            )
-        if POISONED in features and getattr(features[POISONED], "dtype", None) != "bool":
-            raise ValueError(f"column {POISONED!r} of {argument} must be boolean, but is {features[POISONED]}")
+        _check_features(features, image_column, caption_column, argument)
+
+
+def _first_columns(dataset: Any, argument: str) -> list[str] | None:
+    try:
+        first = dataset[0]
+    except UNREADABLE:
+        return None  # a bad row, for on_bad_row to deal with
+    if not isinstance(first, Mapping):
+        raise ValueError(f"the rows of {argument} must be mappings of column names, but are {type(first).__name__}")
+    return list(first)
+
+
+def _check_features(features: datasets.Features, image_column: str, caption_column: str, argument: str) -> None:
+    image = features[image_column]
+    if isinstance(image, datasets.ClassLabel) or (
+        isinstance(image, datasets.Value) and image.dtype not in ("string", "large_string", "binary", "large_binary")
+    ):
+        raise ValueError(
+            f"image_column={image_column!r} of {argument} must hold images, their bytes, paths or arrays, but holds "
+            f"{image}"
+        )
+    caption = features[caption_column]
+    caption = getattr(caption, "feature", caption)
+    if getattr(caption, "dtype", None) not in ("string", "large_string"):
+        raise ValueError(
+            f"caption_column={caption_column!r} of {argument} must hold strings or lists of strings, but holds "
+            f"{features[caption_column]}"
+        )
+    if POISONED in features and getattr(features[POISONED], "dtype", None) != "bool":
+        raise ValueError(f"column {POISONED!r} of {argument} must be boolean, but is {features[POISONED]}")

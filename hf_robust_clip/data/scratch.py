@@ -31,7 +31,11 @@ def build_processor(
     alphabet = sorted(ByteLevel.alphabet())
     base = [_START, _END, *alphabet, *(symbol + "</w>" for symbol in alphabet)]
     bare = CLIPTokenizer(vocab={token: i for i, token in enumerate(base)}, merges=[], model_max_length=max_length)
-    learned = bare.train_new_from_iterator(captions, vocab_size=len(base) + merges, show_progress=False)
+    # Named in advance, because the trainer numbers symbols that end a word as it meets them, in an order that varies
+    # from run to run, and breaks ties between equally frequent pairs by these numbers.
+    learned = bare.train_new_from_iterator(
+        captions, vocab_size=len(base) + merges, new_special_tokens=base[2:], show_progress=False
+    )
     pairs: Any = [tuple(pair) for pair in json.loads(learned.backend_tokenizer.to_str())["model"]["merges"]]
     tokens = dict.fromkeys([*base, *(left + right for left, right in pairs)])
     tokenizer = CLIPTokenizer(

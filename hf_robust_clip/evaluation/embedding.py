@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import datasets
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -15,6 +14,7 @@ from tqdm.auto import tqdm
 
 from ..augment.images import ImageNormalization
 from ..data.images import ImagePreprocessor, decode_image
+from ..data.rows import undecoded
 from ..models import caption_padding, longest_caption
 
 Trigger = Callable[[np.ndarray], np.ndarray]
@@ -40,8 +40,8 @@ class Embedder:
         parameter = next(model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
         self.normalization = ImageNormalization(self.preprocess.mean, self.preprocess.std).to(self.device)
-        # The dataset is kept beside its embeddings, so that its id cannot pass to another one.
-        self._images: dict[tuple[int, str, Any], tuple[Any, torch.Tensor]] = {}
+        # Dataset and trigger are kept beside the embeddings, so that their ids cannot pass to others.
+        self._images: dict[tuple[int, str, Hashable], tuple[Any, Trigger | None, torch.Tensor]] = {}
         self._texts: dict[tuple[str, ...], torch.Tensor] = {}
 
     def embed_images(self, dataset: Any, image_column: str = "image", trigger: Trigger | None = None) -> torch.Tensor:
@@ -51,17 +51,18 @@ class Embedder:
         Args:
             dataset (`datasets.Dataset` or sequence of mappings): N rows.
             image_column (`str`): Any image that [`~data.images.decode_image`] takes.
-            trigger (callable, *optional*): Applied to the uint8 array `(H, W, 3)` at the model's input resolution,
-                before normalisation.
+            trigger (callable, *optional*): Takes and returns a uint8 array `(H, W, 3)`, at the model's input
+                resolution, before normalisation.
 
         Returns:
             `torch.Tensor` of shape `(N, D)`: float32, L2-normalised, on the CPU.
+
+        Raises:
+            `ValueError`: If an image does not decode (it names the row), or the trigger returns something else.
         """
-        key = (id(dataset), image_column, trigger)
+        key = (id(dataset), image_column, trigger if isinstance(trigger, Hashable) else id(trigger))
         if key not in self._images:
-            rows: Any = dataset
-            if isinstance(dataset, datasets.Dataset) and isinstance(dataset.features[image_column], datasets.Image):
-                rows = dataset.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
+            rows = undecoded(dataset, image_column, image_column)
             starts = range(0, len(rows), self.batch_size)
             description = "Embedding triggered images" if trigger is not None else "Embedding images"
             embeds = []
@@ -70,8 +71,8 @@ class Embedder:
                     stop = min(start + self.batch_size, len(rows))
                     images = [self._image(rows[i][image_column], i) for i in range(start, stop)]
                     embeds.append(self._embed_pixels(images, trigger))
-            self._images[key] = (dataset, torch.cat(embeds))
-        return self._images[key][1]
+            self._images[key] = (dataset, trigger, torch.cat(embeds))
+        return self._images[key][-1]
 
     def embed_texts(self, texts: Sequence[str]) -> torch.Tensor:
         """
@@ -106,20 +107,34 @@ class Embedder:
     def _embed_pixels(self, images: Sequence[Image.Image], trigger: Trigger | None) -> torch.Tensor:
         pixels = self.preprocess(images)  # (B, 3, H, W)
         if trigger is not None:
-            arrays = [trigger(np.ascontiguousarray(image)) for image in pixels.permute(0, 2, 3, 1).numpy()]
+            arrays = [_triggered(np.ascontiguousarray(image), trigger) for image in pixels.permute(0, 2, 3, 1).numpy()]
             pixels = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
         pixels = self.normalization(pixels.to(self.device)).to(self.dtype)
         return _normalize(self.model.get_image_features(pixel_values=pixels))
 
     @contextmanager
-    def _inference(self) -> Any:
-        training = self.model.training
+    def _inference(self) -> Iterator[None]:
+        # Module by module: a part that is kept in evaluation mode while the rest trains stays so.
+        training = [module for module in self.model.modules() if module.training]
         self.model.eval()
         try:
             with torch.no_grad():
                 yield
         finally:
-            self.model.train(training)
+            for module in training:
+                module.training = True
+
+
+def _triggered(pixels: np.ndarray, trigger: Trigger) -> np.ndarray:
+    triggered = trigger(pixels)
+    if not isinstance(triggered, np.ndarray) or triggered.dtype != np.uint8 or triggered.shape != pixels.shape:
+        found = (
+            f"{triggered.dtype} of shape {triggered.shape}"
+            if isinstance(triggered, np.ndarray)
+            else type(triggered).__name__
+        )
+        raise ValueError(f"trigger must return a uint8 array of shape {pixels.shape}, as it was given, not {found}")
+    return triggered
 
 
 def _normalize(features: Any) -> torch.Tensor:

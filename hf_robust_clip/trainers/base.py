@@ -350,14 +350,17 @@ class CLIPTrainer(Trainer):
             dataset = IndexedDataset(dataset, *columns, on_bad_row="skip" if skip else "raise")
         else:
             dataset = SkippingIterableDataset(dataset, *columns) if skip else undecoded(dataset, *columns)
-        if kwargs.get("is_training"):
-            return super()._get_dataloader(dataset, description, batch_size, **kwargs)
         # Dropping the last batch is for training: an evaluation reads every row.
-        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        drop_last = self.args.dataloader_drop_last
+        self.args.dataloader_drop_last = drop_last and bool(kwargs.get("is_training"))
         try:
-            return super()._get_dataloader(dataset, description, batch_size, **kwargs)
+            dataloader = super()._get_dataloader(dataset, description, batch_size, **kwargs)
         finally:
             self.args.dataloader_drop_last = drop_last
+        # A loader draws a seed for its workers at each epoch, but with persistent workers at the first only, and after
+        # resuming within an epoch once more: from the global generator, that would shift the model's dropout.
+        getattr(dataloader, "base_dataloader", dataloader).generator = torch.Generator()
+        return dataloader
 
     def _get_collator_with_removed_columns(
         self, data_collator: Callable[..., Any], description: str | None = None

@@ -1,0 +1,1 @@
+"""The command `hf-robust-clip`: one file a sub-command."""

@@ -1,0 +1,67 @@
+"""What sub-commands write: folders, files and lines on the terminal."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def prepare_output_dir(folder: Path, files: Iterable[str] = (), folders: Iterable[str] = ()) -> None:
+    """
+    Make a folder if there is none, and see whether one can write to it.
+
+    Args:
+        folder (`Path`): The folder. What is in it stays.
+        files, folders (iterable of `str`): Names that will be written there.
+
+    Raises:
+        `ValueError`: If it is a file or cannot be written to, or if there is a folder of a file's name, or the reverse.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--output-dir: {folder} is a file; give the name of a folder")
+    for name in files:
+        if (folder / name).is_dir():
+            raise ValueError(f"--output-dir: {folder / name} is a folder, where a file is to be written")
+    for name in folders:
+        if (folder / name).exists() and not (folder / name).is_dir():
+            raise ValueError(f"--output-dir: {folder / name} is a file, where a folder is to be written")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"--output-dir: {folder} cannot be written to: {error.strerror or error}") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file in one move: a reader finds the whole of it, or what was there before."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """[`write_text`] of a value as JSON, which NaN and infinity are not."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def say(line: str = "") -> None:
+    """Print a line at once, so that it keeps its place among progress bars on stderr."""
+    print(line, flush=True)
+
+
+def format_table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table: the first column to the left, the others to the right, a rule under the first row."""
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(row, widths)))
+        for row in rows
+    ]
+    return [lines[0], "-" * len(lines[0]), *lines[1:]]

@@ -1,0 +1,58 @@
+"""Fixtures that several files share: the embedded digits, their processor, and models small enough for a test."""
+
+import os
+
+# Before anything imports huggingface_hub, which reads it once. Subprocesses of tests inherit both.
+os.environ["HF_HUB_OFFLINE"] = "1"
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
+
+from collections.abc import Callable  # noqa: E402
+
+import datasets  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from transformers import CLIPModel, CLIPProcessor  # noqa: E402
+
+from hf_robust_clip.data.digits import digit_processor, load_digit_pairs  # noqa: E402
+from hf_robust_clip.data.scratch import build_model  # noqa: E402
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Several workers with a thread for each core each would only wait for one another.
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def processor() -> CLIPProcessor:
+    """Of the digits: 16 x 16 images, captions of at most 16 tokens."""
+    return digit_processor()
+
+
+@pytest.fixture(scope="session")
+def digits() -> datasets.Dataset:
+    """Every training digit once: `image`, `caption`, `label`, `digit`."""
+    return load_digit_pairs("train", renderings=1)
+
+
+@pytest.fixture(scope="session")
+def pairs(digits: datasets.Dataset) -> datasets.Dataset:
+    """64 training pairs of all ten classes: `image`, `caption`, `label`."""
+    return digits.select(range(64)).select_columns(["image", "caption", "label"])
+
+
+@pytest.fixture(scope="session")
+def tiny_model(processor: CLIPProcessor) -> Callable[[int], CLIPModel]:
+    """`tiny_model(seed)`: a fresh untrained CLIP that fits `processor`, with two vision layers and one text layer."""
+
+    def build(seed: int = 0) -> CLIPModel:
+        return build_model(
+            processor,
+            vision_width=32,
+            vision_layers=2,
+            text_width=32,
+            text_layers=1,
+            projection_dim=16,
+            seed=seed,
+        )
+
+    return build

@@ -1,0 +1,83 @@
+"""Short training runs on a few digits, for the tests of the trainers, in this process and in launched ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hf_robust_clip import CleanCLIPTrainer, CleanCLIPTrainingArguments, CLIPTrainer, CLIPTrainingArguments
+from hf_robust_clip.data.digits import digit_processor, load_digit_pairs
+from hf_robust_clip.data.scratch import build_model
+
+ARGUMENTS: dict[type[CLIPTrainer], type[CLIPTrainingArguments]] = {
+    CLIPTrainer: CLIPTrainingArguments,
+    CleanCLIPTrainer: CleanCLIPTrainingArguments,
+}
+#: A trainer's own arguments, and those of its TrainingArguments, go through one call.
+_TRAINER = ("image_augmentation", "text_augmentation", "evaluators", "eval_dataset", "train_dataset", "model")
+_TRAINER += ("peft_config", "callbacks", "processing_class", "optimizers", "optimizer_cls_and_kwargs")
+
+
+def small_model(seed: int = 0) -> Any:
+    """A CLIP with dropout, so that resuming also has to restore the global generator."""
+    model = build_model(
+        digit_processor(), vision_width=32, vision_layers=2, text_width=32, text_layers=1, projection_dim=16, seed=seed
+    )
+    for module in model.modules():
+        if hasattr(module, "dropout") and isinstance(module.dropout, float):
+            module.dropout = 0.1
+    return model
+
+
+def make_trainer(cls: type[CLIPTrainer], output_dir: Path, rows: int = 64, **overrides: Any) -> CLIPTrainer:
+    """A trainer over the first `rows` digits; `overrides` are arguments of the trainer or of its arguments."""
+    given = {name: overrides.pop(name) for name in _TRAINER if name in overrides}
+    arguments: dict[str, Any] = {
+        "per_device_train_batch_size": 8,
+        "num_train_epochs": 3,
+        "learning_rate": 1e-3,
+        "warmup_steps": 0,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "seed": 0,
+    }
+    arguments.update(overrides)
+    given.setdefault("model", small_model())
+    given.setdefault("train_dataset", load_digit_pairs("train", renderings=1).select(range(rows)))
+    given.setdefault("processing_class", digit_processor())
+    return cls(args=ARGUMENTS[cls](str(output_dir), **arguments), **given)
+
+
+def train_and_resume(
+    cls: type[CLIPTrainer], output_dir: Path, step: int, **overrides: Any
+) -> tuple[CLIPTrainer, CLIPTrainer]:
+    """One run to the end that saves at `step`, and one that resumes there; both trainers, after training."""
+    whole = make_trainer(cls, output_dir, save_strategy="steps", save_steps=step, **overrides)
+    whole.train()
+    resumed = make_trainer(cls, output_dir / "resumed", **overrides)
+    resumed.train(resume_from_checkpoint=str(output_dir / f"checkpoint-{step}"))
+    return whole, resumed
+
+
+def assert_same_bits(first: CLIPTrainer, second: CLIPTrainer) -> None:
+    """Weights, optimizer state and what was logged after the later start are equal to the bit."""
+    one, two = first.model.state_dict(), second.model.state_dict()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    moments = [trainer.optimizer.state_dict()["state"] for trainer in (first, second)]
+    for number, state in moments[0].items():
+        assert all(torch.equal(value, moments[1][number][name]) for name, value in state.items())
+    assert training_log(first) == training_log(second)
+
+
+def training_log(trainer: CLIPTrainer) -> list[dict[str, float]]:
+    """What was logged at each training step, without what depends on the clock."""
+    return [
+        {name: value for name, value in entry.items() if name != "pairs_per_second"}
+        for entry in trainer.state.log_history
+        if "loss" in entry
+    ]
