@@ -259,7 +259,7 @@ class CLIPTrainer(Trainer):
         """The sum of [`loss_components`] in training; the CLIP loss of the un-augmented pairs in evaluation."""
         extras = (ROW_INDEX, POISONED)
         outputs = model(**{name: value for name, value in inputs.items() if name not in extras})
-        encoder = self.unwrapped_model
+        encoder: Any = self.accelerator.unwrap_model(model)
         scale = encoder.logit_scale.float().exp()
         image_embeds = F.normalize(outputs.image_embeds.float(), dim=-1)  # (V*B, D)
         text_embeds = F.normalize(outputs.text_embeds.float(), dim=-1)  # (V*B, D)

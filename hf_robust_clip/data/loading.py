@@ -1,0 +1,104 @@
+"""Datasets of image-caption pairs from wherever they are, and class labels for those that have captions only."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+_BUILDERS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".arrow": "arrow"}
+
+
+def load_pairs(source: str, split: str = "train", image_column: str = "image") -> datasets.Dataset:
+    """
+    Load image-caption pairs.
+
+    Args:
+        source (`str`): A Parquet, CSV, TSV, JSON or Arrow file; a folder saved with `save_to_disk`; a folder of such
+            files, or of images with a `metadata.csv` or `metadata.jsonl` that has their captions; or a dataset on the
+            Hub.
+        split (`str`, defaults to `"train"`): Which split, where the source has several.
+        image_column (`str`, defaults to `"image"`): Column with the image. Paths in it are taken from the folder of
+            their file.
+
+    Returns:
+        `datasets.Dataset`: With `image_column` as a `datasets.Image`.
+
+    Raises:
+        `ValueError`: If the source is a file of another kind, or has no such column or split.
+    """
+    path = Path(source)
+    if path.is_file():
+        builder = _BUILDERS.get(path.suffix.lower())
+        if builder is None:
+            raise ValueError(f"source={source!r} is a {path.suffix or 'nameless'} file; accepted: {', '.join(_BUILDERS)}")
+        options = {"delimiter": "\t"} if path.suffix.lower() == ".tsv" else {}
+        dataset = datasets.load_dataset(builder, data_files=str(path), split="train", **options)
+    elif (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
+        dataset = datasets.load_from_disk(str(path))
+        if isinstance(dataset, datasets.DatasetDict):
+            if split not in dataset:
+                raise ValueError(f"split={split!r} is not in {source!r}; its splits are {', '.join(dataset)}")
+            dataset = dataset[split]
+    else:
+        dataset = datasets.load_dataset(source, split=split)
+    if image_column not in dataset.column_names:
+        raise ValueError(
+            f"image_column={image_column!r} is not a column of {source!r}; its columns are "
+            f"{', '.join(map(repr, dataset.column_names))}"
+        )
+    feature = dataset.features[image_column]
+    if isinstance(feature, datasets.Image):
+        return dataset
+    if path.is_file() and getattr(feature, "dtype", None) in ("string", "large_string"):
+        paths = [str(path.parent / name) for name in dataset[image_column]]
+        dataset = dataset.remove_columns(image_column).add_column(image_column, paths)
+    return dataset.cast_column(image_column, datasets.Image())
+
+
+def label_by_captions(
+    dataset: datasets.Dataset,
+    classes: Mapping[str, Sequence[str]],
+    caption_column: str = "captions",
+    votes: int = 3,
+    label_column: str = "label",
+) -> datasets.Dataset:
+    """
+    The images whose captions agree on one class, labelled with it.
+
+    A caption votes for a class if it names a word of that class and of no other; an image is of a class if at least
+    `votes` of its captions vote for it and fewer for any other.
+
+    Args:
+        dataset (`datasets.Dataset`): With a caption, or a list of captions, a row.
+        classes (mapping): Of class name to the words that name it, matched whole and in any case.
+        caption_column (`str`): Column with the captions.
+        votes (`int`): At least 1.
+        label_column (`str`): Column that is added, a `ClassLabel`.
+
+    Returns:
+        `datasets.Dataset`: The labelled rows only, in order.
+    """
+    patterns = {
+        name: re.compile(rf"\b(?:{'|'.join(map(re.escape, words))})\b", re.IGNORECASE) for name, words in classes.items()
+    }
+    names = list(classes)
+    rows, labels = [], []
+    for row, captions in enumerate(dataset[caption_column]):
+        counts = [0] * len(names)
+        for caption in [captions] if isinstance(captions, str) else captions:
+            named = [i for i, name in enumerate(names) if patterns[name].search(caption)]
+            if len(named) == 1:
+                counts[named[0]] += 1
+        best = max(range(len(names)), key=counts.__getitem__)
+        if counts[best] >= votes and counts.count(counts[best]) == 1:
+            rows.append(row)
+            labels.append(best)
+    if not rows:
+        raise ValueError(f"no row of dataset has {votes} captions that name one of the classes {', '.join(names)}")
+    labelled = dataset.select(rows)
+    label: Any = datasets.ClassLabel(names=names)
+    return labelled.add_column(label_column, labels, feature=datasets.Value("int64")).cast_column(label_column, label)

@@ -1,0 +1,321 @@
+"""What every trainer does: losses, the logit scale, logging, evaluation, bad rows, and errors before any step."""
+
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from training import make_trainer, small_model, training_log
+from transformers import BertConfig, BertModel
+
+from hf_robust_clip import (
+    AttackSuccessEvaluator,
+    CleanCLIPTrainer,
+    CLIPTrainer,
+    CLIPTrainingArguments,
+    PatchTrigger,
+    ZeroShotEvaluator,
+)
+from hf_robust_clip.data.digits import CAPTION_TEMPLATES, CLASS_NAMES, digit_processor, load_digit_pairs
+
+BOTH = pytest.mark.parametrize("cls", [CLIPTrainer, CleanCLIPTrainer])
+
+
+def evaluators(test: datasets.Dataset) -> list[Any]:
+    return [
+        ZeroShotEvaluator(test, CLASS_NAMES, CAPTION_TEMPLATES),
+        AttackSuccessEvaluator(test, PatchTrigger(size=3), "eight", CLASS_NAMES, CAPTION_TEMPLATES),
+    ]
+
+
+@BOTH
+def test_every_parameter_is_trained(cls: type[CLIPTrainer], tmp_path: Path) -> None:
+    trainer = make_trainer(cls, tmp_path, max_steps=2)
+    before = {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
+    trainer.train()
+    unchanged = [name for name, value in trainer.model.named_parameters() if torch.equal(value, before[name])]
+    # CLIP's key biases have no effect: softmax is blind to what it adds to a whole row.
+    assert [name for name in unchanged if not name.endswith("k_proj.bias")] == []
+
+
+def test_loss_is_the_models_own(tmp_path: Path) -> None:
+    trainer = make_trainer(CLIPTrainer, tmp_path)
+    model = trainer.model.eval()
+    batch = next(iter(trainer.get_eval_dataloader(trainer.train_dataset)))
+    inputs = trainer._prepare_inputs(batch)
+    ours = trainer.compute_loss(model, dict(inputs))
+    theirs = model(**{name: value for name, value in inputs.items() if name != "row_index"}, return_loss=True).loss
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("start, end", [(math.log(200), math.log(100)), (-0.5, 0.0)])
+def test_logit_scale_is_clamped(start: float, end: float, tmp_path: Path) -> None:
+    model = small_model()
+    model.logit_scale.data.fill_(start)
+    trainer = make_trainer(CLIPTrainer, tmp_path, model=model, max_steps=1, learning_rate=1e-8)
+    trainer.train()
+    assert model.logit_scale.item() == pytest.approx(end, abs=1e-6)
+
+
+def test_logit_scale_is_not_decayed(tmp_path: Path) -> None:
+    trainer = make_trainer(CLIPTrainer, tmp_path, weight_decay=0.5)
+    trainer.create_optimizer()
+    groups = [group for group in trainer.optimizer.param_groups if group["weight_decay"] > 0]
+    assert groups
+    assert all(parameter is not trainer.model.logit_scale for group in groups for parameter in group["params"])
+
+
+@pytest.mark.parametrize(
+    "cls, terms",
+    [(CLIPTrainer, ["clip_loss"]), (CleanCLIPTrainer, ["clip_loss", "unimodal_image_loss", "unimodal_text_loss"])],
+)
+def test_each_term_is_logged_and_their_sum_is_the_loss(
+    cls: type[CLIPTrainer], terms: list[str], tmp_path: Path
+) -> None:
+    trainer = make_trainer(cls, tmp_path, max_steps=4, logging_steps=2)
+    trainer.train()
+    for entry in training_log(trainer):
+        assert sum(entry[term] for term in terms) == pytest.approx(entry["loss"], rel=1e-5)
+        assert {"logit_scale", "pair_similarity"} <= entry.keys()
+    assert all(entry["pairs_per_second"] > 0 for entry in trainer.state.log_history if "loss" in entry)
+
+
+def test_weight_of_zero_leaves_plain_finetuning(tmp_path: Path) -> None:
+    trainer = make_trainer(CleanCLIPTrainer, tmp_path, max_steps=1, unimodal_weight=0.0)
+    trainer.train()
+    assert training_log(trainer)[0]["loss"] == pytest.approx(training_log(trainer)[0]["clip_loss"])
+
+
+def test_accumulation_averages_the_small_batches(tmp_path: Path) -> None:
+    # One step of SGD at rate 1 over four batches of 8 moves the weights by the mean of the four batches' gradients.
+    sgd = (torch.optim.SGD, {"lr": 1.0})
+    options: dict[str, Any] = {"rows": 32, "train_sampling_strategy": "sequential", "max_grad_norm": 0.0}
+    options |= {"lr_scheduler_type": "constant", "learning_rate": 1.0}
+    trainer = make_trainer(
+        CLIPTrainer, tmp_path, max_steps=1, gradient_accumulation_steps=4, optimizer_cls_and_kwargs=sgd, **options
+    )
+    for module in trainer.model.modules():
+        if isinstance(getattr(module, "dropout", None), float):
+            module.dropout = 0.0
+    start = copy.deepcopy(trainer.model)
+    trainer.train()
+    losses = []
+    start.train()
+    for batch in trainer.get_train_dataloader():
+        losses.append(trainer.compute_loss(start, trainer._prepare_inputs(batch)))
+    assert len(losses) == 4
+    torch.stack(losses).mean().backward()
+    for (name, moved), (_, parameter) in zip(trainer.model.named_parameters(), start.named_parameters(), strict=True):
+        if name != "logit_scale":  # clamped after the step
+            torch.testing.assert_close(parameter - moved, parameter.grad, rtol=1e-3, atol=1e-5)
+
+
+def test_evaluators_report_as_eval_metrics_and_choose_the_best_checkpoint(tmp_path: Path) -> None:
+    test = load_digit_pairs("test").select(range(40))
+    trainer = make_trainer(
+        CleanCLIPTrainer,
+        tmp_path,
+        evaluators=evaluators(test),
+        eval_dataset={"first": test, "second": test.select(range(5))},
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        load_best_model_at_end=True,
+        metric_for_best_model="attack_success_rate",
+        greater_is_better=False,
+    )
+    trainer.train()
+    evaluations = [entry for entry in trainer.state.log_history if "eval_attack_success_rate" in entry]
+    assert len(evaluations) == 3  # once an epoch, not once a dataset
+    assert trainer.state.best_metric == min(entry["eval_attack_success_rate"] for entry in evaluations)
+    metrics = trainer.evaluate()
+    names = ("clean_accuracy", "attack_success_rate", "triggered_accuracy", "trigger_distance")
+    assert {f"eval_{name}" for name in names} | {"eval_first_loss", "eval_second_loss"} <= metrics.keys()
+    assert metrics["eval_attack_success_rate"] == pytest.approx(trainer.state.best_metric)
+
+
+def test_evaluators_need_no_eval_dataset(tmp_path: Path) -> None:
+    test = load_digit_pairs("test").select(range(20))
+    trainer = make_trainer(
+        CLIPTrainer, tmp_path, evaluators=evaluators(test), eval_strategy="steps", eval_steps=4, max_steps=4
+    )
+    trainer.train()
+    assert "eval_clean_accuracy" in trainer.evaluate(metric_key_prefix="eval")
+    assert "test_clean_accuracy" in trainer.evaluate(metric_key_prefix="test")
+
+
+def test_evaluating_during_training_changes_nothing(tmp_path: Path) -> None:
+    test = load_digit_pairs("test").select(range(20))
+    plain = make_trainer(CleanCLIPTrainer, tmp_path, max_steps=4)
+    plain.train()
+    watched = make_trainer(
+        CleanCLIPTrainer,
+        tmp_path,
+        max_steps=4,
+        evaluators=evaluators(test),
+        eval_dataset=test,
+        eval_strategy="steps",
+        eval_steps=1,
+    )
+    watched.train()
+    assert training_log(plain) == training_log(watched)
+
+
+def test_eval_loss_covers_every_row_un_augmented(tmp_path: Path) -> None:
+    test = load_digit_pairs("test").select(range(11))
+    trainer = make_trainer(CleanCLIPTrainer, tmp_path, eval_dataset=test, per_device_eval_batch_size=16)
+    first, second = trainer.evaluate(), trainer.evaluate()
+    assert first["eval_loss"] == second["eval_loss"]
+    whole = next(iter(trainer.get_eval_dataloader()))
+    assert whole["pixel_values"].shape[0] == whole["input_ids"].shape[0] == 11
+
+
+def test_bfloat16_autocast_keeps_the_loss_in_float32(tmp_path: Path) -> None:
+    full = make_trainer(CleanCLIPTrainer, tmp_path, max_steps=2)
+    full.train()
+    half = make_trainer(CleanCLIPTrainer, tmp_path, max_steps=2, bf16=True)
+    half.train()
+    assert half.model.logit_scale.dtype == torch.float32
+    for one, two in zip(training_log(full), training_log(half), strict=True):
+        assert one["loss"] == pytest.approx(two["loss"], rel=2e-2)
+        assert one["loss"] != two["loss"]
+
+
+def test_iterable_dataset(tmp_path: Path) -> None:
+    stream = load_digit_pairs("train", renderings=1).select(range(40)).to_iterable_dataset(num_shards=2)
+    trainer = make_trainer(CleanCLIPTrainer, tmp_path, train_dataset=stream, max_steps=12, dataloader_num_workers=2)
+    trainer.train()
+    assert trainer.state.global_step == 12
+
+
+def test_any_columns_and_several_captions(tmp_path: Path) -> None:
+    rows = load_digit_pairs("train", renderings=1).select(range(32))
+    captions = [[caption, caption.upper()] for caption in rows["caption"]]
+    data = rows.remove_columns("caption").add_column("texts", captions).rename_column("image", "picture")
+    trainer = make_trainer(
+        CleanCLIPTrainer, tmp_path, train_dataset=data, image_column="picture", caption_column="texts", max_steps=2
+    )
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
+def test_custom_and_no_augmentation(tmp_path: Path) -> None:
+    seen: list[torch.Size] = []
+
+    def augment(images: torch.Tensor) -> torch.Tensor:
+        seen.append(images.shape)
+        return images.flip(-1)
+
+    make_trainer(CleanCLIPTrainer, tmp_path, image_augmentation=augment, max_steps=1).train()
+    assert seen == [torch.Size([8, 3, 16, 16])]
+    trainer = make_trainer(
+        CleanCLIPTrainer, tmp_path, image_augmentation="identity", text_augmentation="identity", max_steps=1
+    )
+    batch = next(iter(trainer.get_train_dataloader()))
+    trainer.model.train()
+    first, second = trainer._prepare_inputs(batch)["pixel_values"].chunk(2)
+    assert torch.equal(first, second)
+    assert torch.equal(*batch["input_ids"].chunk(2))
+
+
+def broken(rows: int = 24) -> datasets.Dataset:
+    data = load_digit_pairs("train", renderings=1).select(range(rows)).cast_column("image", datasets.Image(decode=False))
+    table = data.to_dict()
+    for row in (3, 17):
+        table["image"][row] = {"bytes": b"no image", "path": None}
+    return datasets.Dataset.from_dict(table, features=data.features).cast_column("image", datasets.Image())
+
+
+def test_bad_row_raises_and_names_it(tmp_path: Path) -> None:
+    trainer = make_trainer(CLIPTrainer, tmp_path, train_dataset=broken())
+    with pytest.raises(ValueError, match=r"row (3|17), column 'image': the image does not decode"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bad_rows_are_skipped_and_listed(workers: int, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trainer = make_trainer(
+        CLIPTrainer,
+        tmp_path,
+        train_dataset=broken(),
+        on_bad_row="skip",
+        num_train_epochs=1,
+        dataloader_num_workers=workers,
+    )
+    trainer.train()
+    assert trainer.state.global_step == 3
+    assert trainer.skipped_rows == [3, 17]
+    assert "2 unusable rows of train_dataset were skipped: 3, 17" in caplog.text
+
+
+def test_peft_trains_adapters_only(tmp_path: Path) -> None:
+    from peft import LoraConfig
+
+    trainer = make_trainer(
+        CleanCLIPTrainer, tmp_path, peft_config=LoraConfig(target_modules=["q_proj", "v_proj"]), max_steps=2
+    )
+    before = {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
+    trainer.train()
+    changed = {name for name, value in trainer.model.named_parameters() if not torch.equal(value, before[name])}
+    assert changed
+    assert all("lora_" in name for name in changed)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"image_column": "picture"}, r"image_column='picture' is not a column of train_dataset.*'image'"),
+        ({"caption_column": "label"}, r"caption_column='label' of train_dataset must hold strings"),
+        ({"train_dataset": datasets.Dataset.from_dict({"image": [], "caption": []})}, "train_dataset is empty"),
+        ({"rows": 5}, "train_dataset has 5 rows, fewer than one batch of 8"),
+        ({"model": BertModel(BertConfig(num_hidden_layers=1))}, "BertModel has no get_image_features"),
+        ({"processing_class": None}, "processing_class is None"),
+        ({"image_augmentation": "cubist"}, "preset must be one of 'identity'.*'cubist'"),
+        ({"text_augmentation": "poem"}, "text augmentation preset 'poem'"),
+        ({"image_preset": "cubist"}, "image_preset must be one of.*'cubist'"),
+        ({"text_preset": "poem"}, "text_preset must be one of.*'poem'"),
+        ({"on_bad_row": "ignore"}, "on_bad_row must be one of 'raise', 'skip', but is 'ignore'"),
+        ({"max_logit_scale": 0.5}, "max_logit_scale must be at least 1"),
+        ({"max_length": 1}, "max_length must be None or at least 2"),
+        ({"unimodal_weight": -1.0}, "unimodal_weight must be at least 0"),
+    ],
+)
+def test_bad_arguments_are_refused_before_training(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_trainer(CleanCLIPTrainer, tmp_path, **change)
+
+
+def test_views_of_a_foreign_collator_are_checked(tmp_path: Path) -> None:
+    from hf_robust_clip import CLIPDataCollator
+
+    trainer = CleanCLIPTrainer(
+        small_model(),
+        args=make_trainer(CleanCLIPTrainer, tmp_path).args,
+        data_collator=CLIPDataCollator(digit_processor()),
+        train_dataset=load_digit_pairs("train", renderings=1).select(range(16)),
+        processing_class=digit_processor(),
+    )
+    trainer.args.per_device_train_batch_size = 8
+    with pytest.raises(ValueError, match="give it views="):
+        trainer.train()
+
+
+def test_stock_training_arguments_are_refused(tmp_path: Path) -> None:
+    from transformers import TrainingArguments
+
+    with pytest.raises(ValueError, match="args must be a CLIPTrainingArguments"):
+        CLIPTrainer(small_model(), TrainingArguments(str(tmp_path)), processing_class=digit_processor())
+
+
+def test_help_of_every_argument_formats() -> None:
+    from transformers import HfArgumentParser
+
+    from hf_robust_clip import CleanCLIPTrainingArguments
+
+    for arguments in (CLIPTrainingArguments, CleanCLIPTrainingArguments):
+        text = HfArgumentParser(arguments).format_help()
+        assert "--image_preset" in text

@@ -1,0 +1,123 @@
+"""Any dual encoder of transformers trains: tiny random models of five families take CleanCLIP steps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from training import make_trainer, training_log
+from transformers import (
+    AltCLIPConfig,
+    AltCLIPModel,
+    BertConfig,
+    ChineseCLIPConfig,
+    ChineseCLIPModel,
+    PreTrainedTokenizerFast,
+    SiglipConfig,
+    SiglipModel,
+    VisionTextDualEncoderModel,
+    ViTConfig,
+)
+
+from hf_robust_clip import CleanCLIPTrainer, ZeroShotEvaluator
+from hf_robust_clip.data.digits import CAPTION_TEMPLATES, CLASS_NAMES, digit_processor, load_digit_pairs
+from hf_robust_clip.models import longest_caption
+
+SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+VISION = {**SMALL, "image_size": 16, "patch_size": 8}
+TEXT = {**SMALL, "vocab_size": 700, "max_position_embeddings": 16}
+
+
+def clip() -> Any:
+    from training import small_model
+
+    return small_model()
+
+
+def siglip() -> Any:
+    return SiglipModel(SiglipConfig(text_config=TEXT, vision_config=VISION))
+
+
+def altclip() -> Any:
+    # XLM-RoBERTa numbers positions from behind the padding token's number.
+    text = {**TEXT, "max_position_embeddings": 18, "project_dim": 16, "pad_token_id": 1}
+    return AltCLIPModel(AltCLIPConfig(text_config=text, vision_config={**VISION, "projection_dim": 16}, projection_dim=16))
+
+
+def chinese_clip() -> Any:
+    return ChineseCLIPModel(ChineseCLIPConfig(text_config=TEXT, vision_config=VISION, projection_dim=16))
+
+
+def vision_text_dual_encoder() -> Any:
+    from transformers import VisionTextDualEncoderConfig
+
+    return VisionTextDualEncoderModel(
+        VisionTextDualEncoderConfig.from_vision_text_configs(ViTConfig(**VISION), BertConfig(**TEXT), projection_dim=16)
+    )
+
+
+def processor_for(model: Any) -> Any:
+    """The digits' processor, with the token type numbers that BERT's tokenizers return where the model takes them."""
+    processor = digit_processor()
+    if model.config.model_type in ("chinese_clip", "vision-text-dual-encoder"):
+        backend = processor.tokenizer.backend_tokenizer
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=backend,
+            model_max_length=16,
+            pad_token="<|endoftext|>",
+            bos_token="<|startoftext|>",
+            eos_token="<|endoftext|>",
+            model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+        )
+        return SimpleNamespace(tokenizer=tokenizer, image_processor=processor.image_processor)
+    return processor
+
+
+@pytest.mark.parametrize("family", [clip, siglip, altclip, chinese_clip, vision_text_dual_encoder])
+def test_family_trains_and_evaluates(family: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = family()
+    processor = processor_for(model)
+    test = load_digit_pairs("test").select(range(10))
+    trainer = make_trainer(
+        CleanCLIPTrainer,
+        tmp_path,
+        model=model,
+        processing_class=processor,
+        evaluators=[ZeroShotEvaluator(test, CLASS_NAMES, CAPTION_TEMPLATES)],
+        eval_dataset=test,
+        max_steps=3,
+    )
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    trainer.train()
+    changed = [name for name, value in model.named_parameters() if not torch.equal(value, before[name])]
+    assert "logit_scale" in changed
+    assert any("text" in name for name in changed)
+    assert any("vision" in name for name in changed)
+    assert all(torch.isfinite(torch.tensor(entry["loss"])) for entry in training_log(trainer))
+    metrics = trainer.evaluate()
+    assert 0 <= metrics["eval_clean_accuracy"] <= 1
+    assert metrics["eval_loss"] > 0
+    assert longest_caption(model, processor.tokenizer) == 16
+
+
+def test_evaluator_embeds_as_the_forward_pass_does() -> None:
+    from hf_robust_clip.evaluation.embedding import Embedder
+
+    test = load_digit_pairs("test").select(range(6))
+    for family in (clip, siglip, altclip, chinese_clip, vision_text_dual_encoder):
+        torch.manual_seed(0)
+        model = family().eval()
+        processor = processor_for(model)
+        embedder = Embedder(model, processor)
+        images, texts = embedder.embed_images(test), embedder.embed_texts(list(test["caption"]))
+        pixels = processor.image_processor(list(test["image"]), return_tensors="pt")["pixel_values"]
+        padding = "max_length" if model.config.model_type == "siglip" else True
+        tokens = processor.tokenizer(list(test["caption"]), padding=padding, max_length=16, return_tensors="pt")
+        with torch.no_grad():
+            outputs = model(pixel_values=pixels, **tokens)
+        torch.testing.assert_close(images, outputs.image_embeds, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(texts, outputs.text_embeds, rtol=1e-4, atol=1e-5)
