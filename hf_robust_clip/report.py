@@ -107,8 +107,8 @@ def findings(results: Mapping[str, Any]) -> list[Finding]:
     if before < TAKEN:
         found.append(
             Finding(
-                f"The attack did not take: with {poisons}, only {before:.1%} of {attacked} triggered images are called "
-                f"“{target}” before any defence. What follows proves nothing about one.",
+                f"The attack did not take: with {poisons}, only {before:.1%} of {attacked} triggered images are "
+                f"called “{target}” before any defence. What follows proves nothing about one.",
                 "warning",
             )
         )
@@ -209,7 +209,7 @@ def _themed(draw: Any) -> dict[str, str]:
 
     images = {}
     for theme, colours in _THEMES.items():
-        settings: dict[str, Any] = {
+        settings: Any = {
             **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), colours["text"]),
             **dict.fromkeys(("grid.color", "axes.edgecolor"), colours["grid"]),
             **{"font.size": 9, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False},
@@ -260,7 +260,7 @@ def _draw_embeddings(
     from matplotlib.figure import Figure
     from sklearn.decomposition import PCA
 
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    figure = Figure(figsize=(9, 4), layout="constrained")
     # On one scale, or a model that the trigger hardly moves would look like one that it moves far.
     panels = figure.subplots(1, len(MODELS), sharex=True, sharey=True)
     for panel, (model, title) in zip(panels, MODELS.items(), strict=True):
@@ -277,11 +277,11 @@ def _draw_embeddings(
             panel.scatter(x, y, s=13, marker=marker, lw=0.9, alpha=0.6, color=colours[colour], label=label)
         shares = plane.explained_variance_ratio_
         panel.set_title(title, loc="left")
-        panel.set_xlabel(f"component 1 ({shares[0]:.0%})")
-        panel.set_ylabel(f"component 2 ({shares[1]:.0%})")
+        panel.set_xlabel(f"component 1 ({shares[0]:.0%}) across, 2 ({shares[1]:.0%}) up")
         panel.set_box_aspect(1)
-    panels[0].set_xlim(-1.1, 1.1)
-    panels[0].set_ylim(-1.1, 1.1)
+    reach = 1.04 * max(abs(limit) for limit in (*panels[0].get_xlim(), *panels[0].get_ylim()))
+    panels[0].locator_params(nbins=5)
+    panels[0].set(xlim=(-reach, reach), ylim=(-reach, reach))
     handles, labels = panels[0].get_legend_handles_labels()
     legend = figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, markerscale=1.6)
     for handle in legend.legend_handles:

@@ -1,4 +1,4 @@
-"""`hf-robust-clip demo`: poison a small CLIP, fine-tune it plainly and with CleanCLIP, and report what became of it."""
+"""`hf-robust-clip demo`: poison a small CLIP, fine-tune it plainly and with CleanCLIP, report what became of it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Recipe:
 
 
 #: Every part of the demo in a fraction of the time; the models are hardly trained, so the figures mean little.
-QUICK = Recipe(renderings=1, pretrain_epochs=6, finetune_epochs=2, poison_rate=0.1, warmup_steps=20)
+QUICK = Recipe(renderings=1, pretrain_epochs=5, finetune_epochs=2, poison_rate=0.1, warmup_steps=20)
 
 #: The triggers on offer, with what suits digits of 16 x 16 pixels.
 TRIGGERS: dict[str, dict[str, Any]] = {

@@ -23,7 +23,7 @@ from ..evaluation.embedding import Embedder
 from ..evaluation.zero_shot import ZeroShotEvaluator, class_embeddings
 from ..report import MODELS, Example, ModelEmbeddings, PoisonedPair
 from ..trainers.arguments import CleanCLIPTrainingArguments, CLIPTrainingArguments
-from ..trainers.base import CLIPTrainer
+from ..trainers.base import CLIPTrainer, Evaluator
 from ..trainers.cleanclip import CleanCLIPTrainer
 from .demo import CLEAN_SEED_OFFSET, MANIFEST, REPORT, RESULTS, TARGET, TRIGGERS, Recipe
 from .output import say, write_json
@@ -57,7 +57,7 @@ class Demo:
         self.is_target = np.asarray(self.test["label"]) == CLASS_NAMES.index(TARGET)  # (N,)
         self.processor = digit_processor()
         self.attack = AttackSuccessEvaluator(self.test, trigger, TARGET, CLASS_NAMES, CAPTION_TEMPLATES)
-        self.evaluators = [ZeroShotEvaluator(self.test, CLASS_NAMES, CAPTION_TEMPLATES), self.attack]
+        self.evaluators: list[Evaluator] = [ZeroShotEvaluator(self.test, CLASS_NAMES, CAPTION_TEMPLATES), self.attack]
         self.manifest: dict[str, Any] = {}
         self.pairs: list[PoisonedPair] = []
         self.figures: dict[str, dict[str, float]] = {}
@@ -144,7 +144,9 @@ class Demo:
             "train_dataset": pairs,
             "processing_class": self.processor,
             "evaluators": self.evaluators,
-            "callbacks": [TrainingBar("  training", {"eval_clean_accuracy": "clean", "eval_attack_success_rate": "ASR"})],
+            "callbacks": [
+                TrainingBar("  training", {"eval_clean_accuracy": "clean", "eval_attack_success_rate": "ASR"})
+            ],
         }
         if name == "cleanclip":
             args = CleanCLIPTrainingArguments(**settings, text_preset=recipe.text_preset)

@@ -19,7 +19,7 @@ def prepare_output_dir(folder: Path, files: Iterable[str] = (), folders: Iterabl
         files, folders (iterable of `str`): Names that will be written there.
 
     Raises:
-        `ValueError`: If it is a file or cannot be written to, or if there is a folder of a file's name, or the reverse.
+        `ValueError`: If it is a file or cannot be written to, or if there is a folder of a file's name or the reverse.
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--output-dir: {folder} is a file; give the name of a folder")
@@ -60,8 +60,8 @@ def say(line: str = "") -> None:
 def format_table(rows: Sequence[Sequence[str]]) -> list[str]:
     """Lines of a table: the first column to the left, the others to the right, a rule under the first row."""
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(row, widths)))
-        for row in rows
-    ]
+    lines = []
+    for row in rows:
+        others = (cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))
+        lines.append("  ".join([row[0].ljust(widths[0]), *others]))
     return [lines[0], "-" * len(lines[0]), *lines[1:]]
