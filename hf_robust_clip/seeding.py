@@ -19,8 +19,15 @@ def derive_seed(*keys: int) -> int:
 
     Args:
         *keys (`int`): Each in `[-2**63, 2**63)`, for example `(seed, epoch, row)`.
+
+    Raises:
+        `ValueError`: If a key is no integer of 64 bits.
     """
-    digest = hashlib.blake2b(struct.pack(f"<{len(keys)}q", *keys), digest_size=8).digest()
+    try:
+        packed = struct.pack(f"<{len(keys)}q", *keys)
+    except struct.error as error:
+        raise ValueError(f"the keys of a seed must be 64-bit integers, but are {keys!r}") from error
+    digest = hashlib.blake2b(packed, digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 

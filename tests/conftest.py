@@ -7,15 +7,15 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
 
-from collections.abc import Callable  # noqa: E402
+from collections.abc import Callable
 
-import datasets  # noqa: E402
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from transformers import CLIPModel, CLIPProcessor  # noqa: E402
+import datasets
+import pytest
+import torch
+from transformers import CLIPModel, CLIPProcessor
 
-from hf_robust_clip.data.digits import digit_processor, load_digit_pairs  # noqa: E402
-from hf_robust_clip.data.scratch import build_model  # noqa: E402
+from hf_robust_clip.data.digits import digit_processor, load_digit_pairs
+from hf_robust_clip.data.scratch import build_model
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Several workers with a thread for each core each would only wait for one another.

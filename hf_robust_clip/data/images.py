@@ -168,6 +168,7 @@ class ImagePreprocessor:
 
     def __init__(self, image_processor: Any) -> None:
         self.image_processor = image_processor
+        self._unchanged = _size_left_alone(image_processor)
 
     def __call__(self, images: Sequence[Image.Image]) -> torch.Tensor:
         """
@@ -177,6 +178,9 @@ class ImagePreprocessor:
         Returns:
             `torch.Tensor` of shape `(B, 3, H, W)`, uint8.
         """
+        if all(image.size == self._unchanged for image in images):
+            # Resizing and cropping to the size that they have: a third of the time of a small model's step.
+            return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2).contiguous()
         pixels = self.image_processor(list(images), do_rescale=False, do_normalize=False, return_tensors="pt")
         pixels = pixels["pixel_values"]
         if pixels.dtype != torch.uint8:
@@ -205,3 +209,16 @@ class ImagePreprocessor:
         factor = self.image_processor.rescale_factor if self.image_processor.do_rescale else 1.0
         white = 255 * float(factor)
         return 1.0 if abs(white - 1) < 1e-6 else white
+
+
+def _size_left_alone(image_processor: Any) -> tuple[int, int] | None:
+    """Width and height of the images that an image processor leaves as they are, if there is such a size."""
+    size = dict(getattr(image_processor, "size", None) or {})
+    width, height = (size.get(name, size.get("shortest_edge")) for name in ("width", "height"))
+    if width is None or height is None:
+        return None
+    # Tried, not read off its settings: it may crop, pad, cut into patches or swap channels as well.
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    kept = image_processor([Image.fromarray(pixels)], do_rescale=False, do_normalize=False, return_tensors="pt")
+    same = np.array_equal(np.asarray(kept["pixel_values"]), pixels.transpose(2, 0, 1)[None])
+    return (width, height) if same else None

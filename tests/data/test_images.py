@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import ExifTags, Image, ImageCms, ImageOps
+from transformers import CLIPImageProcessor, SiglipImageProcessor
 
 from hf_robust_clip.data.images import ImagePreprocessor, decode_image
 
@@ -228,6 +229,8 @@ def test_other_modes_with_alpha_lie_over_white(mode: str):
     grey = colours()[..., 0]
     plain = Image.merge("LA", [Image.fromarray(grey), Image.fromarray(alpha)])
     image = plain.convert({"RGBa": "RGBA", "La": "LA", "PA": "PA"}[mode]).convert(mode)
+    if mode == "PA":
+        image.putalpha(Image.fromarray(alpha))  # Pillow's conversion from LA drops it
     expected = over_white(np.repeat(grey[..., None], 3, axis=2), alpha)
     np.testing.assert_array_equal(decoded(image), expected)
 
@@ -341,9 +344,7 @@ def test_which_axis_holds_the_channels_of_an_ambiguous_array():
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    height=st.integers(1, 6), width=st.integers(1, 6), channels=st.sampled_from([1, 3]), seed=st.integers(0, 1000)
-)
+@given(height=st.integers(1, 6), width=st.integers(1, 6), channels=st.sampled_from([1, 3]), seed=st.integers(0, 1000))
 def test_arrays_of_any_small_size(height: int, width: int, channels: int, seed: int):
     pixels = colours(seed, height, width, channels)
     expected = np.broadcast_to(pixels, (height, width, 3))
@@ -424,6 +425,7 @@ def test_an_orientation_that_does_not_exist_changes_nothing(orientation: int):
     np.testing.assert_array_equal(decoded(encode(Image.fromarray(pixels), exif=exif)), pixels)
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 def test_exif_data_that_cannot_be_read_count_as_none():
     pixels = colours()
     image = Image.fromarray(pixels)
@@ -505,13 +507,16 @@ def test_a_decompression_bomb_is_a_value_error(monkeypatch: pytest.MonkeyPatch):
         decode_image(encode(Image.fromarray(colours())))
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_tampered_files_decode_or_raise_value_errors(data: st.DataObject):
     format = data.draw(st.sampled_from(["PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP"]))
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6
-    file = bytearray(encode(Image.fromarray(colours()), format, **({} if format in ("GIF", "BMP") else {"exif": exif})))
+    file = bytearray(
+        encode(Image.fromarray(colours()), format, **({} if format in ("GIF", "BMP") else {"exif": exif}))
+    )
     for _ in range(data.draw(st.integers(1, 4))):
         file[data.draw(st.integers(0, len(file) - 1))] = data.draw(st.integers(0, 255))
     try:
@@ -541,5 +546,33 @@ def test_an_image_processor_that_returns_floats_is_refused():
         def __call__(self, images, **kwargs):
             return {"pixel_values": torch.zeros(len(images), 3, 4, 4)}
 
-    with pytest.raises(TypeError, match="Floats returns torch.float32"):
+    with pytest.raises(TypeError, match=r"Floats returns torch.float32"):
         ImagePreprocessor(Floats())([Image.new("RGB", (4, 4))])
+
+
+def test_images_that_need_no_resizing_are_what_the_image_processor_makes_of_them():
+    crop = {"height": 16, "width": 16}
+
+    class Swapping(CLIPImageProcessor):
+        """Makes no other size, but blue of red."""
+
+        def __call__(self, images, **kwargs):
+            batch = super().__call__(images, **kwargs)
+            batch["pixel_values"] = batch["pixel_values"].flip(1)
+            return batch
+
+    sixteen = Image.fromarray(colours(height=16, width=16))
+    for image_processor in (
+        CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=crop),
+        CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 12, "width": 12}),
+        CLIPImageProcessor(size={"shortest_edge": 20}, crop_size=crop),
+        CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=crop, do_resize=False),
+        CLIPImageProcessor(size={"height": 16, "width": 16}, crop_size=crop, do_center_crop=False),
+        SiglipImageProcessor(size={"height": 16, "width": 16}),
+        SiglipImageProcessor(size={"height": 16, "width": 8}),
+        Swapping(size={"shortest_edge": 16}, crop_size=crop),
+    ):
+        expected = image_processor([sixteen] * 2, do_rescale=False, do_normalize=False, return_tensors="pt")
+        pixels = ImagePreprocessor(image_processor)([sixteen] * 2)
+        assert pixels.dtype == torch.uint8 and pixels.is_contiguous()
+        assert torch.equal(pixels, expected["pixel_values"])

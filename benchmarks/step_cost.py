@@ -1,0 +1,189 @@
+"""
+What a training step costs: a bare PyTorch loop, the stock `Trainer`, `CLIPTrainer` and `CleanCLIPTrainer`, on the same
+raw rows, the same model and the same batches, taking turns within one process.
+
+    python benchmarks/step_cost.py [--json FILE]
+
+Only ratios mean anything across machines. Each round trains every contender for some steps, in turn and in a rotating
+order, and gives one ratio a pair; the ratios reported are the medians over rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import datasets
+import numpy as np
+import torch
+import transformers
+from torch.utils.data import DataLoader
+from transformers import CLIPModel, CLIPProcessor, Trainer, TrainingArguments
+
+import hf_robust_clip
+from hf_robust_clip import CleanCLIPTrainer, CleanCLIPTrainingArguments, CLIPTrainer, CLIPTrainingArguments
+from hf_robust_clip.data.scratch import build_model, build_processor
+
+CAPTIONS = ["a dog runs over the wet snow", "two children play on a beach", "a man climbs a steep rock face"]
+RATIOS = {
+    "stock_trainer_over_bare_loop": ("stock_trainer", "bare_loop"),
+    "clip_over_stock_trainer": ("clip", "stock_trainer"),
+    "cleanclip_over_clip": ("cleanclip", "clip"),
+}
+
+
+def make_rows(count: int, size: int) -> datasets.Dataset:
+    """Images of random texture, stored as JPEG, with short captions."""
+    rng = np.random.default_rng(0)
+    images = [rng.integers(0, 255, (size, size, 3), dtype=np.uint8) for _ in range(count)]
+    rows = {"image": images, "caption": [CAPTIONS[i % len(CAPTIONS)] for i in range(count)]}
+    features = datasets.Features({"image": datasets.Image(), "caption": datasets.Value("string")})
+    return datasets.Dataset.from_dict(rows, features=features)
+
+
+def stock_collator(processor: CLIPProcessor) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
+    """What one writes for the stock Trainer: the processor on images and captions, and `return_loss`."""
+
+    def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = processor(
+            images=[row["image"] for row in rows],
+            text=[row["caption"] for row in rows],
+            padding=True,
+            truncation=True,
+            return_tensors="pt",
+        )
+        return {**batch, "return_loss": True}
+
+    return collate
+
+
+def bare_loop(model: CLIPModel, processor: CLIPProcessor, rows: datasets.Dataset, batch: int) -> Callable[[], None]:
+    """The least that trains: loader, forward, backward, clipping, AdamW."""
+    loader = DataLoader(rows, batch_size=batch, shuffle=True, drop_last=True, collate_fn=stock_collator(processor))  # type: ignore[arg-type]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+
+    def run() -> None:
+        model.train()
+        for inputs in loader:
+            model(**inputs).loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return run
+
+
+def contenders(
+    model: CLIPModel, processor: CLIPProcessor, rows: datasets.Dataset, batch: int, output: str
+) -> dict[str, Callable[[], Any]]:
+    """One epoch over the rows for each contender, each with its own copy of the model."""
+    common: dict[str, Any] = {
+        "output_dir": output,
+        "per_device_train_batch_size": batch,
+        "num_train_epochs": 1,
+        "learning_rate": 1e-5,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "logging_steps": 10_000,
+    }
+    stock = Trainer(
+        copy.deepcopy(model),
+        TrainingArguments(**common, dataloader_drop_last=True, remove_unused_columns=False),
+        data_collator=stock_collator(processor),
+        train_dataset=rows,
+    )
+    ours: dict[str, Any] = {"train_dataset": rows, "processing_class": processor}
+    clip = CLIPTrainer(copy.deepcopy(model), CLIPTrainingArguments(**common), **ours)
+    cleanclip = CleanCLIPTrainer(copy.deepcopy(model), CleanCLIPTrainingArguments(**common), **ours)
+    return {
+        "bare_loop": bare_loop(copy.deepcopy(model), processor, rows, batch),
+        "stock_trainer": stock.train,
+        "clip": clip.train,
+        "cleanclip": cleanclip.train,
+    }
+
+
+def measure(runs: dict[str, Callable[[], Any]], rounds: int, steps: int) -> dict[str, list[float]]:
+    """Seconds a step of every contender in every round."""
+    names = list(runs)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for run in runs.values():  # lazy imports, thread pools, allocator
+        run()
+    for number in range(rounds):
+        shift = number % len(names)
+        for name in names[shift:] + names[:shift]:
+            start = time.perf_counter()
+            runs[name]()
+            seconds[name].append((time.perf_counter() - start) / steps)
+        print(f"round {number + 1}/{rounds}: " + ", ".join(f"{n} {seconds[n][-1] * 1e3:.0f} ms" for n in names))
+    return seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--json", type=Path, help="file to write the results to")
+    parser.add_argument("--rounds", type=int, default=8, help="rounds measured (default: 8)")
+    parser.add_argument("--steps", type=int, default=6, help="steps of each contender in a round (default: 6)")
+    parser.add_argument("--batch", type=int, default=32, help="batch size (default: 32)")
+    parser.add_argument("--image-size", type=int, default=64, help="side of the images in pixels (default: 64)")
+    options = parser.parse_args()
+    transformers.utils.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    # About 0.8 MFLOP a pixel and training step, between ViT-B/32 (0.5) and ViT-B/16 (2.1) at 224 px, so that what the
+    # data cost weighs here as it does in use.
+    processor = build_processor(CAPTIONS, image_size=options.image_size)
+    model = build_model(
+        processor,
+        patch_size=16,
+        vision_width=512,
+        vision_layers=10,
+        text_width=256,
+        text_layers=4,
+        projection_dim=256,
+    )
+    rows = make_rows(options.batch * options.steps, options.image_size)
+    with tempfile.TemporaryDirectory() as output:
+        runs = contenders(model, processor, rows, options.batch, output)
+        seconds = measure(runs, options.rounds, options.steps)
+    ratios = {
+        name: statistics.median(a / b for a, b in zip(seconds[above], seconds[below], strict=True))
+        for name, (above, below) in RATIOS.items()
+    }
+    result = {
+        "ratios": ratios,
+        "milliseconds_per_step": {name: [round(value * 1e3, 2) for value in times] for name, times in seconds.items()},
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "batch": options.batch,
+        "image_size": options.image_size,
+        "steps_per_round": options.steps,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "python": platform.python_version(),
+            "hf_robust_clip": hf_robust_clip.__version__,
+            **{module.__name__: module.__version__ for module in (torch, transformers, accelerate, datasets)},
+        },
+        "command": " ".join(["python", "benchmarks/step_cost.py", *sys.argv[1:]]),
+    }
+    for name, times in seconds.items():
+        print(f"{name:>14}: {statistics.median(times) * 1e3:7.1f} ms a step")
+    for name, ratio in ratios.items():
+        print(f"{name:>30}: {ratio:.3f}")
+    if options.json is not None:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

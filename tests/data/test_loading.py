@@ -1,0 +1,91 @@
+"""Pairs load from files and folders of every kind, and captions give labels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import datasets
+import pytest
+
+from hf_robust_clip.data.loading import label_by_captions, load_pairs
+
+
+@pytest.fixture
+def images(pairs: datasets.Dataset, tmp_path: Path) -> list[str]:
+    names = [f"{i}.png" for i in range(4)]
+    for i, name in enumerate(names):
+        pairs[i]["image"].save(tmp_path / name)
+    return names
+
+
+def check(dataset: datasets.Dataset, pairs: datasets.Dataset) -> None:
+    assert isinstance(dataset.features["image"], datasets.Image)
+    assert list(dataset["caption"]) == list(pairs["caption"])[: len(dataset)]
+    assert all(dataset[i]["image"].tobytes() == pairs[i]["image"].tobytes() for i in range(len(dataset)))
+
+
+def test_parquet_file_and_folder(pairs: datasets.Dataset, tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    pairs.select(range(4)).to_parquet(folder / "train.parquet")
+    pairs.select(range(2)).to_parquet(folder / "validation.parquet")
+    check(load_pairs(str(folder / "train.parquet")), pairs)
+    assert len(load_pairs(str(folder))) == 4
+    assert len(load_pairs(str(folder), split="validation")) == 2
+
+
+def test_saved_to_disk(pairs: datasets.Dataset, tmp_path: Path) -> None:
+    pairs.select(range(3)).save_to_disk(tmp_path / "plain")
+    datasets.DatasetDict(train=pairs.select(range(4))).save_to_disk(tmp_path / "splits")
+    check(load_pairs(str(tmp_path / "plain")), pairs)
+    check(load_pairs(str(tmp_path / "splits")), pairs)
+    with pytest.raises(ValueError, match="split='test' is not in .* its splits are train"):
+        load_pairs(str(tmp_path / "splits"), split="test")
+
+
+@pytest.mark.parametrize("suffix, delimiter", [(".csv", ","), (".tsv", "\t")])
+def test_table_with_paths_beside_it(
+    suffix: str, delimiter: str, images: list[str], pairs: datasets.Dataset, tmp_path: Path
+) -> None:
+    lines = [delimiter.join(("image", "caption"))]
+    lines += [delimiter.join((name, pairs[i]["caption"])) for i, name in enumerate(images)]
+    table = tmp_path / f"pairs{suffix}"
+    table.write_text("\n".join(lines) + "\n")
+    check(load_pairs(str(table)), pairs)
+
+
+def test_folder_of_images_with_captions(images: list[str], pairs: datasets.Dataset, tmp_path: Path) -> None:
+    lines = ["file_name,caption", *(f"{name},{pairs[i]['caption']}" for i, name in enumerate(images))]
+    (tmp_path / "metadata.csv").write_text("\n".join(lines) + "\n")
+    check(load_pairs(str(tmp_path)), pairs)
+
+
+def test_what_cannot_load_is_named(pairs: datasets.Dataset, tmp_path: Path) -> None:
+    (tmp_path / "pairs.xlsx").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"is a \.xlsx file; accepted: \.parquet"):
+        load_pairs(str(tmp_path / "pairs.xlsx"))
+    pairs.select(range(2)).to_parquet(tmp_path / "pairs.parquet")
+    with pytest.raises(ValueError, match="image_column='photo' is not a column"):
+        load_pairs(str(tmp_path / "pairs.parquet"), image_column="photo")
+
+
+def test_labels_by_captions() -> None:
+    dataset = datasets.Dataset.from_dict(
+        {
+            "captions": [
+                ["A dog.", "Two DOGS run", "a puppy"],  # three votes for dog
+                ["a dog", "a dog in snow", "a dog"],  # a caption that names two classes does not vote
+                ["snow", "snow", "snowy"],  # "snowy" is another word
+                ["hotdogs", "dogsled", "a dogma"],  # only whole words count
+                ["snow", "Snow!", "snow-covered"],
+            ],
+            "id": [0, 1, 2, 3, 4],
+        }
+    )
+    classes = {"dog": ["dog", "dogs", "puppy"], "snow": ["snow"]}
+    labelled = label_by_captions(dataset, classes)
+    assert list(labelled["id"]) == [0, 4]
+    assert [labelled.features["label"].int2str(label) for label in labelled["label"]] == ["dog", "snow"]
+    assert list(label_by_captions(dataset, classes, votes=2)["id"]) == [0, 1, 2, 4]
+    with pytest.raises(ValueError, match="no row of dataset has 3 captions that name one of the classes cat"):
+        label_by_captions(dataset, {"cat": ["cat"]})

@@ -1,0 +1,137 @@
+"""The floors of the house: what may import what, and what importing the package costs."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+import hf_robust_clip
+
+PACKAGE = Path(hf_robust_clip.__file__).parent
+
+#: From the ground up: a module imports from its own floor and from those below.
+FLOORS: tuple[frozenset[str], ...] = (
+    frozenset({"losses", "distributed", "pool", "mixture", "seeding", "augment"}),
+    frozenset({"attacks"}),
+    frozenset({"models", "data", "evaluation"}),
+    frozenset({"callbacks", "cards", "report"}),
+    frozenset({"trainers"}),
+    frozenset({"cli"}),
+)
+FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
+
+MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+identified = pytest.mark.parametrize("path", MODULES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
+
+
+def part(path: Path) -> str:
+    """The top-level module or package that a file belongs to."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def nodes(path: Path, inside_functions: bool) -> Iterator[ast.Import | ast.ImportFrom]:
+    """The import statements of a file, without those for type checkers only."""
+
+    def walk(node: ast.AST) -> Iterator[ast.Import | ast.ImportFrom]:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.Import | ast.ImportFrom):
+                yield child
+            elif isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+                for other in child.orelse:
+                    yield from walk(other)
+            elif inside_functions or not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+                yield from walk(child)
+
+    yield from walk(ast.parse(path.read_text(encoding="utf-8")))
+
+
+def imported(path: Path, inside_functions: bool = True) -> Iterator[str]:
+    """Full dotted names: of modules for `import`, of modules and what is taken from them for `from ... import`."""
+    package = (PACKAGE.name, *path.relative_to(PACKAGE).parts[:-1])
+    for node in nodes(path, inside_functions):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        else:
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+@identified
+def test_imports_go_down(path: Path):
+    own = part(path)
+    assert own in FLOOR, f"{own} has no floor yet: add it to FLOORS"
+    for name in imported(path):
+        package, *rest = name.split(".")
+        if package == PACKAGE.name and rest and rest[0] != "__version__":
+            assert FLOOR[rest[0]] <= FLOOR[own], f"{own} must not import {name}"
+
+
+@identified
+def test_the_ground_floor_needs_neither_transformers_nor_datasets(path: Path):
+    if FLOOR[part(path)] > 0:
+        return
+    roots = {name.split(".")[0] for name in imported(path, inside_functions=False)}
+    assert not roots & {"transformers", "datasets", "accelerate", "peft", "evaluate"}
+
+
+@identified
+def test_only_the_upper_floors_know_the_trainer(path: Path):
+    if part(path) in ("trainers", "callbacks", "cli"):
+        return
+    known = [name for name in imported(path) if name.startswith("transformers.") and "Train" in name.split(".")[-1]]
+    assert not known
+
+
+def run(command: str) -> str:
+    result = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_importing_the_package_alone_is_cheap():
+    heavy = ("torch", "transformers", "datasets", "numpy", "PIL", "sklearn", "kornia", "nlpaug")
+    loaded = run(f"import sys, hf_robust_clip; print([name for name in {heavy} if name in sys.modules])")
+    assert loaded.strip() == "[]"
+
+
+def test_the_ground_floor_imports_without_transformers_and_datasets():
+    names = [f"hf_robust_clip.{path.relative_to(PACKAGE).as_posix()}" for path in MODULES if FLOOR[part(path)] == 0]
+    modules = [name.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for name in names]
+    run(
+        "import sys, importlib\n"
+        "sys.modules.update(transformers=None, datasets=None, accelerate=None)\n"
+        f"for name in {modules}: importlib.import_module(name)"
+    )
+
+
+@pytest.mark.parametrize("name", hf_robust_clip.__all__)
+def test_every_public_name_resolves(name: str):
+    value = getattr(hf_robust_clip, name)
+    assert value is not None
+    if name != "__version__":
+        assert value.__name__ == name and value.__doc__
+        # One object, whichever way it is imported.
+        assert getattr(import_module(value.__module__), name) is value
+
+
+def test_public_names_are_listed_and_others_are_refused():
+    assert set(hf_robust_clip.__all__) <= set(dir(hf_robust_clip))
+    assert sorted(hf_robust_clip.__all__[:-1]) == hf_robust_clip.__all__[:-1]
+    with pytest.raises(AttributeError, match="has no attribute 'NoSuchTrainer'"):
+        hf_robust_clip.NoSuchTrainer  # noqa: B018
+    with pytest.raises(ImportError):
+        from hf_robust_clip import NoSuchTrainer  # noqa: F401
+
+
+def test_names_that_transformers_owns_are_not_taken():
+    taken = {"CLIPConfig", "RoCLIPConfig", "CLIPModel", "CLIPProcessor"}
+    for path in MODULES:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        defined = {node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
+        assert not defined & taken
+        assert path.stem not in ("datasets", "evaluate", "utils")

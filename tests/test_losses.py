@@ -1,0 +1,266 @@
+"""The losses agree with those of the papers' released code, and have the properties that their docstrings promise."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from hf_robust_clip.losses import (
+    MATCHINGS,
+    cleanclip_loss,
+    clip_loss,
+    info_nce,
+    roclip_loss,
+    safeclip_cross_loss,
+    safeclip_unimodal_loss,
+)
+
+#: See README.md there.
+GOLDEN = np.load(Path(__file__).parent / "data_files" / "golden_losses.npz")
+VIEWS = ("I", "T", "I2", "T2")
+
+Batch = dict[str, torch.Tensor]
+
+
+def _scale(b: Batch) -> torch.Tensor:
+    return b["ls"].exp()
+
+
+def _embeds(b: Batch) -> list[torch.Tensor]:
+    return [b[name] for name in VIEWS]
+
+
+LOSSES: dict[str, Callable[[Batch], torch.Tensor | dict[str, torch.Tensor]]] = {
+    "clip": lambda b: clip_loss(b["I"], b["T"], _scale(b)),
+    "cleanclip": lambda b: cleanclip_loss(*_embeds(b), _scale(b)),
+    "cleanclip_w0.5_2": lambda b: cleanclip_loss(*_embeds(b), _scale(b), clip_weight=0.5, unimodal_weight=2.0),
+    "roclip_image_to_text": lambda b: roclip_loss(
+        b["I"], b["T"], _scale(b), None, b["pool_text"], matching="image_to_text"
+    ),
+    "safeclip_unimodal_pool": lambda b: safeclip_unimodal_loss(
+        *_embeds(b), _scale(b), image_pool=b["pool_image"], text_pool=b["pool_text"]
+    ),
+    "safeclip_unimodal_nopool": lambda b: safeclip_unimodal_loss(*_embeds(b), _scale(b)),
+    "safeclip_cross": lambda b: safeclip_cross_loss(*_embeds(b), _scale(b)),
+}
+#: What the golden file has no values for.
+OTHERS: dict[str, Callable[[Batch], torch.Tensor | dict[str, torch.Tensor]]] = {
+    "info_nce": lambda b: info_nce(b["I"], b["T"], _scale(b)),
+    **{
+        f"roclip_{matching}": lambda b, matching=matching: roclip_loss(
+            b["I"], b["T"], _scale(b), b["pool_image"], b["pool_text"], matching=matching
+        )
+        for matching in ("cross", "unimodal")
+    },
+}
+EVERY = LOSSES | OTHERS
+
+
+def golden_batch(dtype: torch.dtype = torch.float64) -> Batch:
+    names = (*VIEWS, "pool_image", "pool_text", "ls")
+    return {name: torch.tensor(GOLDEN[f"in/{name}"], dtype=dtype, requires_grad=True) for name in names}
+
+
+def total(terms: torch.Tensor | dict[str, torch.Tensor]) -> torch.Tensor:
+    return torch.stack(list(terms.values())).sum() if isinstance(terms, dict) else terms
+
+
+def relative_error(value: torch.Tensor, expected: np.ndarray) -> float:
+    expected = torch.from_numpy(np.asarray(expected))
+    return ((value.double() - expected).norm() / expected.norm().clamp(min=1e-300)).item()
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("case", LOSSES)
+def test_values_and_gradients_of_the_released_code(case: str, dtype: torch.dtype, tolerance: float):
+    batch = golden_batch(dtype)
+    loss = total(LOSSES[case](batch))
+    assert loss.dtype == dtype and loss.shape == ()
+    assert relative_error(loss.detach(), GOLDEN[f"{case}/loss"]) < tolerance
+    loss.backward()
+    for name in (*VIEWS, "ls"):
+        expected = GOLDEN[f"{case}/grad_{name}"]
+        gradient = batch[name].grad
+        if not expected.any():
+            assert gradient is None or not gradient.any()
+        else:
+            assert relative_error(gradient, expected) < tolerance
+
+
+def test_the_golden_file_holds_every_case():
+    assert {key.split("/")[0] for key in GOLDEN.files} - {"in"} == set(LOSSES)
+
+
+@pytest.mark.parametrize("case", EVERY)
+def test_the_order_of_the_rows_and_of_the_pools_does_not_matter(case: str):
+    batch = golden_batch()
+    expected = total(EVERY[case](batch))
+    generator = torch.Generator().manual_seed(0)
+    rows, pool = torch.randperm(16, generator=generator), torch.randperm(64, generator=generator)
+    mixed = {
+        name: value[rows] if name in VIEWS else value[pool] if "pool" in name else value
+        for name, value in batch.items()
+    }
+    torch.testing.assert_close(total(EVERY[case](mixed)), expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("case", EVERY)
+def test_matches_and_pools_get_no_gradient(case: str):
+    batch = golden_batch()
+    total(EVERY[case](batch)).backward()
+    assert batch["pool_image"].grad is None and batch["pool_text"].grad is None
+
+
+def test_info_nce_against_its_definition():
+    batch = {name: value.detach() for name, value in golden_batch().items()}
+    scale = float(batch["ls"].exp())
+    terms = []
+    for i in range(16):
+        logits = torch.stack([scale * (batch["I"][i] * batch["T"][j]).sum() for j in range(16)])
+        terms.append(logits.exp().sum().log() - logits[i])
+    expected = torch.stack(terms).mean()
+    torch.testing.assert_close(info_nce(batch["I"], batch["T"], scale), expected, rtol=1e-12, atol=0)
+
+
+def test_clip_loss_is_symmetric_and_the_mean_of_both_directions():
+    b = golden_batch()
+    loss = clip_loss(b["I"], b["T"], _scale(b))
+    torch.testing.assert_close(loss, clip_loss(b["T"], b["I"], _scale(b)))
+    directions = [info_nce(b["I"], b["T"], _scale(b)), info_nce(b["T"], b["I"], _scale(b))]
+    torch.testing.assert_close(loss, torch.stack(directions).mean())
+
+
+def test_a_single_pair_and_pairs_all_alike():
+    embeds = F.normalize(torch.randn(1, 8), dim=1)
+    assert clip_loss(embeds, -embeds, 10.0).item() == 0
+    alike = embeds.expand(5, 8)
+    torch.testing.assert_close(clip_loss(alike, alike, 10.0), torch.tensor(5.0).log())
+
+
+def test_the_loss_is_finite_at_the_largest_scale():
+    embeds = torch.eye(4)
+    for image, text in ((embeds, embeds), (embeds, -embeds), (embeds, embeds.flip(0))):
+        assert torch.isfinite(clip_loss(image, text, 100.0))
+
+
+def test_cleanclip_weights():
+    b = golden_batch()
+    plain = cleanclip_loss(*_embeds(b), _scale(b))
+    weighted = cleanclip_loss(*_embeds(b), _scale(b), clip_weight=3.0, unimodal_weight=0.25)
+    assert list(weighted) == ["clip_loss", "unimodal_image_loss", "unimodal_text_loss"]
+    for name, weight in zip(weighted, (3.0, 0.25, 0.25), strict=True):
+        torch.testing.assert_close(weighted[name], weight * plain[name])
+    no_unimodal = cleanclip_loss(*_embeds(b), _scale(b), unimodal_weight=0.0)
+    torch.testing.assert_close(total(no_unimodal), clip_loss(b["I"], b["T"], _scale(b)))
+
+
+def test_terms_of_each_loss():
+    b = golden_batch()
+    assert list(LOSSES["safeclip_cross"](b)) == ["image_to_text_loss", "text_to_image_loss"]
+    assert list(LOSSES["safeclip_unimodal_pool"](b)) == ["unimodal_image_loss", "unimodal_text_loss"]
+    assert list(LOSSES["roclip_image_to_text"](b)) == ["image_match_loss"]
+    for matching in ("cross", "unimodal"):
+        assert list(OTHERS[f"roclip_{matching}"](b)) == ["image_match_loss", "text_match_loss"]
+
+
+class Lookup:
+    """A pool that counts its look-ups, and whether they were recorded for the backward pass."""
+
+    def __init__(self, features: torch.Tensor) -> None:
+        self.features = features
+        self.queries: list[torch.Tensor] = []
+        self.recorded: list[bool] = []
+
+    def nearest(self, queries: torch.Tensor) -> torch.Tensor:
+        self.queries.append(queries)
+        self.recorded.append(torch.is_grad_enabled())
+        return self.features[(queries @ self.features.T).argmax(dim=1)]
+
+
+@pytest.mark.parametrize("matching", MATCHINGS)
+def test_an_object_that_looks_up_is_as_good_as_features(matching):
+    b = golden_batch()
+    image_pool, text_pool = Lookup(b["pool_image"]), Lookup(b["pool_text"])
+    expected = roclip_loss(b["I"], b["T"], _scale(b), b["pool_image"], b["pool_text"], matching=matching)
+    terms = roclip_loss(b["I"], b["T"], _scale(b), image_pool, text_pool, matching=matching)
+    assert terms.keys() == expected.keys()
+    torch.testing.assert_close(total(terms), total(expected))
+    assert text_pool.recorded == [False]
+    assert image_pool.recorded == ([] if matching == "image_to_text" else [False])
+    # Which side asks which pool is what tells the matchings apart.
+    assert text_pool.queries[0] is (b["T"] if matching == "unimodal" else b["I"])
+    if matching != "image_to_text":
+        assert image_pool.queries[0] is (b["I"] if matching == "unimodal" else b["T"])
+
+
+def test_safeclip_takes_an_object_that_looks_up():
+    b = golden_batch()
+    pools = {"image_pool": Lookup(b["pool_image"]), "text_pool": Lookup(b["pool_text"])}
+    terms = safeclip_unimodal_loss(*_embeds(b), _scale(b), **pools)
+    assert relative_error(total(terms).detach(), GOLDEN["safeclip_unimodal_pool/loss"]) < 1e-10
+
+
+def test_a_pool_that_holds_the_batch_gives_the_clip_loss():
+    # Orthogonal rows, each nearest to its own text: matching breaks nothing up.
+    embeds = torch.eye(6, dtype=torch.float64)
+    for matching in MATCHINGS:
+        terms = roclip_loss(embeds, embeds, 5.0, embeds, embeds, matching=matching)
+        torch.testing.assert_close(total(terms), clip_loss(embeds, embeds, 5.0))
+
+
+def test_an_unknown_matching_is_refused():
+    b = golden_batch()
+    with pytest.raises(
+        ValueError, match="matching must be one of 'cross', 'image_to_text', 'unimodal', but is 'both'"
+    ):
+        roclip_loss(b["I"], b["T"], 1.0, b["pool_image"], b["pool_text"], matching="both")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("missing", "matching"),
+    [
+        ("text_pool", "cross"),
+        ("image_pool", "cross"),
+        ("text_pool", "unimodal"),
+        ("image_pool", "unimodal"),
+        ("text_pool", "image_to_text"),
+    ],
+)
+def test_a_pool_that_is_needed_and_missing_is_named(missing: str, matching):
+    b = golden_batch()
+    pools = {"image_pool": b["pool_image"], "text_pool": b["pool_text"], missing: None}
+    with pytest.raises(ValueError, match=f"{missing} is None"):
+        roclip_loss(b["I"], b["T"], 1.0, **pools, matching=matching)
+
+
+GATHERED: dict[str, Callable[[Batch], torch.Tensor | dict[str, torch.Tensor]]] = {
+    "info_nce": lambda b: info_nce(b["I"], b["T"], _scale(b), gather=True),
+    "clip": lambda b: clip_loss(b["I"], b["T"], _scale(b), gather=True),
+    "cleanclip": lambda b: cleanclip_loss(*_embeds(b), _scale(b), gather=True),
+    "safeclip_cross": lambda b: safeclip_cross_loss(*_embeds(b), _scale(b), gather=True),
+    "safeclip_unimodal_nopool": lambda b: safeclip_unimodal_loss(*_embeds(b), _scale(b), gather=True),
+    "roclip_cross": lambda b: roclip_loss(
+        b["I"], b["T"], _scale(b), b["pool_image"], b["pool_text"], matching="cross", gather=True
+    ),
+}
+
+
+@pytest.mark.parametrize("case", GATHERED)
+def test_gathering_in_one_process_changes_nothing(case: str):
+    batch = golden_batch()
+    torch.testing.assert_close(total(GATHERED[case](batch)), total(EVERY[case](batch)), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_gradients_are_those_of_finite_differences(case: str):
+    base = golden_batch()
+    small = {name: value.detach()[:4] if name in VIEWS else value.detach() for name, value in base.items()}
+    inputs = [small[name].clone().requires_grad_() for name in (*VIEWS, "ls")]
+
+    def loss(*values: torch.Tensor) -> torch.Tensor:
+        return total(OTHERS[case]({**small, **dict(zip((*VIEWS, "ls"), values, strict=True))}))
+
+    assert torch.autograd.gradcheck(loss, inputs, fast_mode=True)
