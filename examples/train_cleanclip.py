@@ -74,9 +74,7 @@ class ExampleArguments:
         default="blended", metadata={"help": "Trigger of the backdoor: patch, blended, sinusoid or warp."}
     )
     plant_rate: float = field(default=0.03, metadata={"help": "Share of the pairs that are poisoned."})
-    plant_epochs: float = field(
-        default=20.0, metadata={"help": "Epochs of undefended training on the poisons."}
-    )
+    plant_epochs: float = field(default=20.0, metadata={"help": "Epochs of undefended training on the poisons."})
     plant_learning_rate: float = field(default=5e-4, metadata={"help": "Its learning rate."})
     control_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the plain control, by default that of CleanCLIP."}

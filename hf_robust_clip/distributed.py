@@ -31,7 +31,7 @@ class _AllGather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> torch.Tensor:
         # gloo has no reduce_scatter, so: sum everything, keep this rank's slice.
-        grad = grad_outputs[0].contiguous()
+        grad = grad_outputs[0].clone(memory_format=torch.contiguous_format)  # autograd may hand it to others too
         dist.all_reduce(grad, op=dist.ReduceOp.SUM)
         return grad[rank() * ctx.rows : (rank() + 1) * ctx.rows]
 

@@ -34,7 +34,9 @@ def load_pairs(source: str, split: str = "train", image_column: str = "image") -
     if path.is_file():
         builder = _BUILDERS.get(path.suffix.lower())
         if builder is None:
-            raise ValueError(f"source={source!r} is a {path.suffix or 'nameless'} file; accepted: {', '.join(_BUILDERS)}")
+            raise ValueError(
+                f"source={source!r} is a {path.suffix or 'nameless'} file; accepted: {', '.join(_BUILDERS)}"
+            )
         options = {"delimiter": "\t"} if path.suffix.lower() == ".tsv" else {}
         dataset = datasets.load_dataset(builder, data_files=str(path), split="train", **options)
     elif (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
@@ -83,7 +85,8 @@ def label_by_captions(
         `datasets.Dataset`: The labelled rows only, in order.
     """
     patterns = {
-        name: re.compile(rf"\b(?:{'|'.join(map(re.escape, words))})\b", re.IGNORECASE) for name, words in classes.items()
+        name: re.compile(rf"\b(?:{'|'.join(map(re.escape, words))})\b", re.IGNORECASE)
+        for name, words in classes.items()
     }
     names = list(classes)
     rows, labels = [], []

@@ -39,7 +39,7 @@ def test_saved_to_disk(pairs: datasets.Dataset, tmp_path: Path) -> None:
     datasets.DatasetDict(train=pairs.select(range(4))).save_to_disk(tmp_path / "splits")
     check(load_pairs(str(tmp_path / "plain")), pairs)
     check(load_pairs(str(tmp_path / "splits")), pairs)
-    with pytest.raises(ValueError, match="split='test' is not in .* its splits are train"):
+    with pytest.raises(ValueError, match=r"split='test' is not in .* its splits are train"):
         load_pairs(str(tmp_path / "splits"), split="test")
 
 

@@ -223,7 +223,9 @@ def test_custom_and_no_augmentation(tmp_path: Path) -> None:
 
 
 def broken(rows: int = 24) -> datasets.Dataset:
-    data = load_digit_pairs("train", renderings=1).select(range(rows)).cast_column("image", datasets.Image(decode=False))
+    data = (
+        load_digit_pairs("train", renderings=1).select(range(rows)).cast_column("image", datasets.Image(decode=False))
+    )
     table = data.to_dict()
     for row in (3, 17):
         table["image"][row] = {"bytes": b"no image", "path": None}

@@ -44,7 +44,9 @@ def siglip() -> Any:
 def altclip() -> Any:
     # XLM-RoBERTa numbers positions from behind the padding token's number.
     text = {**TEXT, "max_position_embeddings": 18, "project_dim": 16, "pad_token_id": 1}
-    return AltCLIPModel(AltCLIPConfig(text_config=text, vision_config={**VISION, "projection_dim": 16}, projection_dim=16))
+    return AltCLIPModel(
+        AltCLIPConfig(text_config=text, vision_config={**VISION, "projection_dim": 16}, projection_dim=16)
+    )
 
 
 def chinese_clip() -> Any:
@@ -55,7 +57,9 @@ def vision_text_dual_encoder() -> Any:
     from transformers import VisionTextDualEncoderConfig
 
     return VisionTextDualEncoderModel(
-        VisionTextDualEncoderConfig.from_vision_text_configs(ViTConfig(**VISION), BertConfig(**TEXT), projection_dim=16)
+        VisionTextDualEncoderConfig.from_vision_text_configs(
+            ViTConfig(**VISION), BertConfig(**TEXT), projection_dim=16
+        )
     )
 
 
