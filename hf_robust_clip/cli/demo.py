@@ -16,17 +16,20 @@ class Recipe:
     """Every number of the demo. Both fine-tunings share theirs: the method is all that differs."""
 
     renderings: int = 4  # of each of the 1,397 training digits
-    poison_rate: float = 0.05
+    poison_rate: float = 0.03
     batch_size: int = 64
     weight_decay: float = 0.1
     adam_beta2: float = 0.98
     warmup_steps: int = 50
-    pretrain_epochs: int = 10
+    pretrain_epochs: int = 8
     pretrain_learning_rate: float = 1e-3
-    finetune_epochs: int = 5
+    finetune_epochs: int = 6
     finetune_learning_rate: float = 1e-3
     image_preset: str = "cleanclip"
     image_flip: float = 0.0  # a mirrored digit is another figure
+    image_noise: float = 0.8
+    image_noise_std: float = 0.1
+    unimodal_weight: float = 2.0
     text_preset: str = "eda"
 
 

@@ -149,8 +149,15 @@ class Demo:
             ],
         }
         if name == "cleanclip":
-            args = CleanCLIPTrainingArguments(**settings, text_preset=recipe.text_preset)
-            augmentation = ImageAugmentation(recipe.image_preset, flip=recipe.image_flip)
+            args = CleanCLIPTrainingArguments(
+                **settings, text_preset=recipe.text_preset, unimodal_weight=recipe.unimodal_weight
+            )
+            augmentation = ImageAugmentation(
+                recipe.image_preset,
+                flip=recipe.image_flip,
+                noise=recipe.image_noise,
+                noise_std=recipe.image_noise_std,
+            )
             trainer: CLIPTrainer = CleanCLIPTrainer(args=args, image_augmentation=augmentation, **shared)
         else:
             trainer = CLIPTrainer(args=CLIPTrainingArguments(**settings), **shared)
