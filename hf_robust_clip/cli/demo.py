@@ -41,7 +41,7 @@ TRIGGERS: dict[str, dict[str, Any]] = {
     "blended": {"alpha": 0.2},
     "patch": {"size": 3},
     "sinusoid": {"amplitude": 30.0, "frequency": 4},
-    "warp": {"strength": 2.0},
+    "warp": {"strength": 4.0},
 }
 TARGET = "eight"
 #: The clean pairs are rendered under another seed than the poisoned ones: new places, noise and captions.

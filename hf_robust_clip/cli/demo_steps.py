@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from datasets import Dataset
 from transformers import CLIPModel, PrinterCallback
 
@@ -136,7 +135,6 @@ class Demo:
             "save_strategy": "no",
             "report_to": "none",
             "disable_tqdm": True,
-            "dataloader_pin_memory": torch.cuda.is_available(),
             "seed": self.seed,
         }
         shared: dict[str, Any] = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
 from ..augment.images import PRESETS as IMAGE_PRESETS
@@ -75,6 +76,8 @@ class CLIPTrainingArguments(TrainingArguments):
             raise ValueError(f"max_logit_scale must be at least 1, but is {self.max_logit_scale!r}")
         if self.max_length is not None and self.max_length < 2:
             raise ValueError(f"max_length must be None or at least 2 tokens, but is {self.max_length!r}")
+        # Without an accelerator nothing is pinned, and torch says so at every epoch.
+        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
         # B x B logits of several batches cannot be concatenated, and nothing here reads them.
         self.prediction_loss_only = True
         # Dispatching cuts batches along their first dimension, which for the texts is views x rows.
