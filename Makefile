@@ -13,7 +13,8 @@ STAMP := $(VENV)/.made-from-$(shell cat pyproject.toml constraints.txt | cksum |
 $(STAMP):
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt pip setuptools
-	# torch first and by its exact version: any other request may bring the build for CUDA, several gigabytes.
+	# torch first and by its exact version, so that a build for CPUs that pip has been shown is taken: any later
+	# request could bring the newest build for CUDA instead, several gigabytes.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation --editable '.[report,dev]'
 	rm -f $(VENV)/.made-from-*

@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ import datasets
 import numpy as np
 import torch
 import transformers
+from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import CLIPModel, CLIPProcessor, Trainer, TrainingArguments
 
@@ -45,7 +47,11 @@ RATIOS = {
 def make_rows(count: int, size: int) -> datasets.Dataset:
     """Images of random texture, stored as JPEG, with short captions."""
     rng = np.random.default_rng(0)
-    images = [rng.integers(0, 255, (size, size, 3), dtype=np.uint8) for _ in range(count)]
+    images = []
+    for _ in range(count):
+        buffer = BytesIO()
+        Image.fromarray(rng.integers(0, 255, (size, size, 3), dtype=np.uint8)).save(buffer, format="JPEG")
+        images.append({"bytes": buffer.getvalue(), "path": None})
     rows = {"image": images, "caption": [CAPTIONS[i % len(CAPTIONS)] for i in range(count)]}
     features = datasets.Features({"image": datasets.Image(), "caption": datasets.Value("string")})
     return datasets.Dataset.from_dict(rows, features=features)

@@ -24,6 +24,7 @@ _PUBLIC = {
     "WarpTrigger": "attacks.triggers",
     "ZeroShotEvaluator": "evaluation.zero_shot",
     "poison_dataset": "attacks.poisoning",
+    "replay_manifest": "attacks.poisoning",
 }
 
 __all__ = [*sorted(_PUBLIC), "__version__"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import AutoModel, AutoProcessor
 
@@ -23,7 +24,9 @@ def load_dual_encoder(model: str | nn.Module) -> Any:
     Raises:
         `ValueError`: If the model is no dual encoder.
     """
-    loaded = AutoModel.from_pretrained(model) if isinstance(model, str) else model
+    # Left to itself, transformers loads a checkpoint in the precision that it was saved in, and in half precision the
+    # steps of a small learning rate are lost to rounding. bf16=True of the arguments computes in it all the same.
+    loaded: Any = AutoModel.from_pretrained(model, dtype=torch.float32) if isinstance(model, str) else model
     for attribute in ("get_image_features", "get_text_features", "logit_scale"):
         if not hasattr(loaded, attribute):
             raise ValueError(
@@ -43,6 +46,16 @@ def load_processor(model: str | nn.Module, processing_class: Any) -> Any:
             "AutoProcessor.from_pretrained(...)"
         )
     return AutoProcessor.from_pretrained(model)
+
+
+def check_processor(processor: Any) -> None:
+    """`ValueError` unless a processor has both an image processor and a tokenizer."""
+    for part in ("image_processor", "tokenizer"):
+        if not hasattr(processor, part):
+            raise ValueError(
+                f"processing_class must have an image_processor and a tokenizer, as a CLIPProcessor has; "
+                f"{type(processor).__name__} has no {part}"
+            )
 
 
 def longest_caption(model: Any, tokenizer: Any) -> int:

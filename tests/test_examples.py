@@ -26,11 +26,11 @@ def run(arguments: list[str]) -> subprocess.CompletedProcess[str]:
 def test_plants_a_backdoor_and_cleans_it(pairs: datasets.Dataset, tmp_path: Path) -> None:
     for split in ("train", "validation"):
         pairs.to_parquet(tmp_path / f"{split}.parquet")
-    settings = ["--from_scratch", "--image_size", "16", "--plant_epochs", "1", "--num_train_epochs", "1"]
-    settings += ["--per_device_train_batch_size", "16", "--use_cpu", "--report_to", "none", "--plant_rate", "0.1"]
+    settings = ["--from_scratch", "--image_size", "16", "--poison_epochs", "1", "--num_train_epochs", "1"]
+    settings += ["--per_device_train_batch_size", "16", "--use_cpu", "--report_to", "none", "--poison_rate", "0.1"]
     data = ["--train_data", str(tmp_path / "train.parquet"), "--eval_data", str(tmp_path / "validation.parquet")]
     output = tmp_path / "run"
-    done = run([*data, *settings, "--plant_target", "eight", "--output_dir", str(output)])
+    done = run([*data, *settings, "--poison_target", "eight", "--output_dir", str(output)])
     assert done.returncode == 0, done.stderr[-3000:]
     results = json.loads((output / "results.json").read_text())
     for name in ("poisoned", "finetuned", "cleanclip"):
@@ -43,8 +43,8 @@ def test_plants_a_backdoor_and_cleans_it(pairs: datasets.Dataset, tmp_path: Path
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ([], "give either --model, or --from_scratch with --plant_target"),
-        (["--model", "x", "--plant_target", "eight"], "--plant_target needs --eval_data"),
+        ([], "give either --model, or --from_scratch with --poison_target"),
+        (["--model", "x", "--poison_target", "eight"], "--poison_target needs --eval_data"),
     ],
 )
 def test_arguments_that_make_no_sense(arguments: list[str], message: str, tmp_path: Path) -> None:

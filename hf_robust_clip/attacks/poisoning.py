@@ -10,7 +10,6 @@ from __future__ import annotations
 import base64
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from io import BytesIO
 from os import PathLike
 from typing import Any, TypeAlias
 
@@ -20,6 +19,7 @@ from datasets import Image as ImageFeature
 from numpy.typing import NDArray
 from PIL import Image
 
+from ..imaging import decode_image
 from .rows import (
     POISONED,
     build_rows,
@@ -325,7 +325,8 @@ def _carry_out(dataset: Dataset, manifest: Mapping[str, Any], trigger: Trigger |
             raise ValueError(f"trigger is None; mode {manifest['mode']!r} needs a Trigger")
         source = order[position]
         decoded = read_images(stored, image_column, source, names=position)  # an iterator: one image at a time
-        images = (to_png(trigger(prepare(image, manifest["image_size"]))) for image in decoded)
+        prepared = (prepare(image, manifest["image_size"]) for image in decoded)
+        images = (to_png(_with_trigger(trigger, image, row)) for image, row in zip(prepared, position, strict=True))
     poisons = build_rows(stored, source, images, manifest["captions"], image_column, caption_column)
     order[position] = len(stored) + np.arange(count)
     result = concatenate_datasets([stored, poisons], info=stored.info, split=dataset.split).select(order)
@@ -335,21 +336,20 @@ def _carry_out(dataset: Dataset, manifest: Mapping[str, Any], trigger: Trigger |
     return result
 
 
+def _with_trigger(trigger: Trigger, image: Image.Image, row: int) -> Image.Image:
+    try:
+        return trigger(image)
+    except ValueError as error:
+        raise ValueError(f"trigger does not go on the image of row {row}: {error}") from error
+
+
 def _target_image(dataset: Dataset, spec: PoisonSpec, image_column: str) -> Image.Image:
     if spec.source_index is not None:
         if spec.source_index >= len(dataset):
             raise ValueError(f"source_index={spec.source_index}; accepted is a row number below {len(dataset)}")
         stored, order = stored_rows(dataset, image_column)
         return next(read_images(stored, image_column, [order[spec.source_index]], [spec.source_index]))
-    image = spec.target_image
-    if isinstance(image, Image.Image):
-        return image
-    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
-        return Image.fromarray(image)
-    if isinstance(image, bytes | str | PathLike):
-        try:
-            return Image.open(BytesIO(image) if isinstance(image, bytes) else image)
-        except OSError as error:
-            raise ValueError(f"target_image cannot be read: {error}") from error
-    found = f"{image.dtype} array of shape {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
-    raise ValueError(f"target_image is a {found}; accepted is a PIL image, bytes, a path or a uint8 array (H, W, 3)")
+    try:
+        return decode_image(spec.target_image)
+    except ValueError as error:
+        raise ValueError(f"target_image cannot be read: {error}") from error

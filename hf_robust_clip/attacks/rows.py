@@ -20,7 +20,9 @@ from datasets import ClassLabel, Dataset, DatasetInfo, Value
 from datasets import Image as ImageFeature
 from datasets.fingerprint import Hasher
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
+
+from ..imaging import decode_image
 
 POISONED = "poisoned"
 
@@ -113,14 +115,13 @@ def read_images(
     for row, name in zip(rows, names, strict=True):
         value = encoded[int(row)][image_column]
         try:
-            yield ImageFeature().decode_example(value or {"bytes": None, "path": None})
-        except (OSError, ValueError) as error:
+            yield decode_image(value)
+        except ValueError as error:
             raise ValueError(f"{image_column}: the image of row {name} cannot be read: {error}") from error
 
 
 def prepare(image: Image.Image, size: int | None) -> Image.Image:
-    """Upright, RGB and, with a `size`, resized and cropped as CLIP's image processor does."""
-    image = ImageOps.exif_transpose(image).convert("RGB")
+    """The image, with a `size` resized and cropped as CLIP's image processor does."""
     if size is None:
         return image
     width, height = image.size

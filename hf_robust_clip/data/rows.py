@@ -186,7 +186,9 @@ class SkippingIterableDataset(torch.utils.data.IterableDataset[dict[str, Any]]):
             raise BadRowError(f"none of the {len(bad)} rows can be used; the last: {last}") from last
 
 
-def check_dataset(dataset: Any, image_column: str, caption_column: str, argument: str) -> None:
+def check_dataset(
+    dataset: Any, image_column: str, caption_column: str, argument: str, on_bad_row: OnBadRow = "raise"
+) -> None:
     """
     Refuse a dataset that cannot be trained on, as far as its length, columns and types tell.
 
@@ -194,6 +196,7 @@ def check_dataset(dataset: Any, image_column: str, caption_column: str, argument
         dataset: Any map-style or iterable dataset.
         image_column, caption_column (`str`): Names of the columns that it must have.
         argument (`str`): What the caller calls the dataset, for the message.
+        on_bad_row (`str`): With `"skip"`, rows without a caption are left for the loader to pass over.
 
     Raises:
         `ValueError`: Naming the argument, what was found and what is accepted.
@@ -218,6 +221,19 @@ def check_dataset(dataset: Any, image_column: str, caption_column: str, argument
                 )
     if features is not None:
         _check_features(features, image_column, caption_column, argument)
+    if on_bad_row == "raise" and isinstance(dataset, datasets.Dataset) and features is not None:
+        _check_nulls(dataset, caption_column, argument)
+
+
+def _check_nulls(dataset: datasets.Dataset, caption_column: str, argument: str) -> None:
+    # Arrow counts nulls for free; which row of a selection holds one takes a look at the column.
+    if dataset.data.column(caption_column).null_count:
+        for row, caption in enumerate(dataset.with_format(None)[caption_column]):
+            if caption is None:
+                raise ValueError(
+                    f"row {row} of {argument}, column {caption_column!r}: a caption must be a string, but is None; "
+                    "remove the row, or set on_bad_row='skip'"
+                )
 
 
 def _first_columns(dataset: Any, argument: str) -> list[str] | None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from PIL import Image
 from torch import nn
 
-from .embedding import Embedder, Trigger
+from ..data.images import ImagePreprocessor
+from .embedding import Embedder, Trigger, apply_trigger
 from .zero_shot import DEFAULT_TEMPLATES, check_class_names, check_templates, class_embeddings, read_labels
 
 
@@ -68,6 +70,10 @@ class AttackSuccessEvaluator:
                 f"every image of dataset is of the target class {target!r}; an attack has nothing to steer"
             )
         self.prefix = prefix
+
+    def check(self, processor: Any) -> None:
+        """Put the trigger on a blank image of the model's size, so that one that does not fit is refused early."""
+        apply_trigger(self.trigger, ImagePreprocessor(processor.image_processor)([Image.new("RGB", (64, 64))]))
 
     @property
     def attacked_images(self) -> int:

@@ -69,7 +69,7 @@ class Embedder:
             with self._inference():
                 for start in tqdm(starts, desc=description, leave=False, disable=None):
                     stop = min(start + self.batch_size, len(rows))
-                    images = [self._image(rows[i][image_column], i) for i in range(start, stop)]
+                    images = [self._image(rows[i][image_column], i, image_column) for i in range(start, stop)]
                     embeds.append(self._embed_pixels(images, trigger))
             self._images[key] = (dataset, trigger, torch.cat(embeds))
         return self._images[key][-1]
@@ -98,17 +98,16 @@ class Embedder:
             self._texts[key] = torch.cat(embeds)
         return self._texts[key]
 
-    def _image(self, value: Any, row: int) -> Image.Image:
+    def _image(self, value: Any, row: int, column: str) -> Image.Image:
         try:
             return decode_image(value)
         except ValueError as error:
-            raise ValueError(f"row {row} of the evaluation images: {error}") from error
+            raise ValueError(f"row {row} of the evaluation images, column {column!r}: {error}") from error
 
     def _embed_pixels(self, images: Sequence[Image.Image], trigger: Trigger | None) -> torch.Tensor:
         pixels = self.preprocess(images)  # (B, 3, H, W)
         if trigger is not None:
-            arrays = [_triggered(np.ascontiguousarray(image), trigger) for image in pixels.permute(0, 2, 3, 1).numpy()]
-            pixels = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
+            pixels = apply_trigger(trigger, pixels)
         pixels = self.normalization(pixels.to(self.device)).to(self.dtype)
         return _normalize(self.model.get_image_features(pixel_values=pixels))
 
@@ -123,6 +122,21 @@ class Embedder:
         finally:
             for module in training:
                 module.training = True
+
+
+def apply_trigger(trigger: Trigger, pixels: torch.Tensor) -> torch.Tensor:
+    """
+    Put a trigger on a batch of images.
+
+    Args:
+        trigger (callable): uint8 array `(H, W, 3)` to the same.
+        pixels (`torch.Tensor` of shape `(B, 3, H, W)`): uint8.
+
+    Raises:
+        `ValueError`: If the trigger does not fit the images, or returns something else.
+    """
+    arrays = [_triggered(np.ascontiguousarray(image), trigger) for image in pixels.permute(0, 2, 3, 1).numpy()]
+    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
 
 
 def _triggered(pixels: np.ndarray, trigger: Trigger) -> np.ndarray:

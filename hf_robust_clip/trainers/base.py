@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -17,8 +17,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.utils import logging
 
-from ..augment.images import ImageAugmentation, ImageNormalization, to_float
-from ..augment.text import TextAugmentation
+from ..augment.images import ImageNormalization, to_float
 from ..callbacks import TrainerHooks
 from ..data.collator import ORIGINAL, CLIPDataCollator
 from ..data.rows import (
@@ -32,14 +31,20 @@ from ..data.rows import (
 )
 from ..evaluation.embedding import Embedder
 from ..losses import clip_loss
-from ..models import caption_padding, load_dual_encoder, load_processor, longest_caption
+from ..models import caption_padding, check_processor, load_dual_encoder, load_processor, longest_caption
 from ..seeding import derive_seed, forked_rng
 from .arguments import CLIPTrainingArguments
+from .checks import (
+    check_arguments,
+    check_collator,
+    resolve_image_augmentation,
+    resolve_text_augmentation,
+    warn_of_half_precision,
+)
 
 logger = logging.get_logger(__name__)
 
 STATE_FILE = "robust_clip_state.safetensors"
-IDENTITY = "identity"
 
 Evaluator = Callable[..., dict[str, float]]
 
@@ -118,15 +123,22 @@ class CLIPTrainer(Trainer):
         optimizers: tuple[Any, Any] = (None, None),
         optimizer_cls_and_kwargs: tuple[Any, dict[str, Any]] | None = None,
     ) -> None:
-        _check_arguments(args, train_dataset, eval_dataset)
-        processing_class = load_processor(model, processing_class)
+        check_arguments(args, train_dataset, eval_dataset)
         encoder = load_dual_encoder(model)
-        self.image_augmentation = _image_augmentation(image_augmentation, args)
-        text_augmentation = _text_augmentation(text_augmentation, args)
+        warn_of_half_precision(encoder)
+        processing_class = load_processor(model, processing_class)
+        check_processor(processing_class)
+        for evaluator in evaluators:
+            if hasattr(evaluator, "check"):
+                evaluator.check(processing_class)
+        self.image_augmentation = resolve_image_augmentation(image_augmentation, args)
+        text_augmentation = resolve_text_augmentation(text_augmentation, args)
         # One view and an augmentation: the augmented view takes the original's place.
         if self.views == (ORIGINAL,) and (self.image_augmentation is not None or text_augmentation is not None):
             self.views = ("augmented",)
-        if data_collator is None:
+        if data_collator is not None:
+            check_collator(data_collator, args, text_augmentation)
+        else:
             data_collator = CLIPDataCollator(
                 processing_class,
                 image_column=args.image_column,
@@ -140,12 +152,15 @@ class CLIPTrainer(Trainer):
         if peft_config is not None:
             from peft import get_peft_model
 
-            encoder = get_peft_model(encoder, peft_config)
+            # The Trainer sets the seed later, too late for the adapters' first weights.
+            with forked_rng(args.seed, torch.device("cpu")):
+                encoder = get_peft_model(encoder, peft_config)
             if not encoder.logit_scale.requires_grad:
                 logger.warning("With peft_config only the adapters are trained: logit_scale keeps its value.")
         # The Trainer refuses an eval_strategy without a dataset; evaluators bring their own.
+        self._no_rows: list[Any] = []
         if eval_dataset is None and evaluators:
-            eval_dataset = []
+            eval_dataset = self._no_rows
         super().__init__(
             model=encoder,
             args=args,
@@ -169,6 +184,7 @@ class CLIPTrainer(Trainer):
         self._epoch: int | None = None
         self._micro_step = 0
         self._bad_rows: set[int] = set()
+        self._loader_generator = torch.Generator()
         self._sums: dict[str, torch.Tensor] = {}
         self._summed = 0
         self._pairs_since_log = 0
@@ -219,12 +235,15 @@ class CLIPTrainer(Trainer):
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Move a batch to the device and turn its bytes into the views `(V*B, 3, H, W)` that its texts have."""
-        self._bad_rows.update(inputs.pop(BAD_ROWS, torch.empty(0)).tolist())
+        training = self.unwrapped_model.training
+        bad_rows = inputs.pop(BAD_ROWS, None)
+        if training and bad_rows is not None:
+            self._bad_rows.update(bad_rows.tolist())
         inputs = super()._prepare_inputs(inputs)
         pixels = inputs["pixel_values"]
         if pixels.dtype != torch.uint8:
             return inputs
-        views = self.views if self.unwrapped_model.training else (ORIGINAL,)
+        views = self.views if training else (ORIGINAL,)
         rows = pixels.shape[0]
         if inputs["input_ids"].shape[0] != len(views) * rows:
             raise ValueError(
@@ -297,6 +316,7 @@ class CLIPTrainer(Trainer):
         # The state counts an iterable dataset's steps against max_steps, not against a pass over it.
         self._epoch = int(self.state.epoch or 0) if self._epoch is None else self._epoch + 1
         self.data_collator.set_epoch(self._epoch)
+        self._loader_generator.manual_seed(derive_seed(self.args.seed, self._epoch, self.args.process_index))
 
     def on_step_begin(self) -> None:
         """Called before the first batch of each optimizer step."""
@@ -313,7 +333,13 @@ class CLIPTrainer(Trainer):
         skipped = self.skipped_rows
         if skipped:
             shown = ", ".join(map(str, skipped[:20])) + (", ..." if len(skipped) > 20 else "")
-            logger.warning(f"{len(skipped)} unusable rows of train_dataset were skipped: {shown}")
+            streamed = "" if self._dataset_length() is not None else " (positions in the stream of each worker)"
+            logger.warning(f"{len(skipped)} unusable rows of train_dataset were skipped: {shown}{streamed}")
+        if self.state.global_step == 0 and self.state.max_steps > 0:
+            raise ValueError(
+                "train_dataset yielded no full batch of "
+                f"per_device_train_batch_size={self.args.per_device_train_batch_size} rows: nothing was trained"
+            )
 
     # ---- Logging ----
 
@@ -346,6 +372,8 @@ class CLIPTrainer(Trainer):
     ) -> DataLoader[Any]:
         columns = (self.args.image_column, self.args.caption_column)
         skip = self.args.on_bad_row == "skip"
+        if dataset is not self.train_dataset and dataset is not self._no_rows:
+            check_dataset(dataset, *columns, argument="eval_dataset", on_bad_row="skip" if skip else "raise")
         if not isinstance(dataset, torch.utils.data.IterableDataset):
             dataset = IndexedDataset(dataset, *columns, on_bad_row="skip" if skip else "raise")
         else:
@@ -359,8 +387,16 @@ class CLIPTrainer(Trainer):
             self.args.dataloader_drop_last = drop_last
         # A loader draws a seed for its workers at each epoch, but with persistent workers at the first only, and after
         # resuming within an epoch once more: from the global generator, that would shift the model's dropout.
-        getattr(dataloader, "base_dataloader", dataloader).generator = torch.Generator()
+        generator = self._loader_generator if kwargs.get("is_training") else torch.Generator()
+        getattr(dataloader, "base_dataloader", dataloader).generator = generator
         return dataloader
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
+        """As the Trainer's; of an iterable dataset, too, `dataloader_drop_last` drops the batches that fall short."""
+        if self.args.dataloader_drop_last and self._dataset_length() is None:
+            full = self._train_batch_size
+            epoch_iterator = filter(lambda batch: len(batch["pixel_values"]) == full, epoch_iterator)
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
 
     def _get_collator_with_removed_columns(
         self, data_collator: Callable[..., Any], description: str | None = None
@@ -384,10 +420,12 @@ class CLIPTrainer(Trainer):
         if self._evaluating:
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         self._evaluating, self._evaluators_prefix = True, metric_key_prefix
+        start = time.perf_counter()
         try:
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         finally:
             self._evaluating, self._evaluators_prefix = False, None
+            self._last_log += time.perf_counter() - start  # no part of the training's throughput
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's, with the figures of the evaluators among its metrics."""
@@ -403,7 +441,13 @@ class CLIPTrainer(Trainer):
         embedder = Embedder(model, self.processing_class, batch_size=self.args.eval_batch_size)
         figures: dict[str, float] = {}
         for evaluator in self.evaluators:
-            figures.update(evaluator(model, self.processing_class, embedder))
+            found = evaluator(model, self.processing_class, embedder)
+            twice = sorted(figures.keys() & found.keys())
+            if twice:
+                raise ValueError(
+                    f"two evaluators report {', '.join(twice)}: give one of them a prefix, for example prefix='patch_'"
+                )
+            figures.update(found)
         return figures
 
     # ---- Checkpoints ----
@@ -423,6 +467,11 @@ class CLIPTrainer(Trainer):
                 state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
             self.load_training_state(state)
         super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self._dataset_length() is None and (self.state.epoch or 0) >= 1:
+            logger.warning(
+                "The checkpoint is from a later pass over the iterable train_dataset: the Trainer cannot tell how far "
+                "into it, so that training goes on with other rows than it would have without the interruption."
+            )
 
     def _check_checkpoint(self, metadata: Mapping[str, str], checkpoint: str) -> None:
         for name, saved, current in (
@@ -438,39 +487,3 @@ class CLIPTrainer(Trainer):
     def _dataset_length(self) -> int | None:
         dataset: Any = self.train_dataset
         return len(dataset) if hasattr(dataset, "__len__") else None
-
-
-def _check_arguments(args: CLIPTrainingArguments, train_dataset: Any, eval_dataset: Any) -> None:
-    if not isinstance(args, CLIPTrainingArguments):
-        raise ValueError(f"args must be a CLIPTrainingArguments, but is {type(args).__name__}")
-    if args.n_gpu > 1:
-        raise ValueError(
-            f"this process sees {args.n_gpu} GPUs and would split batches between them with nn.DataParallel, which "
-            "tears stacked views apart: start it with `accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES"
-        )
-    columns = (args.image_column, args.caption_column)
-    datasets = eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
-    for name, dataset in {"train_dataset": train_dataset, **datasets}.items():
-        if dataset is not None:
-            check_dataset(dataset, *columns, argument=name)
-    batch = args.train_batch_size * args.world_size
-    if args.dataloader_drop_last and hasattr(train_dataset, "__len__") and len(train_dataset) < batch:
-        raise ValueError(
-            f"train_dataset has {len(train_dataset)} rows, fewer than one batch of {batch} "
-            f"(per_device_train_batch_size={args.per_device_train_batch_size} on {args.world_size} processes): "
-            "lower per_device_train_batch_size, or set dataloader_drop_last=False"
-        )
-
-
-def _image_augmentation(given: Any, args: CLIPTrainingArguments) -> Callable[[torch.Tensor], torch.Tensor] | None:
-    given = args.image_preset if given is None else given
-    if isinstance(given, str):
-        return None if given == IDENTITY else ImageAugmentation(given).to(args.device)
-    return given.to(args.device) if isinstance(given, nn.Module) else given
-
-
-def _text_augmentation(given: Any, args: CLIPTrainingArguments) -> Callable[[str, int], str] | None:
-    given = args.text_preset if given is None else given
-    if isinstance(given, str):
-        return None if given == IDENTITY else TextAugmentation.from_preset(given)
-    return given

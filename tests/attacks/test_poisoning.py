@@ -242,7 +242,7 @@ def test_targeted_without_captions_of_the_target():
         poison_dataset(pairs(), PoisonSpec(None, "yak", count=1, mode="targeted", source_index=0))
     with pytest.raises(ValueError, match=r"source_index=30; accepted is a row number below 30"):
         poison_dataset(pairs(), PoisonSpec(None, "cat", count=1, mode="targeted", source_index=30))
-    for image, found in ((b"nonsense", "cannot be read"), (np.zeros((4, 4)), "float64"), (3, "int")):
+    for image, found in ((b"nonsense", "cannot be read"), (np.zeros((5, 4, 7)), "shape"), (3, "int")):
         with pytest.raises(ValueError, match=f"target_image.*{found}"):
             poison_dataset(pairs(), PoisonSpec(None, "cat", count=1, mode="targeted", target_image=image))
 

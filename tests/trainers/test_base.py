@@ -10,12 +10,14 @@ from typing import Any
 import datasets
 import pytest
 import torch
+import training
 from training import make_trainer, small_model, training_log
 from transformers import BertConfig, BertModel
 
 from hf_robust_clip import (
     AttackSuccessEvaluator,
     CleanCLIPTrainer,
+    CLIPDataCollator,
     CLIPTrainer,
     CLIPTrainingArguments,
     PatchTrigger,
@@ -254,6 +256,59 @@ def test_bad_rows_are_skipped_and_listed(workers: int, tmp_path: Path, caplog: p
     assert "2 unusable rows of train_dataset were skipped: 3, 17" in caplog.text
 
 
+def test_bad_rows_of_an_eval_dataset_are_no_rows_of_the_training_set(tmp_path: Path) -> None:
+    trainer = make_trainer(CLIPTrainer, tmp_path, eval_dataset=broken(), on_bad_row="skip", max_steps=1)
+    trainer.train()
+    trainer.evaluate()
+    assert trainer.skipped_rows == []
+
+
+def test_stream_drops_the_batch_that_falls_short(tmp_path: Path) -> None:
+    sizes: list[int] = []
+
+    class Watched(CLIPTrainer):
+        def loss_components(self, views: Any, scale: torch.Tensor, inputs: Any) -> dict[str, torch.Tensor]:
+            sizes.append(len(inputs["pixel_values"]))
+            return super().loss_components(views, scale, inputs)
+
+    training.ARGUMENTS[Watched] = CLIPTrainingArguments
+    stream = load_digit_pairs("train", renderings=1).select(range(19)).to_iterable_dataset()
+    make_trainer(Watched, tmp_path, train_dataset=stream, max_steps=5).train()
+    assert sizes == [8] * 5
+
+
+def test_stream_without_a_batch_is_an_error(tmp_path: Path) -> None:
+    stream = load_digit_pairs("train", renderings=1).select(range(5)).to_iterable_dataset()
+    with pytest.raises(ValueError, match="train_dataset yielded no full batch"):
+        make_trainer(CLIPTrainer, tmp_path, train_dataset=stream, max_steps=2).train()
+
+
+def test_half_precision_checkpoint_is_loaded_in_full(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    small_model().to(torch.bfloat16).save_pretrained(tmp_path / "half")
+    digit_processor().save_pretrained(tmp_path / "half")
+    trainer = make_trainer(CLIPTrainer, tmp_path, model=str(tmp_path / "half"), processing_class=None)
+    assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float32}
+    make_trainer(CLIPTrainer, tmp_path, model=small_model().to(torch.bfloat16))
+    assert "trained parameters are torch.bfloat16" in caplog.text
+
+
+def test_evaluators_that_report_the_same_name_are_refused(tmp_path: Path) -> None:
+    test = load_digit_pairs("test").select(range(20))
+    trainer = make_trainer(CLIPTrainer, tmp_path, evaluators=[*evaluators(test), evaluators(test)[1]])
+    with pytest.raises(ValueError, match="two evaluators report attack_success_rate"):
+        trainer.evaluate()
+
+
+def test_adapters_follow_the_seed(tmp_path: Path) -> None:
+    from peft import LoraConfig
+
+    states = []
+    for _ in range(2):
+        config = LoraConfig(target_modules=["q_proj"])
+        states.append(make_trainer(CLIPTrainer, tmp_path, peft_config=config).model.state_dict())
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
 def test_peft_trains_adapters_only(tmp_path: Path) -> None:
     from peft import LoraConfig
 
@@ -284,6 +339,28 @@ def test_peft_trains_adapters_only(tmp_path: Path) -> None:
         ({"max_logit_scale": 0.5}, "max_logit_scale must be at least 1"),
         ({"max_length": 1}, "max_length must be None or at least 2"),
         ({"unimodal_weight": -1.0}, "unimodal_weight must be at least 0"),
+        ({"processing_class": digit_processor().image_processor}, "processing_class must have an image_processor and"),
+        ({"data_collator": print}, "data_collator must be a CLIPDataCollator"),
+        (
+            {"data_collator": CLIPDataCollator(digit_processor(), caption_column="text")},
+            "caption_column is 'caption' in args, but 'text' in data_collator",
+        ),
+        (
+            {"data_collator": CLIPDataCollator(digit_processor(), views=("original", "augmented"))},
+            "data_collator has no text_augmentation",
+        ),
+        (
+            {"train_dataset": datasets.Dataset.from_dict({"image": [b""] * 9, "caption": ["a"] * 4 + [None] * 5})},
+            "row 4 of train_dataset, column 'caption': a caption must be a string, but is None",
+        ),
+        (
+            {
+                "evaluators": [
+                    AttackSuccessEvaluator(load_digit_pairs("test"), PatchTrigger(size=64), "eight", CLASS_NAMES)
+                ]
+            },
+            "64",
+        ),
     ],
 )
 def test_bad_arguments_are_refused_before_training(change: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -292,8 +369,6 @@ def test_bad_arguments_are_refused_before_training(change: dict[str, Any], messa
 
 
 def test_views_of_a_foreign_collator_are_checked(tmp_path: Path) -> None:
-    from hf_robust_clip import CLIPDataCollator
-
     trainer = CleanCLIPTrainer(
         small_model(),
         args=make_trainer(CleanCLIPTrainer, tmp_path).args,

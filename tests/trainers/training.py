@@ -17,7 +17,7 @@ ARGUMENTS: dict[type[CLIPTrainer], type[CLIPTrainingArguments]] = {
 }
 #: A trainer's own arguments, and those of its TrainingArguments, go through one call.
 _TRAINER = ("image_augmentation", "text_augmentation", "evaluators", "eval_dataset", "train_dataset", "model")
-_TRAINER += ("peft_config", "callbacks", "processing_class", "optimizers", "optimizer_cls_and_kwargs")
+_TRAINER += ("data_collator", "peft_config", "callbacks", "processing_class", "optimizers", "optimizer_cls_and_kwargs")
 
 
 def small_model(seed: int = 0) -> Any:

@@ -1,0 +1,91 @@
+"""What a trainer refuses before any step, and the augmentations that its arguments name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.utils import logging
+
+from ..augment.images import ImageAugmentation
+from ..augment.text import TextAugmentation
+from ..data.collator import ORIGINAL, CLIPDataCollator
+from ..data.rows import check_dataset
+from .arguments import CLIPTrainingArguments
+
+logger = logging.get_logger(__name__)
+
+IDENTITY = "identity"
+
+
+def check_arguments(args: CLIPTrainingArguments, train_dataset: Any, eval_dataset: Any) -> None:
+    """`ValueError` for arguments of another class, DataParallel, and datasets that cannot be trained on."""
+    if not isinstance(args, CLIPTrainingArguments):
+        raise ValueError(f"args must be a CLIPTrainingArguments, but is {type(args).__name__}")
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"this process sees {args.n_gpu} GPUs and would split batches between them with nn.DataParallel, which "
+            "tears stacked views apart: start it with `accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES"
+        )
+    columns = (args.image_column, args.caption_column)
+    datasets = eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
+    on_bad_row: Any = args.on_bad_row
+    for name, dataset in {"train_dataset": train_dataset, **datasets}.items():
+        if dataset is not None:
+            check_dataset(dataset, *columns, argument=name, on_bad_row=on_bad_row)
+    batch = args.train_batch_size * args.world_size
+    if args.dataloader_drop_last and hasattr(train_dataset, "__len__") and len(train_dataset) < batch:
+        raise ValueError(
+            f"train_dataset has {len(train_dataset)} rows, fewer than one batch of {batch} "
+            f"(per_device_train_batch_size={args.per_device_train_batch_size} on {args.world_size} processes): "
+            "lower per_device_train_batch_size, or set dataloader_drop_last=False"
+        )
+
+
+def warn_of_half_precision(model: nn.Module) -> None:
+    """Warn of trained parameters in half precision."""
+    half = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad} & {
+        torch.float16,
+        torch.bfloat16,
+    }
+    if half:
+        logger.warning(
+            f"The model's trained parameters are {', '.join(map(str, half))}: steps of a small learning rate are lost "
+            "to rounding. Load it with dtype=torch.float32; with bf16=True it computes in half precision all the same."
+        )
+
+
+def check_collator(collator: Any, args: CLIPTrainingArguments, text_augmentation: Any) -> None:
+    """`ValueError` for a collator that contradicts the arguments."""
+    if not isinstance(collator, CLIPDataCollator):
+        raise ValueError(f"data_collator must be a CLIPDataCollator, but is {type(collator).__name__}")
+    for name in ("image_column", "caption_column"):
+        if getattr(collator, name) != getattr(args, name):
+            raise ValueError(
+                f"{name} is {getattr(args, name)!r} in args, but {getattr(collator, name)!r} in data_collator"
+            )
+    if text_augmentation is not None and collator.text_augmentation is None and collator.views != (ORIGINAL,):
+        raise ValueError(
+            "data_collator has no text_augmentation, so that its augmented views are copies: give it one, or pass "
+            "text_augmentation='identity' to the trainer if that is meant"
+        )
+
+
+def resolve_image_augmentation(
+    given: Any, args: CLIPTrainingArguments
+) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """The augmentation of images that was given or named, on the device; `None` for none."""
+    given = args.image_preset if given is None else given
+    if isinstance(given, str):
+        return None if given == IDENTITY else ImageAugmentation(given).to(args.device)
+    return given.to(args.device) if isinstance(given, nn.Module) else given
+
+
+def resolve_text_augmentation(given: Any, args: CLIPTrainingArguments) -> Callable[[str, int], str] | None:
+    """The augmentation of captions that was given or named; `None` for none."""
+    given = args.text_preset if given is None else given
+    if isinstance(given, str):
+        return None if given == IDENTITY else TextAugmentation.from_preset(given)
+    return given
