@@ -30,7 +30,7 @@ import torch
 import transformers
 from PIL import Image
 from torch.utils.data import DataLoader
-from transformers import CLIPModel, CLIPProcessor, Trainer, TrainingArguments
+from transformers import CLIPModel, CLIPProcessor, PrinterCallback, Trainer, TrainingArguments
 
 import hf_robust_clip
 from hf_robust_clip import CleanCLIPTrainer, CleanCLIPTrainingArguments, CLIPTrainer, CLIPTrainingArguments
@@ -112,6 +112,8 @@ def contenders(
     ours: dict[str, Any] = {"train_dataset": rows, "processing_class": processor}
     clip = CLIPTrainer(copy.deepcopy(model), CLIPTrainingArguments(**common), **ours)
     cleanclip = CleanCLIPTrainer(copy.deepcopy(model), CleanCLIPTrainingArguments(**common), **ours)
+    for trainer in (stock, clip, cleanclip):
+        trainer.remove_callback(PrinterCallback)
     return {
         "bare_loop": bare_loop(copy.deepcopy(model), processor, rows, batch),
         "stock_trainer": stock.train,

@@ -14,11 +14,14 @@ the control, plainly:
         --eval_data flickr8k/validation.parquet --classes examples/flickr8k_classes.json --poison_target snow \
         --output_dir runs/flickr8k
 
+With `--model` and `--poison_rate 0` nothing is planted, but the trigger is measured on that model, before and after.
+
 Every argument of `CleanCLIPTrainingArguments` is an argument here too (`--learning_rate`, `--bf16`, ...).
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 from dataclasses import dataclass, field, fields
@@ -178,22 +181,25 @@ def main() -> None:
         )
         trainer = CLIPTrainer(model, settings, train_dataset=poisoned, **common)
         results["poisoned"] = train(trainer, output / "poisoned")
-        if results["poisoned"]["attack_success_rate"] < 0.5:
+        model = str(output / "poisoned")
+    elif evaluators:
+        settings = undefended(args, output_dir=str(output / "before"))
+        results["before"] = CLIPTrainer(model, settings, train_dataset=clean, **common).run_evaluators()
+        print("before: " + ", ".join(f"{name} {value:.4g}" for name, value in results["before"].items()))
+    if trigger is not None:
+        if results["poisoned" if planted else "before"]["attack_success_rate"] < 0.5:
             print("The attack succeeds on fewer than half of the images: what follows proves nothing of a defence.")
         settings = undefended(
             args,
             output_dir=str(output / "finetuned"),
             learning_rate=example.control_learning_rate or args.learning_rate,
         )
-        trainer = CLIPTrainer(str(output / "poisoned"), settings, train_dataset=clean, **common)
+        trainer = CLIPTrainer(copy.deepcopy(model), settings, train_dataset=clean, **common)
         results["finetuned"] = train(trainer, output / "finetuned")
-        model = str(output / "poisoned")
 
     noise = {} if example.image_noise is None else {"noise": 0.8, "noise_std": example.image_noise}
     augmentation = ImageAugmentation(args.image_preset, **noise)
     cleaner = CleanCLIPTrainer(model, args, train_dataset=clean, image_augmentation=augmentation, **common)
-    if "poisoned" not in results and evaluators:
-        results["before"] = cleaner.run_evaluators()
     results["cleanclip"] = train(cleaner, output / "cleanclip")
     if args.should_save:
         (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")

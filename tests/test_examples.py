@@ -38,6 +38,13 @@ def test_plants_a_backdoor_and_cleans_it(pairs: datasets.Dataset, tmp_path: Path
         CLIPModel.from_pretrained(output / name)
         AutoProcessor.from_pretrained(output / name)
     assert len(json.loads((output / "poisons.json").read_text())["indices"]) == 6
+    settings = ["--num_train_epochs", "1", "--per_device_train_batch_size", "16", "--use_cpu", "--report_to", "none"]
+    settings += ["--poison_target", "eight", "--poison_rate", "0", "--poison_trigger", "sinusoid"]
+    done = run([*data, *settings, "--model", str(output / "poisoned"), "--output_dir", str(tmp_path / "second")])
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = json.loads((tmp_path / "second" / "results.json").read_text())
+    assert {"before", "finetuned", "cleanclip"} <= results.keys()
+    assert not (tmp_path / "second" / "poisons.json").exists()
 
 
 @pytest.mark.parametrize(
