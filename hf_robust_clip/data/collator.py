@@ -30,7 +30,7 @@ class CLIPDataCollator:
         processor (`transformers.ProcessorMixin`):
             With an `image_processor` and a `tokenizer`.
         image_column (`str`, defaults to `"image"`):
-            Column with the image: what [`~data.images.decode_image`] takes.
+            Column with the image: what [`~imaging.decode_image`] takes.
         caption_column (`str`, defaults to `"caption"`):
             Column with the caption, or with a list of captions of which one is drawn each epoch.
         views (sequence of `str`, defaults to `("original",)`):

@@ -9,10 +9,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..imaging import decode_image
-
-__all__ = ["ImagePreprocessor", "decode_image"]
-
 
 class ImagePreprocessor:
     """

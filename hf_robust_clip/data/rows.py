@@ -10,7 +10,7 @@ import datasets
 import numpy as np
 import torch
 
-from .images import decode_image
+from ..imaging import decode_image
 
 OnBadRow = Literal["raise", "skip"]
 ON_BAD_ROW: tuple[OnBadRow, ...] = ("raise", "skip")
@@ -36,7 +36,7 @@ def decode_row(row: Mapping[str, Any], image_column: str, caption_column: str) -
 
     Args:
         row (mapping): Of column name to value, with its number under `"row_index"` where it is known.
-        image_column (`str`): Any image that [`~data.images.decode_image`] takes.
+        image_column (`str`): Any image that [`~imaging.decode_image`] takes.
         caption_column (`str`): A string, or a non-empty list of strings of which one is drawn at each visit.
 
     Returns:

@@ -13,8 +13,9 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ..augment.images import ImageNormalization
-from ..data.images import ImagePreprocessor, decode_image
+from ..data.images import ImagePreprocessor
 from ..data.rows import undecoded
+from ..imaging import decode_image
 from ..models import caption_padding, longest_caption
 
 Trigger = Callable[[np.ndarray], np.ndarray]
@@ -50,7 +51,7 @@ class Embedder:
 
         Args:
             dataset (`datasets.Dataset` or sequence of mappings): N rows.
-            image_column (`str`): Any image that [`~data.images.decode_image`] takes.
+            image_column (`str`): Any image that [`~imaging.decode_image`] takes.
             trigger (callable, *optional*): Takes and returns a uint8 array `(H, W, 3)`, at the model's input
                 resolution, before normalisation.
 

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from PIL import ExifTags, Image, ImageCms, ImageOps
 from transformers import CLIPImageProcessor, SiglipImageProcessor
 
-from hf_robust_clip.data.images import ImagePreprocessor, decode_image
+from hf_robust_clip.data.images import ImagePreprocessor
+from hf_robust_clip.imaging import decode_image
 
 HEIGHT, WIDTH = 6, 9
 
