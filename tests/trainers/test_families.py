@@ -120,7 +120,9 @@ def test_evaluator_embeds_as_the_forward_pass_does() -> None:
         images, texts = embedder.embed_images(test), embedder.embed_texts(list(test["caption"]))
         pixels = processor.image_processor(list(test["image"]), return_tensors="pt")["pixel_values"]
         padding = "max_length" if model.config.model_type == "siglip" else True
-        tokens = processor.tokenizer(list(test["caption"]), padding=padding, max_length=16, return_tensors="pt")
+        tokens = processor.tokenizer(
+            list(test["caption"]), padding=padding, truncation=True, max_length=16, return_tensors="pt"
+        )
         with torch.no_grad():
             outputs = model(pixel_values=pixels, **tokens)
         torch.testing.assert_close(images, outputs.image_embeds, rtol=1e-4, atol=1e-5)
