@@ -10,11 +10,12 @@ STAMP := $(VENV)/.made-from-$(shell cat pyproject.toml constraints.txt | cksum |
 .PHONY: demo test check bench clean
 .DEFAULT_GOAL := test
 
+# torch first and by its exact version, so that a build for CPUs that pip has been shown is taken: any later request
+# could bring the newest build for CUDA instead, several gigabytes.
 $(STAMP):
+	@echo "Creating $(VENV), which takes a minute or two"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt pip setuptools
-	# torch first and by its exact version, so that a build for CPUs that pip has been shown is taken: any later
-	# request could bring the newest build for CUDA instead, several gigabytes.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation --editable '.[report,dev]'
 	rm -f $(VENV)/.made-from-*
