@@ -48,12 +48,12 @@ def load_processor(model: str | nn.Module, processing_class: Any) -> Any:
     return AutoProcessor.from_pretrained(model)
 
 
-def check_processor(processor: Any) -> None:
-    """`ValueError` unless a processor has both an image processor and a tokenizer."""
+def check_processor(processor: Any, argument: str) -> None:
+    """`ValueError`, naming the argument, unless a processor has both an image processor and a tokenizer."""
     for part in ("image_processor", "tokenizer"):
         if not hasattr(processor, part):
             raise ValueError(
-                f"processing_class must have an image_processor and a tokenizer, as a CLIPProcessor has; "
+                f"{argument} must have an image_processor and a tokenizer, as a CLIPProcessor has; "
                 f"{type(processor).__name__} has no {part}"
             )
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..models import check_processor
 from ..seeding import derive_seed
 from .images import ImagePreprocessor
 from .rows import BAD_ROWS, POISONED, ROW_INDEX, decode_row
@@ -67,12 +68,7 @@ class CLIPDataCollator:
         padding: bool | str = True,
         seed: int = 0,
     ) -> None:
-        for part in ("image_processor", "tokenizer"):
-            if not hasattr(processor, part):
-                raise ValueError(
-                    f"processor must have an image_processor and a tokenizer, as a CLIPProcessor has; "
-                    f"{type(processor).__name__} has no {part}"
-                )
+        check_processor(processor, "processor")
         if isinstance(views, str) or len(views) == 0 or len(set(views)) < len(views):
             raise ValueError(f"views must be one or more different names, such as ('original',), but is {views!r}")
         self.preprocess = ImagePreprocessor(processor.image_processor)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
+
+from ..attacks.rows import naming
 
 _BUILDERS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".arrow": "arrow"}
 
@@ -84,16 +85,13 @@ def label_by_captions(
     Returns:
         `datasets.Dataset`: The labelled rows only, in order.
     """
-    patterns = {
-        name: re.compile(rf"\b(?:{'|'.join(map(re.escape, words))})\b", re.IGNORECASE)
-        for name, words in classes.items()
-    }
     names = list(classes)
+    tests = [[naming(word) for word in words] for words in classes.values()]
     rows, labels = [], []
     for row, captions in enumerate(dataset[caption_column]):
         counts = [0] * len(names)
         for caption in [captions] if isinstance(captions, str) else captions:
-            named = [i for i, name in enumerate(names) if patterns[name].search(caption)]
+            named = [i for i, words in enumerate(tests) if any(is_named(caption) for is_named in words)]
             if len(named) == 1:
                 counts[named[0]] += 1
         best = max(range(len(names)), key=counts.__getitem__)

@@ -10,6 +10,7 @@ import datasets
 import numpy as np
 import torch
 
+from ..attacks.rows import POISONED
 from ..imaging import decode_image
 
 OnBadRow = Literal["raise", "skip"]
@@ -18,8 +19,6 @@ ON_BAD_ROW: tuple[OnBadRow, ...] = ("raise", "skip")
 #: Keys added to a row: its number in the dataset, and the numbers of unusable rows that it stands in for.
 ROW_INDEX = "row_index"
 BAD_ROWS = "bad_rows"
-#: Optional boolean column that says which pairs are known to be poisoned; carried along for logging.
-POISONED = "poisoned"
 
 
 class BadRowError(ValueError):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -99,8 +100,6 @@ class CLIPTrainer(Trainer):
     # a loss for scaled as soon as the data has a `labels` column (transformers 5.19 and later).
     loss_is_scaled_for_ga = False
 
-    #: Short name of the defence, in file names and tags.
-    defence: ClassVar[str] = "clip"
     #: The views of a training batch, stacked in this order. `"original"` is un-augmented.
     views: tuple[str, ...] = (ORIGINAL,)
 
@@ -127,7 +126,7 @@ class CLIPTrainer(Trainer):
         encoder = load_dual_encoder(model)
         warn_of_half_precision(encoder)
         processing_class = load_processor(model, processing_class)
-        check_processor(processing_class)
+        check_processor(processing_class, "processing_class")
         for evaluator in evaluators:
             if hasattr(evaluator, "check"):
                 evaluator.check(processing_class)
@@ -158,9 +157,8 @@ class CLIPTrainer(Trainer):
             if not encoder.logit_scale.requires_grad:
                 logger.warning("With peft_config only the adapters are trained: logit_scale keeps its value.")
         # The Trainer refuses an eval_strategy without a dataset; evaluators bring their own.
-        self._no_rows: list[Any] = []
         if eval_dataset is None and evaluators:
-            eval_dataset = self._no_rows
+            eval_dataset = []
         super().__init__(
             model=encoder,
             args=args,
@@ -324,9 +322,8 @@ class CLIPTrainer(Trainer):
 
     def on_optimizer_step(self) -> None:
         """Called after each optimizer step, before it is logged, evaluated and saved."""
-        highest = torch.tensor(self.args.max_logit_scale).log().item()
         with torch.no_grad():
-            self.unwrapped_model.logit_scale.clamp_(0.0, highest)
+            self.unwrapped_model.logit_scale.clamp_(0.0, math.log(self.args.max_logit_scale))
 
     def on_train_end(self) -> None:
         """Called when training is over."""
@@ -371,13 +368,16 @@ class CLIPTrainer(Trainer):
         self, dataset: Any, description: str, batch_size: int, **kwargs: Any
     ) -> DataLoader[Any]:
         columns = (self.args.image_column, self.args.caption_column)
-        skip = self.args.on_bad_row == "skip"
-        if dataset is not self.train_dataset and dataset is not self._no_rows:
-            check_dataset(dataset, *columns, argument="eval_dataset", on_bad_row="skip" if skip else "raise")
+        on_bad_row: Any = self.args.on_bad_row
+        given = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
+        if all(dataset is not checked for checked in (self.train_dataset, *given)):
+            check_dataset(dataset, *columns, argument="eval_dataset", on_bad_row=on_bad_row)
         if not isinstance(dataset, torch.utils.data.IterableDataset):
-            dataset = IndexedDataset(dataset, *columns, on_bad_row="skip" if skip else "raise")
+            dataset = IndexedDataset(dataset, *columns, on_bad_row=on_bad_row)
+        elif on_bad_row == "skip":
+            dataset = SkippingIterableDataset(dataset, *columns)
         else:
-            dataset = SkippingIterableDataset(dataset, *columns) if skip else undecoded(dataset, *columns)
+            dataset = undecoded(dataset, *columns)
         # Dropping the last batch is for training: an evaluation reads every row.
         drop_last = self.args.dataloader_drop_last
         self.args.dataloader_drop_last = drop_last and bool(kwargs.get("is_training"))

@@ -28,7 +28,6 @@ class CleanCLIPTrainer(CLIPTrainer):
         **kwargs: As of [`CLIPTrainer`].
     """
 
-    defence = "cleanclip"
     views = ("original", "augmented")
     args: CleanCLIPTrainingArguments
 
