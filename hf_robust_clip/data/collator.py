@@ -88,10 +88,15 @@ class CLIPDataCollator:
         """Draw what belongs to this epoch (from 0) from now on, in worker processes too."""
         self._epoch.fill_(epoch)
 
+    def with_views(self, views: Sequence[str]) -> CLIPDataCollator:
+        """A copy that returns these text views; of several captions it draws the one that this collator does."""
+        collator = copy(self)
+        collator.views = tuple(views)
+        return collator
+
     def for_evaluation(self) -> CLIPDataCollator:
         """A copy that returns the original captions only, and the first where a row has several."""
-        collator = copy(self)
-        collator.views = (ORIGINAL,)
+        collator = self.with_views((ORIGINAL,))
         collator._first_caption_only = True
         return collator
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,8 +12,11 @@ from transformers import TrainingArguments
 from ..augment.images import PRESETS as IMAGE_PRESETS
 from ..augment.text import TextAugmentation
 from ..data.rows import ON_BAD_ROW
+from ..losses import MATCHINGS
 
 TEXT_PRESETS = ("identity", *TextAugmentation.presets)
+POOL_DTYPES = ("float32", "bfloat16")
+SCORE_VIEWS = ("clean", "augmented")
 
 
 @dataclass
@@ -68,10 +72,7 @@ class CLIPTrainingArguments(TrainingArguments):
             ("text_preset", TEXT_PRESETS),
             ("on_bad_row", ON_BAD_ROW),
         ):
-            if getattr(self, name) not in accepted:
-                raise ValueError(
-                    f"{name} must be one of {', '.join(map(repr, accepted))}, but is {getattr(self, name)!r}"
-                )
+            _check_choice(self, name, accepted)
         if self.max_logit_scale < 1:
             raise ValueError(f"max_logit_scale must be at least 1, but is {self.max_logit_scale!r}")
         if self.max_length is not None and self.max_length < 2:
@@ -117,3 +118,161 @@ class CleanCLIPTrainingArguments(CLIPTrainingArguments):
         for name in ("clip_weight", "unimodal_weight"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be at least 0, but is {getattr(self, name)!r}")
+
+
+@dataclass
+class RoCLIPTrainingArguments(CLIPTrainingArguments):
+    """
+    Arguments of [`RoCLIPTrainer`] (Yang, Gao, Mirzasoleiman, NeurIPS 2023, arXiv 2303.06854). The paper pre-trains on
+    a million pairs for 24 to 32 epochs, at learning rate 5e-4 with batch 128 or 5e-5 with batch 512, with a pool of 2%
+    of the pairs.
+
+    Args:
+        pool_size (`float`, defaults to 0.02): Pairs whose features the pools hold: a whole number from 1 on, or a
+            share of `train_dataset` below 1.
+        pool_dtype (`str`, defaults to `"float32"`): What the pools store, `"float32"` or `"bfloat16"`.
+        match_every_n_epochs (`int`, defaults to 2): Of so many epochs, the first is a matching epoch; 1: all are.
+        matching_start_epoch (`int`, defaults to 8): First matching epoch, counted from 0. Before a representation
+            means something its nearest neighbours do not either, and training on them collapses.
+        matching (`str`, defaults to `"image_to_text"`): What a matching epoch matches, see [`~losses.roclip_loss`].
+        steps_per_matching_epoch (`int`, *optional*): Optimizer steps that count as one epoch above, for datasets of
+            unknown length, which need it; others have epochs.
+        poison_target (`str`, *optional*): For the log alone, where `train_dataset` has a `poisoned` column: a word or
+            phrase that captions of the adversarial class contain. `None`: only captions of poisoned pairs count.
+    """
+
+    per_device_train_batch_size: int = field(default=128, metadata={"help": "Batch size per device for training."})
+    num_train_epochs: float = field(default=32.0, metadata={"help": "Number of epochs over the pairs."})
+    learning_rate: float = field(default=5e-4, metadata={"help": "Peak learning rate."})
+    weight_decay: float = field(default=0.1, metadata={"help": "Weight decay; logit_scale is exempt."})
+    warmup_steps: float = field(default=0.02, metadata={"help": "Warm-up steps, or below 1 their share of all steps."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of the learning rate."})
+    image_preset: str = field(
+        default="strong", metadata={"help": f"Augmentation of images: {', '.join(IMAGE_PRESETS)}."}
+    )
+    text_preset: str = field(default="eda", metadata={"help": f"Augmentation of captions: {', '.join(TEXT_PRESETS)}."})
+    pool_size: float = field(
+        default=0.02, metadata={"help": "Pairs in the pools, or below 1 their share of the dataset."}
+    )
+    pool_dtype: str = field(
+        default="float32", metadata={"help": f"What the pools store: {', '.join(POOL_DTYPES)}."}
+    )
+    match_every_n_epochs: int = field(
+        default=2, metadata={"help": "Of so many epochs, the first is a matching epoch; 1: all are."}
+    )
+    matching_start_epoch: int = field(default=8, metadata={"help": "First matching epoch, counted from 0."})
+    matching: str = field(default="image_to_text", metadata={"help": f"What is matched: {', '.join(MATCHINGS)}."})
+    steps_per_matching_epoch: int | None = field(
+        default=None, metadata={"help": "Optimizer steps that count as an epoch, for datasets of unknown length."}
+    )
+    poison_target: str | None = field(
+        default=None, metadata={"help": "For the log: what captions of the adversarial class contain."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_pool_size(self, "pool_size")
+        _check_choice(self, "pool_dtype", POOL_DTYPES)
+        _check_choice(self, "matching", MATCHINGS)
+        _check_whole(self, "match_every_n_epochs", least=1)
+        _check_whole(self, "matching_start_epoch", least=0)
+        if self.steps_per_matching_epoch is not None:
+            _check_whole(self, "steps_per_matching_epoch", least=1)
+
+
+@dataclass
+class SafeCLIPTrainingArguments(CLIPTrainingArguments):
+    """
+    Arguments of [`SafeCLIPTrainer`] (Yang, Gao, Mirzasoleiman, ICML 2024, arXiv 2310.05862), by default those of the
+    paper: 5 epochs of unimodal warm-up, one CLIP epoch at a hundredth of the learning rate, a first safe set of
+    probability 0.9 that grows by 1% an epoch up to 85%.
+
+    Args:
+        warmup_unimodal_epochs (`int`, defaults to 5): Epochs of the first phase, in which each modality learns by
+            itself.
+        warmup_unimodal_learning_rate (`float`, *optional*): Its peak learning rate. `None`: `learning_rate`.
+        warmup_cross_epochs (`int`, defaults to 1): Epochs of the second phase, CLIP on all pairs.
+        warmup_cross_learning_rate (`float`, *optional*): Its constant learning rate. `None`: a hundredth of
+            `learning_rate`.
+        safe_threshold (`float`, defaults to 0.9): Probability from which on a pair is safe at the first split, in
+            (0, 1).
+        safe_growth (`float`, defaults to 0.01): What the safe set grows by at each later split, as a share of all
+            pairs, in [0, 1].
+        safe_cap (`float`, defaults to 0.85): Largest share of the pairs that are safe, in (0, 1].
+        score_views (`str`, defaults to `"clean"`): What pairs are scored on: `"clean"`, un-augmented, or
+            `"augmented"`, as in the released code.
+        unimodal_pool_size (`float`, defaults to 0.02): Pairs in the pools of the unimodal loss: a whole number from 1
+            on, a share of `train_dataset` below 1, or 0: no pools, a view's own copy is its only positive.
+        pool_dtype (`str`, defaults to `"float32"`): What the pools store, `"float32"` or `"bfloat16"`.
+    """
+
+    per_device_train_batch_size: int = field(default=128, metadata={"help": "Batch size per device for training."})
+    num_train_epochs: float = field(default=32.0, metadata={"help": "Number of epochs over the pairs."})
+    learning_rate: float = field(default=5e-4, metadata={"help": "Peak learning rate."})
+    weight_decay: float = field(default=0.1, metadata={"help": "Weight decay; logit_scale is exempt."})
+    warmup_steps: float = field(default=0.02, metadata={"help": "Warm-up steps, or below 1 their share of all steps."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of the learning rate."})
+    image_preset: str = field(
+        default="strong", metadata={"help": f"Augmentation of images: {', '.join(IMAGE_PRESETS)}."}
+    )
+    text_preset: str = field(default="eda", metadata={"help": f"Augmentation of captions: {', '.join(TEXT_PRESETS)}."})
+    warmup_unimodal_epochs: int = field(default=5, metadata={"help": "Epochs in which each modality learns by itself."})
+    warmup_unimodal_learning_rate: float | None = field(
+        default=None, metadata={"help": "Peak learning rate of the unimodal warm-up; by default learning_rate."}
+    )
+    warmup_cross_epochs: int = field(default=1, metadata={"help": "Epochs of CLIP on all pairs after that."})
+    warmup_cross_learning_rate: float | None = field(
+        default=None, metadata={"help": "Its learning rate; by default a hundredth of learning_rate."}
+    )
+    safe_threshold: float = field(
+        default=0.9, metadata={"help": "Probability from which on a pair is safe at the first split."}
+    )
+    safe_growth: float = field(
+        default=0.01, metadata={"help": "Share of all pairs that the safe set grows by at each later split."}
+    )
+    safe_cap: float = field(default=0.85, metadata={"help": "Largest share of the pairs that are safe."})
+    score_views: str = field(default="clean", metadata={"help": f"What pairs are scored on: {', '.join(SCORE_VIEWS)}."})
+    unimodal_pool_size: float = field(
+        default=0.02, metadata={"help": "Pairs in the pools, or below 1 their share of the dataset; 0: no pools."}
+    )
+    pool_dtype: str = field(
+        default="float32", metadata={"help": f"What the pools store: {', '.join(POOL_DTYPES)}."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_whole(self, "warmup_unimodal_epochs", least=0)
+        _check_whole(self, "warmup_cross_epochs", least=0)
+        for name in ("warmup_unimodal_learning_rate", "warmup_cross_learning_rate"):
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                raise ValueError(f"{name} must be None or at least 0, but is {value!r}")
+        if not 0 < self.safe_threshold < 1:
+            raise ValueError(f"safe_threshold must be in (0, 1), but is {self.safe_threshold!r}")
+        if not 0 <= self.safe_growth <= 1:
+            raise ValueError(f"safe_growth must be a share of the pairs in [0, 1], but is {self.safe_growth!r}")
+        if not 0 < self.safe_cap <= 1:
+            raise ValueError(f"safe_cap must be a share of the pairs in (0, 1], but is {self.safe_cap!r}")
+        _check_choice(self, "score_views", SCORE_VIEWS)
+        if self.unimodal_pool_size != 0:
+            _check_pool_size(self, "unimodal_pool_size")
+        _check_choice(self, "pool_dtype", POOL_DTYPES)
+
+
+def _check_choice(args: Any, name: str, accepted: Sequence[str]) -> None:
+    if getattr(args, name) not in accepted:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, accepted))}, but is {getattr(args, name)!r}")
+
+
+def _check_whole(args: Any, name: str, least: int) -> None:
+    value = getattr(args, name)
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} must be a whole number of at least {least}, but is {value!r}")
+
+
+def _check_pool_size(args: Any, name: str) -> None:
+    value = getattr(args, name)
+    if isinstance(value, bool) or not (0 < value < 1 or (value >= 1 and float(value).is_integer())):
+        raise ValueError(
+            f"{name} must be a whole number of pairs from 1 on, or a share of the dataset in (0, 1), but is {value!r}"
+        )

@@ -14,7 +14,7 @@ from accelerate.utils import gather_object
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer
 from transformers.utils import logging
 
@@ -184,7 +184,6 @@ class CLIPTrainer(Trainer):
         self._bad_rows: set[int] = set()
         self._loader_generator = torch.Generator()
         self._sums: dict[str, torch.Tensor] = {}
-        self._summed = 0
         self._pairs_since_log = 0
         self._last_log = time.perf_counter()
         self.add_callback(TrainerHooks(self))
@@ -217,6 +216,10 @@ class CLIPTrainer(Trainer):
     def load_training_state(self, state: dict[str, torch.Tensor]) -> None:
         """Take over what [`training_state`] returned."""
         self._bad_rows = set(state[BAD_ROWS].tolist())
+
+    def make_batch_sampler(self, batch_size: int) -> Sampler[list[int]] | None:
+        """What deals the rows of a map-style `train_dataset` into batches; `None`: the Trainer shuffles them."""
+        return None
 
     @property
     def skipped_rows(self) -> list[int]:
@@ -294,11 +297,17 @@ class CLIPTrainer(Trainer):
         if getattr(encoder, "logit_bias", None) is not None:
             unused = unused + encoder.logit_bias.sum()
         loss = loss + 0.0 * unused
-        pairs = views[names[0]]
-        similarity = (pairs.image_embeds * pairs.text_embeds).sum(dim=-1).mean()
-        values = {**terms, "logit_scale": scale.squeeze(), "pair_similarity": similarity}
-        self._accumulate(values, pairs=pairs.image_embeds.shape[0])
+        self._accumulate({**terms, "logit_scale": scale.squeeze()})
+        self._accumulate_similarities(views[names[0]], inputs.get(POISONED))
         return (loss, outputs) if return_outputs else loss
+
+    def _accumulate_similarities(self, pairs: Embeddings, poisoned: torch.Tensor | None) -> None:
+        similarities = (pairs.image_embeds * pairs.text_embeds).sum(dim=-1).detach()  # (B,)
+        self._pairs_since_log += similarities.shape[0]
+        self._accumulate({"pair_similarity": similarities})
+        if poisoned is not None:
+            self._accumulate({"clean_pair_similarity": similarities}, ~poisoned)
+            self._accumulate({"poisoned_pair_similarity": similarities}, poisoned)
 
     # ---- Events ----
 
@@ -306,7 +315,7 @@ class CLIPTrainer(Trainer):
         """Called when training starts, after a checkpoint is restored."""
         self._epoch = None
         self._sums.clear()
-        self._summed = self._pairs_since_log = 0
+        self._pairs_since_log = 0
         self._last_log = time.perf_counter()
 
     def on_epoch_begin(self) -> None:
@@ -340,25 +349,41 @@ class CLIPTrainer(Trainer):
 
     # ---- Logging ----
 
-    def _accumulate(self, values: Mapping[str, torch.Tensor], pairs: int) -> None:
+    def _accumulate(self, values: Mapping[str, torch.Tensor], where: torch.Tensor | None = None) -> None:
+        """
+        Log the means of these values, of all ranks and of all calls since the last log.
+
+        Args:
+            values (mapping of `str` to `torch.Tensor`): Scalars, or one value a row `(B,)`.
+            where (`torch.Tensor` of shape `(B,)`, bool, *optional*): The rows that count.
+        """
         # On the device until they are logged: reading them here would make every step wait for the last.
         for name, value in values.items():
-            detached = value.detach()
-            self._sums[name] = self._sums[name] + detached if name in self._sums else detached.clone()
-        self._summed += 1
-        self._pairs_since_log += pairs
+            value = value.detach().float()
+            counted = torch.ones_like(value) if where is None else where.to(value.dtype)
+            summed = torch.stack([(value * counted).sum(), counted.sum()])
+            self._sums[name] = self._sums[name] + summed if name in self._sums else summed
+
+    def _logged_means(self) -> dict[str, float]:
+        names = sorted(self._sums)
+        if self.args.world_size > 1:
+            # A batch whose rows do not all have a value is logged without it, on its rank.
+            names = sorted(set(gather_object(names)))
+        if not names:
+            return {}
+        nothing = torch.zeros(2, device=self.args.device)
+        sums = torch.stack([self._sums.get(name, nothing) for name in names])  # (names, 2)
+        sums = self.accelerator.reduce(sums, reduction="sum")
+        self._sums.clear()
+        return {name: total / count for name, (total, count) in zip(names, sums.tolist(), strict=True) if count}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the mean of each loss term since the last log, over all ranks, and the throughput, to training logs."""
-        if "loss" in logs and self._summed:
-            names = sorted(self._sums)
-            means = torch.stack([self._sums[name].float() for name in names]) / self._summed
-            means = self.accelerator.reduce(means, reduction="mean")
+        if "loss" in logs:
             now = time.perf_counter()
-            logs.update(zip(names, means.tolist(), strict=True))
+            logs.update(self._logged_means())
             logs["pairs_per_second"] = self._pairs_since_log * self.args.world_size / (now - self._last_log)
-            self._sums.clear()
-            self._summed = self._pairs_since_log = 0
+            self._pairs_since_log = 0
             self._last_log = now
         super().log(logs, start_time)
 
@@ -378,13 +403,29 @@ class CLIPTrainer(Trainer):
             dataset = SkippingIterableDataset(dataset, *columns)
         else:
             dataset = undecoded(dataset, *columns)
-        # Dropping the last batch is for training: an evaluation reads every row.
-        drop_last = self.args.dataloader_drop_last
-        self.args.dataloader_drop_last = drop_last and bool(kwargs.get("is_training"))
-        try:
-            dataloader = super()._get_dataloader(dataset, description, batch_size, **kwargs)
-        finally:
-            self.args.dataloader_drop_last = drop_last
+        batch_sampler = self.make_batch_sampler(batch_size) if kwargs.get("is_training") else None
+        if batch_sampler is not None:
+            dataloader = self.accelerator.prepare(
+                DataLoader(
+                    dataset,
+                    batch_sampler=batch_sampler,
+                    collate_fn=self.data_collator,
+                    num_workers=self.args.dataloader_num_workers,
+                    pin_memory=self.args.dataloader_pin_memory,
+                    persistent_workers=self.args.dataloader_persistent_workers,
+                    multiprocessing_context=self.args.dataloader_multiprocessing_context,
+                    prefetch_factor=self.args.dataloader_prefetch_factor,
+                    in_order=self.args.dataloader_in_order,
+                )
+            )
+        else:
+            # Dropping the last batch is for training: an evaluation reads every row.
+            drop_last = self.args.dataloader_drop_last
+            self.args.dataloader_drop_last = drop_last and bool(kwargs.get("is_training"))
+            try:
+                dataloader = super()._get_dataloader(dataset, description, batch_size, **kwargs)
+            finally:
+                self.args.dataloader_drop_last = drop_last
         # A loader draws a seed for its workers at each epoch, but with persistent workers at the first only, and after
         # resuming within an epoch once more: from the global generator, that would shift the model's dropout.
         generator = self._loader_generator if kwargs.get("is_training") else torch.Generator()

@@ -7,13 +7,31 @@ from typing import Any
 
 import torch
 
-from hf_robust_clip import CleanCLIPTrainer, CleanCLIPTrainingArguments, CLIPTrainer, CLIPTrainingArguments
+from hf_robust_clip import (
+    CleanCLIPTrainer,
+    CleanCLIPTrainingArguments,
+    CLIPTrainer,
+    CLIPTrainingArguments,
+    RoCLIPTrainer,
+    RoCLIPTrainingArguments,
+    SafeCLIPTrainer,
+    SafeCLIPTrainingArguments,
+)
 from hf_robust_clip.data.digits import digit_processor, load_digit_pairs
 from hf_robust_clip.data.scratch import build_model
 
 ARGUMENTS: dict[type[CLIPTrainer], type[CLIPTrainingArguments]] = {
     CLIPTrainer: CLIPTrainingArguments,
     CleanCLIPTrainer: CleanCLIPTrainingArguments,
+    RoCLIPTrainer: RoCLIPTrainingArguments,
+    SafeCLIPTrainer: SafeCLIPTrainingArguments,
+}
+#: What makes every phase and both kinds of epoch come up within three epochs.
+SHORT: dict[type[CLIPTrainer], dict[str, Any]] = {
+    CLIPTrainer: {},
+    CleanCLIPTrainer: {},
+    RoCLIPTrainer: {"pool_size": 24, "matching_start_epoch": 1, "match_every_n_epochs": 2},
+    SafeCLIPTrainer: {"unimodal_pool_size": 24, "warmup_unimodal_epochs": 1, "warmup_cross_epochs": 1},
 }
 #: A trainer's own arguments, and those of its TrainingArguments, go through one call.
 _TRAINER = ("image_augmentation", "text_augmentation", "evaluators", "eval_dataset", "train_dataset", "model")
@@ -45,6 +63,7 @@ def make_trainer(cls: type[CLIPTrainer], output_dir: Path, rows: int = 64, **ove
         "disable_tqdm": True,
         "use_cpu": True,
         "seed": 0,
+        **SHORT[cls],
     }
     arguments.update(overrides)
     given.setdefault("model", small_model())

@@ -1,0 +1,177 @@
+"""Batches that are all safe or all risky, on every process at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from ..seeding import derive_seed
+
+
+class RoutedBatchSampler(torch.utils.data.Sampler[list[int]]):
+    """
+    Deals the rows of a dataset in shuffled batches of one kind each: safe rows or risky rows.
+
+    SafeCLIP (arXiv 2310.05862, section 4) trains the two kinds with different losses. Batches come in groups of
+    `world_size` of one kind, since accelerate deals whole batches to the processes in turn: so all processes train on
+    the same kind in each step. The kinds come in random order.
+
+    No row comes twice in an epoch. The number of steps is one less than there are whole groups in the dataset,
+    whatever the split: of each epoch fewer than two groups of rows are left out, drawn at random.
+
+    Everything depends on the seed, the epoch and the split alone, so that a resumed epoch can skip the batches that
+    were trained on. To be given to a `DataLoader` as `batch_sampler`. Set the epoch and the split before iterating;
+    an iteration goes on with those that it began with. accelerate passes the epoch on in some of its wrappers only.
+
+    Args:
+        length (`int`): Number of rows in the dataset; at least twice `batch_size * world_size`.
+        batch_size (`int`): Rows in a batch of one process.
+        world_size (`int`, *optional*, defaults to 1): Number of processes.
+        seed (`int`, *optional*, defaults to 0): The same on all processes.
+
+    Raises:
+        `ValueError`: If an argument is no positive integer, or there are too few rows.
+
+    Example:
+
+    ```python
+    sampler = RoutedBatchSampler(len(dataset), batch_size=128, world_size=accelerator.num_processes, seed=42)
+    loader = accelerator.prepare(DataLoader(dataset, batch_sampler=sampler))
+    sampler.set_split(probability >= 0.9)
+    sampler.set_epoch(6)
+    for batch, safe in zip(loader, sampler.kinds):
+        ...
+    ```
+    """
+
+    # accelerate reads `batch_size` and `drop_last`. A `sampler` it would reseed or replace: there is none.
+    drop_last = True
+
+    def __init__(self, length: int, batch_size: int, world_size: int = 1, seed: int = 0) -> None:
+        for name, value in (("length", length), ("batch_size", batch_size), ("world_size", world_size)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a positive integer, but is {value!r}")
+        group = batch_size * world_size
+        if length < 2 * group:
+            raise ValueError(
+                f"length={length} rows are fewer than two batches of batch_size={batch_size} on each of "
+                f"world_size={world_size} processes, {2 * group} rows; use a smaller batch_size or more rows"
+            )
+        self.length = length
+        self.batch_size = batch_size
+        self.world_size = world_size
+        self.seed = seed
+        self.epoch = 0
+        self._safe: np.ndarray | None = None
+
+    def set_epoch(self, epoch: int) -> None:
+        """Set the epoch, from which the order follows."""
+        self.epoch = epoch
+
+    def set_split(self, safe: np.ndarray | torch.Tensor | None) -> None:
+        """
+        Set which rows are safe.
+
+        Args:
+            safe (`np.ndarray` or `torch.Tensor`, *optional*): Boolean `(length,)`, copied. With `None` there is no
+                split, and all rows are shuffled together.
+
+        Raises:
+            `ValueError`: If the type or the shape is another.
+        """
+        split = None if safe is None else _boolean(safe, "safe").copy()
+        if split is not None and len(split) != self.length:
+            raise ValueError(f"safe must have one value for each of {self.length} rows, but has {len(split)}")
+        self._safe = split
+
+    @property
+    def kinds(self) -> np.ndarray | None:
+        """
+        `(steps,)`, boolean, on the host: whether step `i` of the epoch is a safe one, the same on all processes.
+        `None` without a split. Drawn at each access: to be read once an epoch.
+        """
+        return None if self._safe is None else self._draw()[0]
+
+    def __len__(self) -> int:
+        """Number of batches in an epoch, of all processes together."""
+        return self._steps * self.world_size
+
+    def __iter__(self) -> Iterator[list[int]]:
+        kinds, generator = self._draw()
+        order = generator.permutation(self.length)
+        if self._safe is None:
+            return self._batches(kinds, order, order[:0])
+        safe = self._safe[order]
+        return self._batches(kinds, order[safe], order[~safe])
+
+    def _batches(self, kinds: np.ndarray, safe: np.ndarray, risky: np.ndarray) -> Iterator[list[int]]:
+        group = self.batch_size * self.world_size
+        taken = {True: 0, False: 0}
+        for kind in kinds.tolist():
+            rows = (safe if kind else risky)[taken[kind] : taken[kind] + group]
+            taken[kind] += group
+            yield from rows.reshape(self.world_size, self.batch_size).tolist()
+
+    @property
+    def _steps(self) -> int:
+        return self.length // (self.batch_size * self.world_size) - 1
+
+    def _draw(self) -> tuple[np.ndarray, np.random.Generator]:
+        # The kinds before the rows, so that to know the kinds takes no permutation of all rows.
+        generator = np.random.default_rng(derive_seed(self.seed, self.epoch))
+        safe = self.length if self._safe is None else int(np.count_nonzero(self._safe))
+        group = self.batch_size * self.world_size
+        kinds = np.repeat([True, False], [safe // group, (self.length - safe) // group])
+        generator.shuffle(kinds)
+        # Together the two kinds have as many groups as there are steps, or one more: the last of them, which in random
+        # order is any of them, is left out.
+        return kinds[: self._steps], generator
+
+
+def pack_mask(mask: np.ndarray | torch.Tensor) -> torch.Tensor:
+    """
+    Store a boolean mask in an eighth of its size.
+
+    Args:
+        mask (`np.ndarray` or `torch.Tensor`): Boolean `(N,)`.
+
+    Returns:
+        `torch.Tensor`: uint8 `(ceil(N / 8),)`, on the CPU. The highest bit of a byte comes first; the bits left over
+        are zero.
+
+    Raises:
+        `ValueError`: If the type or the shape is another.
+    """
+    return torch.from_numpy(np.packbits(_boolean(mask, "mask")))
+
+
+def unpack_mask(bits: np.ndarray | torch.Tensor, length: int) -> np.ndarray:
+    """
+    Undo [`pack_mask`].
+
+    Args:
+        bits (`np.ndarray` or `torch.Tensor`): uint8 `(ceil(length / 8),)`.
+        length (`int`): Of the mask.
+
+    Returns:
+        `np.ndarray`: Boolean `(length,)`.
+
+    Raises:
+        `ValueError`: If the bits are not such an array.
+    """
+    packed = bits.cpu().numpy() if isinstance(bits, torch.Tensor) else np.asarray(bits)
+    if packed.dtype != np.uint8 or packed.shape != (-(-length // 8),):
+        raise ValueError(
+            f"bits of a mask of {length} rows must be uint8 of shape ({-(-length // 8)},), but are {packed.dtype} of "
+            f"shape {packed.shape}"
+        )
+    return np.unpackbits(packed, count=length).astype(bool)
+
+
+def _boolean(mask: np.ndarray | torch.Tensor, name: str) -> np.ndarray:
+    values = mask.detach().cpu().numpy() if isinstance(mask, torch.Tensor) else np.asarray(mask)
+    if values.dtype != np.bool_ or values.ndim != 1:
+        raise ValueError(f"{name} must be boolean of shape (N,), but is {values.dtype} of shape {values.shape}")
+    return values

@@ -1,0 +1,356 @@
+"""A first-in first-out pool of earlier features with an exact nearest-neighbour look-up, for RoCLIP and SafeCLIP."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+#: What the default chunking gives the similarities of one chunk, and in turn their rescoring, in bytes.
+LOOKUP_BYTES = 64 * 2**20
+#: Pool entries of which only the best similarity is looked at, until it turns out to be among the largest.
+GROUP = 16
+#: Candidates a query, on average, from which one more product, in float64, is cheaper than gathering them.
+MANY_CANDIDATES = 512
+
+
+class FeaturePool(nn.Module):
+    """
+    The last `size` features, and for a query the one with the largest inner product: the image and text pools of
+    RoCLIP (Yang, Gao, Mirzasoleiman, NeurIPS 2023, arXiv 2303.06854, section 4) and SafeCLIP (ICML 2024, arXiv
+    2310.05862, section 4.1).
+
+    The look-up is exact: it returns what brute force over the stored values in float64 returns, and of equals the one
+    that entered first. Similarities are computed in float32 (float64 if the queries or the pool are), with autocast,
+    TF32 and bfloat16 products switched off; every entry within their proven rounding error of the best is scored
+    again in float64. On a device, the look-up waits for it once or twice a chunk; nothing else here does, but loading.
+
+    A pool of P entries takes `P * (dim * itemsize + 20)` bytes: 2.07 GB for 1,000,000 x 512 in float32, 1.04 GB in
+    bfloat16. A look-up takes, whatever P, up to `2 * LOOKUP_BYTES` (128 MiB) and a few copies of the queries; with a
+    `chunk_size` of your own, `LOOKUP_BYTES` and about `itemsize * chunk_size * (B + dim) * 1.5`.
+
+    Pools that must be the same on every rank are given the same features in the same order: gather them first
+    (`distributed.gather_features`). Casting the module (`.half()`, `.to(torch.bfloat16)`) leaves the pool's dtype
+    alone; moving it to another device moves it. Features and queries must be finite: otherwise some filled slot is
+    returned, not necessarily the nearest.
+
+    Args:
+        size (`int`): Number of features kept.
+        dim (`int`): Their dimension.
+        dtype (`torch.dtype`): Of the stored features: `torch.float32`, `torch.bfloat16` or `torch.float64`.
+        chunk_size (`int`, *optional*): Entries compared at a time; by default as many as `LOOKUP_BYTES` allow.
+
+    Raises:
+        `ValueError`: If an argument is not as described.
+    """
+
+    features: torch.Tensor
+    keys: torch.Tensor
+    norms: torch.Tensor
+    entered: torch.Tensor
+    cursor: torch.Tensor
+    fill: torch.Tensor
+
+    def __init__(self, size: int, dim: int, dtype: torch.dtype = torch.float32, chunk_size: int | None = None) -> None:
+        super().__init__()
+        for name, value in (("size", size), ("dim", dim), ("chunk_size", chunk_size)):
+            if name == "chunk_size" and value is None:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} must be an integer of at least 1, but is {value!r}")
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}, but is {dtype!r}")
+        self.size, self.dim, self.chunk_size = size, dim, chunk_size
+        self.register_buffer("features", torch.zeros(size, dim, dtype=dtype))
+        self.register_buffer("keys", torch.full((size,), -1))
+        self.register_buffer("norms", torch.zeros(size))  # what bounds the rounding error of a similarity
+        self.register_buffer("entered", torch.zeros(size, dtype=torch.int64))  # number of the enqueue call
+        self.register_buffer("cursor", torch.tensor(0))
+        self.register_buffer("fill", torch.tensor(0))
+        self._read_state()
+
+    @property
+    def filled(self) -> int:
+        """Number of features held."""
+        return self._fill
+
+    @property
+    def full(self) -> bool:
+        """Whether the next feature replaces the oldest one."""
+        return self._fill == self.size
+
+    @property
+    def age(self) -> int:
+        """How many enqueue calls ago the oldest feature entered: 0 after a first one, and for an empty pool."""
+        return max(len(self._rows_of_calls) - 1, 0)
+
+    @torch.no_grad()
+    def enqueue(self, features: torch.Tensor, keys: torch.Tensor | None = None) -> None:
+        """
+        Take in a batch in the place of the oldest features; of one larger than the pool, the last `size` rows.
+
+        Args:
+            features (`torch.Tensor` of shape `(B, dim)`): L2-normalised, of any floating dtype; kept without gradient.
+            keys (`torch.Tensor` of shape `(B,)`, *optional*): Integers that the caller knows the features by, such as
+                rows of its dataset; -1 if not given.
+
+        Raises:
+            `ValueError`: If a shape or dtype is not as described.
+        """
+        self._check(features, "features")
+        batch = features.shape[0]
+        if keys is None:
+            keys = torch.full((batch,), -1)
+        integers = not (keys.is_floating_point() or keys.is_complex() or keys.dtype == torch.bool)
+        if keys.shape != (batch,) or not integers:
+            raise ValueError(f"keys must be ({batch},) integers, but are {tuple(keys.shape)} of {keys.dtype}")
+        if batch == 0:
+            return
+        kept = features[-self.size :].to(self.features)  # (N, dim)
+        values = {
+            "features": kept,
+            "keys": keys[-self.size :],
+            "norms": torch.linalg.vector_norm(kept, dim=1, dtype=torch.promote_types(kept.dtype, torch.float32)),
+            "entered": torch.full((kept.shape[0],), self._calls),
+        }
+        before_end = min(kept.shape[0], self.size - self._cursor)
+        for name, value in values.items():
+            buffer = getattr(self, name)
+            buffer[self._cursor : self._cursor + before_end].copy_(value[:before_end])
+            buffer[: kept.shape[0] - before_end].copy_(value[before_end:])
+        self._calls += 1
+        self._rows_of_calls.append(kept.shape[0])
+        lost = max(self._fill + kept.shape[0] - self.size, 0)
+        while lost:  # from the oldest calls
+            taken = min(lost, self._rows_of_calls[0])
+            self._rows_of_calls[0] -= taken
+            lost -= taken
+            if self._rows_of_calls[0] == 0:
+                self._rows_of_calls.popleft()
+        self._cursor = (self._cursor + kept.shape[0]) % self.size
+        self._fill = min(self._fill + kept.shape[0], self.size)
+        self.cursor.fill_(self._cursor)
+        self.fill.fill_(self._fill)
+
+    @torch.no_grad()
+    def clear(self) -> None:
+        """Forget everything."""
+        for buffer in self.buffers():
+            buffer.zero_()
+        self.keys.fill_(-1)
+        self._cursor, self._fill, self._calls = 0, 0, 0
+        self._rows_of_calls.clear()
+
+    @torch.no_grad()
+    def nearest(self, queries: torch.Tensor) -> torch.Tensor:
+        """
+        The stored feature with the largest inner product with each query.
+
+        Args:
+            queries (`torch.Tensor` of shape `(B, dim)`): L2-normalised, of any floating dtype, on the pool's device.
+
+        Returns:
+            `torch.Tensor` of shape `(B, dim)`: In the dtype of the queries, without gradient.
+
+        Raises:
+            `ValueError`: If the pool is empty, or the queries are not as described.
+        """
+        return self.features[self.nearest_slots(queries)].to(queries.dtype)
+
+    @torch.no_grad()
+    def nearest_slots(self, queries: torch.Tensor) -> torch.Tensor:
+        """
+        The slots, in `[0, filled)`, of what `nearest` returns, which raises the same errors.
+
+        Returns:
+            `torch.Tensor` of shape `(B,)`: Of int64, for `features` and `keys`.
+        """
+        self._check(queries, "queries")
+        if self._fill == 0:
+            raise ValueError("the pool is empty: enqueue features before looking any up")
+        with torch.autocast(queries.device.type, enabled=False), _full_precision_products():
+            return _Search(self, queries.detach()).run()
+
+    def extra_repr(self) -> str:
+        return f"size={self.size}, dim={self.dim}, dtype={self.features.dtype}, filled={self._fill}"
+
+    def _check(self, features: torch.Tensor, name: str) -> None:
+        if features.ndim != 2 or features.shape[1] != self.dim or not features.is_floating_point():
+            raise ValueError(
+                f"{name} must be (B, {self.dim}) of a floating dtype, but are {tuple(features.shape)} of {features.dtype}"
+            )
+
+    def _read_state(self) -> None:
+        """Mirror on the host what is asked at every step, so that asking does not wait for the device."""
+        self._cursor, self._fill = int(self.cursor), int(self.fill)
+        oldest = self._cursor if self.full else 0
+        calls = self.entered[: self._fill].roll(-oldest).cpu()
+        self._calls = int(calls[-1]) + 1 if self._fill else 0
+        self._rows_of_calls: deque[int] = deque(calls.unique_consecutive(return_counts=True)[1].tolist())
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> FeaturePool:
+        def keep_dtype(tensor: torch.Tensor) -> torch.Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        super()._apply(keep_dtype, recurse)
+        return self
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool,
+        missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        missing = [prefix + name for name in self._buffers if prefix + name not in state_dict]
+        problems = []
+        for name, buffer in self.named_buffers() if not missing else ():
+            loaded = state_dict[prefix + name]
+            if loaded.shape != buffer.shape or loaded.dtype != buffer.dtype:
+                problems.append(
+                    f"{prefix}{name} is {tuple(loaded.shape)} of {loaded.dtype} in the state, "
+                    f"but {tuple(buffer.shape)} of {buffer.dtype} in this pool"
+                )
+        if not missing and not problems:
+            cursor, fill = int(state_dict[prefix + "cursor"]), int(state_dict[prefix + "fill"])
+            if not (0 <= cursor < self.size and (fill == self.size or fill == cursor)):
+                problems.append(f"cursor {cursor} and fill {fill} cannot be of a pool of {self.size} features")
+        missing_keys.extend(missing)
+        error_msgs.extend(problems)
+        if not missing and not problems:  # all or nothing: half a state would not be seen again
+            super()._load_from_state_dict(
+                state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+            )
+            self._read_state()
+
+
+class _Search:
+    """One look-up: the best score of every query so far, and which entry, counted from the oldest, has it."""
+
+    def __init__(self, pool: FeaturePool, queries: torch.Tensor) -> None:
+        self.features, self.size = pool.features[: pool.filled], pool.size
+        self.oldest = int(pool.full) and pool._cursor
+        dtype = torch.promote_types(torch.promote_types(queries.dtype, self.features.dtype), torch.float32)
+        self.queries, self.exact_queries = queries.to(dtype), queries.double()  # both (B, D)
+        batch, dim = queries.shape
+        converted = 0 if dtype == self.features.dtype else dtype.itemsize * dim
+        per_entry = dtype.itemsize * batch + 2 * batch + converted  # similarities, then what the groups take
+        self.chunk_size = pool.chunk_size or max(LOOKUP_BYTES // per_entry, GROUP)
+        # Of any |similarity|, (B,).
+        self.bounds = torch.linalg.vector_norm(self.exact_queries, dim=1) * pool.norms[: pool.filled].max()
+        self.best_scores = self.exact_queries.new_full((batch,), -torch.inf)
+        self.best_orders = torch.zeros(batch, dtype=torch.int64, device=queries.device)  # the oldest
+
+    def margins(self, dtype: torch.dtype) -> torch.Tensor:
+        """
+        How far the computed similarity of the best entry may be below another one's, `(B,)`: twice the error of an
+        inner product of D terms added in any order, `D u / (1 - D u) |q| |f|` (Higham, Accuracy and Stability of
+        Numerical Algorithms, section 3.1), with room for the subtraction itself and for underflow.
+        """
+        numbers = torch.finfo(dtype)
+        terms, unit = self.queries.shape[1] + 4, numbers.eps / 2
+        relative = 1.01 * terms * unit / (1 - terms * unit)  # the norms are rounded too
+        return (2 * relative * self.bounds + 2 * terms * numbers.tiny).to(dtype)
+
+    def run(self) -> torch.Tensor:
+        """The slots of the nearest entries, `(B,)`."""
+        margins = self.margins(self.queries.dtype)
+        best = torch.full_like(margins, -torch.inf)
+        for first in range(0, len(self.features), self.chunk_size):
+            chunk = self.features[first : first + self.chunk_size].to(self.queries.dtype)  # (C, D)
+            peaks = self.group_maxima(chunk)  # (groups, B)
+            best = torch.maximum(best, peaks.amax(dim=0))
+            floors = best - margins
+            groups, rows = (peaks >= floors).nonzero(as_tuple=True)
+            if len(groups) * GROUP > MANY_CANDIDATES * len(best):
+                self.score_everything(chunk, first)
+            else:
+                self.score_groups(chunk, first, groups, rows, floors)
+        return (self.best_orders + self.oldest) % self.size
+
+    def group_maxima(self, chunk: torch.Tensor) -> torch.Tensor:
+        """The largest similarity in every `GROUP` consecutive entries with every query, `(groups, B)`."""
+        count, batch = len(chunk), len(self.queries)
+        groups = -(-count // GROUP)
+        similarities = chunk.new_empty(groups * GROUP, batch)
+        similarities[count:] = -torch.inf
+        torch.mm(chunk, self.queries.T, out=similarities[:count])
+        return similarities.view(groups, GROUP, batch).amax(dim=1)
+
+    def score_groups(
+        self, chunk: torch.Tensor, first: int, groups: torch.Tensor, rows: torch.Tensor, floors: torch.Tensor
+    ) -> None:
+        """Score those members of the groups that reach the floor of the query of the same row."""
+        members = torch.arange(GROUP, device=chunk.device)
+        step = max(LOOKUP_BYTES // (2 * GROUP * chunk.shape[1] * chunk.itemsize), 1)
+        for some_groups, some_rows in zip(groups.split(step), rows.split(step), strict=True):
+            entries = (some_groups[:, None] * GROUP + members).clamp_(max=len(chunk) - 1).flatten()  # (N * GROUP,)
+            gathered = chunk.index_select(0, entries).view(-1, GROUP, chunk.shape[1])  # (N, GROUP, D)
+            similarities = torch.bmm(gathered, self.queries[some_rows][:, :, None]).squeeze(2)  # (N, GROUP)
+            hits = (similarities >= floors[some_rows][:, None]).flatten().nonzero().squeeze(1)
+            self.score(some_rows[hits // GROUP], entries[hits] + first)
+
+    def score_everything(self, chunk: torch.Tensor, first: int) -> None:
+        """For a pool with hundreds of (nearly) equal entries: a product in float64, then what that cannot tell apart."""
+        margins = self.margins(torch.float64)
+        step = -(-len(chunk) // 8)  # float64, masks and indices take eight times the memory
+        for start in range(0, len(chunk), step):
+            similarities = chunk[start : start + step].double() @ self.exact_queries.T  # (C / 8, B)
+            floors = torch.maximum(similarities.amax(dim=0), self.best_scores) - margins
+            entries, rows = (similarities >= floors).nonzero(as_tuple=True)
+            self.score(rows, entries + (first + start))
+
+    def score(self, rows: torch.Tensor, slots: torch.Tensor) -> None:
+        """Score pairs of a query and a slot in float64, and keep the best, of equals the oldest, for every query."""
+        step = max(LOOKUP_BYTES // (32 * self.features.shape[1]), 1)
+        for some_rows, some_slots in zip(rows.split(step), slots.split(step), strict=True):
+            products = self.exact_queries.index_select(0, some_rows) * self.features.index_select(
+                0, some_slots
+            )  # (N, D)
+            scores = _row_sums(products)
+            orders = (some_slots - self.oldest) % self.size
+            top = self.best_scores.scatter_reduce(0, some_rows, scores, "amax")
+            self.best_orders[top > self.best_scores] = self.size
+            orders = orders.where(scores == top[some_rows], self.size)
+            self.best_orders = self.best_orders.scatter_reduce(0, some_rows, orders, "amin")
+            self.best_scores = top
+
+
+def _row_sums(values: torch.Tensor) -> torch.Tensor:
+    """
+    `values.sum(dim=1)` with one order of additions, where that of `sum` may depend on the number of rows: equal rows
+    must give equal sums, or a tie would not go to the oldest. Overwrites `values`.
+    """
+    while (width := values.shape[1]) > 1:
+        half = width // 2
+        values[:, :half].add_(values[:, width - half :])
+        values = values[:, : width - half]
+    return values[:, 0]
+
+
+@contextmanager
+def _full_precision_products() -> Iterator[None]:
+    """No TF32 (CUDA) and no bfloat16 (oneDNN) in products of float32, as the margins are those of float32."""
+    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # torch < 2.9
+        precision = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(precision)
+        return
+    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    # Only what is lowered is touched: a value that was set no longer follows the general setting.
+    lowered = [
+        (backend, backend.fp32_precision) for backend in backends if backend.fp32_precision not in ("none", "ieee")
+    ]
+    try:
+        for backend, _ in lowered:
+            backend.fp32_precision = "ieee"
+        yield
+    finally:
+        for backend, precision in lowered:
+            backend.fp32_precision = precision

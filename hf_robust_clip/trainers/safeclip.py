@@ -1,0 +1,224 @@
+"""SafeCLIP: pre-training that tells safe pairs from risky ones and treats them differently."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import datasets
+import torch
+from accelerate.utils import broadcast_object_list
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from transformers.utils import logging
+
+from ..data.sampling import RoutedBatchSampler
+from ..losses import clip_loss, safeclip_cross_loss, safeclip_unimodal_loss
+from .arguments import SafeCLIPTrainingArguments
+from .base import CLIPTrainer, Embeddings
+from .pools import FeaturePools, pool_length
+from .scoring import score_pairs
+from .split import SplitHistory, SplitRecord
+
+logger = logging.get_logger(__name__)
+
+
+class SafeCLIPTrainer(CLIPTrainer):
+    """
+    Pre-train a CLIP on pairs of which some may be poisoned, in three phases (Yang, Gao, Mirzasoleiman, ICML 2024,
+    arXiv 2310.05862):
+
+    1. `warmup_unimodal_epochs` in which images and captions each learn by themselves: an augmented view against the
+       nearest neighbour, in a pool of earlier features, of another view of the same row.
+    2. `warmup_cross_epochs` of CLIP on all pairs, at a small learning rate.
+    3. From then on, at the start of each epoch, all pairs are scored by similarity and split: pairs that a Gaussian
+       mixture calls safe train with CLIP's loss across two augmented views, the others with the first phase's loss,
+       in batches that are all safe or all risky. The safe set grows each epoch.
+
+    A poison that enters the safe set is learned like any other pair: the share of the pairs that are truly clean and
+    the separation of the similarities bound how far the safe set may grow (`safe_growth`, `safe_cap`). With a column
+    `poisoned` the log says how many are inside. The name is also that of an unrelated method against unsafe content.
+
+    Logged beside the loss terms, at each split, as `split_*`: the fields of [`~trainers.split.SplitRecord`].
+
+    Args:
+        model (`str` or `PreTrainedModel`): A Hub id, a folder, or a dual encoder, as a rule untrained.
+        args ([`SafeCLIPTrainingArguments`]): The paper's recipe by default.
+        image_augmentation, text_augmentation: `None`: the presets of `args`, `"strong"` and `"eda"`.
+        **kwargs: As of [`CLIPTrainer`].
+
+    Raises:
+        `ValueError`: As of [`CLIPTrainer`]; and for an iterable `train_dataset`, whose pairs cannot be scored and
+            then dealt out by what they scored.
+    """
+
+    views = ("first", "second")
+    args: SafeCLIPTrainingArguments
+
+    def __init__(self, model: Any, args: SafeCLIPTrainingArguments, *arguments: Any, **kwargs: Any) -> None:
+        super().__init__(model, args, *arguments, **kwargs)
+        self.pools: FeaturePools | None = None
+        self._splits = SplitHistory()
+        self._sampler: RoutedBatchSampler | None = None
+        self._steps_per_epoch = 0
+        self._batch_of_epoch = 0
+        if self.train_dataset is not None:
+            self._check_routing()
+            if self.args.unimodal_pool_size:
+                size = pool_length(self.args.unimodal_pool_size, self._dataset_length(), "unimodal_pool_size")
+                self.pools = FeaturePools(size, getattr(torch, self.args.pool_dtype))
+
+    def _check_routing(self) -> None:
+        if self._dataset_length() is None:
+            raise ValueError(
+                f"train_dataset is a {type(self.train_dataset).__name__} without a length, but SafeCLIP scores every "
+                "pair before an epoch and deals them into safe and risky batches by their number: load it as a "
+                "map-style dataset (load_dataset without streaming=True, or datasets.Dataset.from_generator), or use "
+                "RoCLIPTrainer, which can stream"
+            )
+        accelerator_config: Any = self.args.accelerator_config
+        for name, value, accepted in (
+            ("dataloader_drop_last", self.args.dataloader_drop_last, True),
+            ("ignore_data_skip", self.args.ignore_data_skip, False),
+            ("accelerator_config.split_batches", accelerator_config.split_batches, False),
+            ("accelerator_config.dispatch_batches", accelerator_config.dispatch_batches, False),
+        ):
+            if bool(value) is not accepted:
+                raise ValueError(
+                    f"{name}={value!r} does not work with SafeCLIPTrainer, which deals batches that are all safe or "
+                    f"all risky itself: set it to {accepted}"
+                )
+
+    # ---- Phases ----
+
+    @property
+    def first_split_epoch(self) -> int:
+        """The first epoch, from 0, of the third phase."""
+        return self.args.warmup_unimodal_epochs + self.args.warmup_cross_epochs
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LRScheduler:
+        """The Trainer's schedule over all steps, at the learning rates of the two warm-up phases while they last."""
+        created = self.lr_scheduler is None
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        if created:
+            if not isinstance(scheduler, LambdaLR):
+                raise ValueError(
+                    f"lr_scheduler_type={str(self.args.lr_scheduler_type)!r} does not work with SafeCLIPTrainer, whose "
+                    "phases need a schedule that is a function of the step: take 'cosine', 'linear', 'constant' or "
+                    "another of that kind"
+                )
+            scheduler.lr_lambdas = [self._phased(factor) for factor in scheduler.lr_lambdas]
+            for group, base, factor in zip(
+                scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
+            ):
+                group["lr"] = base * factor(0)
+            scheduler._last_lr = [group["lr"] for group in scheduler.optimizer.param_groups]
+        return scheduler
+
+    def _phased(self, schedule: Callable[[int], float]) -> Callable[[int], float]:
+        args, steps_per_epoch = self.args, self._steps_per_epoch
+        unimodal = args.warmup_unimodal_learning_rate
+        cross = args.warmup_cross_learning_rate
+        unimodal_factor = 1.0 if unimodal is None else unimodal / args.learning_rate
+        cross_factor = 0.01 if cross is None else cross / args.learning_rate
+
+        def factor(step: int) -> float:
+            epoch = step // steps_per_epoch
+            if epoch < args.warmup_unimodal_epochs:
+                return unimodal_factor * schedule(step)
+            return cross_factor if epoch < self.first_split_epoch else schedule(step)
+
+        return factor
+
+    def on_train_begin(self) -> None:
+        super().on_train_begin()
+        if self.state.num_train_epochs <= self.first_split_epoch:
+            logger.warning(
+                f"Training ends after epoch {self.state.num_train_epochs}, before the first split into safe and risky "
+                f"pairs (after warmup_unimodal_epochs={self.args.warmup_unimodal_epochs} and "
+                f"warmup_cross_epochs={self.args.warmup_cross_epochs}): it will be warm-up only."
+            )
+
+    def on_epoch_begin(self) -> None:
+        """Split the pairs, unless this is warm-up, or a resumed epoch whose split the checkpoint held."""
+        super().on_epoch_begin()
+        assert self._sampler is not None  # made with the dataloader
+        epoch = self._epoch or 0
+        if epoch >= self.first_split_epoch and self._splits.epoch != epoch:
+            self._split(epoch)
+        self._sampler.set_epoch(epoch)
+        self._sampler.set_split(self._splits.safe)
+        steps_done = self.state.global_step - epoch * self._steps_per_epoch
+        self._batch_of_epoch = steps_done * self.args.gradient_accumulation_steps
+
+    def make_batch_sampler(self, batch_size: int) -> RoutedBatchSampler:
+        seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
+        self._sampler = RoutedBatchSampler(self._dataset_length() or 0, batch_size, self.args.world_size, seed)
+        batches = len(self._sampler) // self.args.world_size
+        self._steps_per_epoch = -(-batches // self.args.gradient_accumulation_steps)
+        return self._sampler
+
+    # ---- Split ----
+
+    @property
+    def split(self) -> datasets.Dataset | None:
+        """
+        The latest split, a dataset with the boolean column `safe`, one row for each of `train_dataset`'s; `None`
+        before the first. `datasets.concatenate_datasets([train_dataset, trainer.split], axis=1)` puts them together.
+        """
+        return None if self._splits.safe is None else datasets.Dataset.from_dict({"safe": self._splits.safe})
+
+    @property
+    def splits(self) -> SplitHistory:
+        """The record and the histogram of every split so far."""
+        return self._splits
+
+    def _split(self, epoch: int) -> None:
+        scores = score_pairs(self, epoch, augmented=self.args.score_views == "augmented")
+        args = self.args
+        if args.process_index == 0:
+            self._splits.add(epoch, scores, args.safe_threshold, args.safe_growth, args.safe_cap, seed=args.seed)
+        if args.world_size > 1:
+            # Fitted once and passed on: processors differ in the last bit.
+            shared = [self._splits]
+            broadcast_object_list(shared)
+            self._splits = shared[0]
+        record = self._splits.records[-1]
+        self.log({f"split_{name}": value for name, value in record._asdict().items() if value == value})
+        if record.safe_share in (0.0, 1.0):
+            logger.warning(
+                f"The split of epoch {epoch} calls {'no' if record.safe_share == 0 else 'every'} pair safe: the "
+                "similarities do not fall into two groups. Longer warm-up, another safe_threshold or more data may "
+                "help; as it is, SafeCLIP defends against nothing."
+            )
+
+    # ---- Losses and state ----
+
+    def loss_components(
+        self, views: dict[str, Embeddings], scale: torch.Tensor, inputs: dict[str, Any]
+    ) -> dict[str, torch.Tensor]:
+        assert self._sampler is not None  # made with the dataloader
+        first, second = views["first"], views["second"]
+        gather, epoch = self.args.gather_across_devices, self._epoch or 0
+        kinds = self._sampler.kinds
+        if kinds is not None and kinds[self._batch_of_epoch]:
+            terms = safeclip_cross_loss(*first, *second, scale, gather=gather)
+        elif self.args.warmup_unimodal_epochs <= epoch < self.first_split_epoch:
+            terms = {"clip_loss": clip_loss(*first, scale, gather=gather)}
+        else:
+            pools = self.pools if self.pools is not None and self.pools.full else None
+            images, texts = (pools.image, pools.text) if pools is not None else (None, None)
+            terms = safeclip_unimodal_loss(*first, *second, scale, images, texts, gather=gather)
+        if self.pools is not None:
+            self.pools.enqueue(*first)
+        self._batch_of_epoch += 1
+        return terms
+
+    def training_state(self) -> dict[str, torch.Tensor]:
+        pools = self.pools.state_dict() if self.pools is not None else {}
+        return {**super().training_state(), **pools, **self._splits.state_dict()}
+
+    def load_training_state(self, state: dict[str, torch.Tensor]) -> None:
+        super().load_training_state(state)
+        if self.pools is not None:
+            self.pools.load_state_dict(state, self.args.device)
+        self._splits.load_state_dict(state, self._dataset_length() or 0)

@@ -1,0 +1,131 @@
+"""SafeCLIP's split of the pairs into safe and risky ones, and the record of it."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from sklearn.metrics import roc_auc_score
+
+from ..data.sampling import pack_mask, unpack_mask
+from ..mixture import SimilarityMixture
+from .scoring import PairScores
+
+#: Bins of the histograms over similarities in [-1, 1].
+BINS = 200
+
+
+class SplitRecord(NamedTuple):
+    """
+    What an epoch's split was like. The last three are NaN unless the dataset has a `poisoned` column with a poison.
+
+    `epoch`, from 0; `safe_share` of the pairs, in [0, 1]; `similarity_threshold`, the least similarity of a safe pair
+    (NaN without one); mean, variance and weight of the mixture's two components; `auroc` of telling clean from
+    poisoned pairs by similarity; `poisons_in_safe_set`, the share of the poisons that are in the safe set;
+    `safe_set_poison_rate`, the share of the safe set that are poisons.
+    """
+
+    epoch: float
+    safe_share: float
+    similarity_threshold: float
+    risky_mean: float
+    risky_variance: float
+    risky_weight: float
+    safe_mean: float
+    safe_variance: float
+    safe_weight: float
+    auroc: float = float("nan")
+    poisons_in_safe_set: float = float("nan")
+    safe_set_poison_rate: float = float("nan")
+
+
+class SplitHistory:
+    """
+    The splits of a training so far: the current one as a mask, of all a [`SplitRecord`] and a histogram.
+
+    Attributes:
+        safe (`np.ndarray` of shape `(N,)`, bool, or `None`): Which pairs the latest split calls safe.
+        epoch (`int` or `None`): Its epoch.
+        records (`list[SplitRecord]`): One a split.
+        histograms (`list[np.ndarray]`): One a split, int64 `(2, BINS)`: how many clean and how many poisoned pairs
+            have a similarity in each of `BINS` equal parts of [-1, 1]; all count as clean where it is not known.
+    """
+
+    def __init__(self) -> None:
+        self.safe: np.ndarray | None = None
+        self.records: list[SplitRecord] = []
+        self.histograms: list[np.ndarray] = []
+
+    @property
+    def epoch(self) -> int | None:
+        return int(self.records[-1].epoch) if self.records else None
+
+    def add(self, epoch: int, scores: PairScores, threshold: float, growth: float, cap: float, seed: int) -> None:
+        """
+        Split the pairs anew (arXiv 2310.05862, section 4.2).
+
+        At the first split the pairs of probability `threshold` and more are safe. At later ones the safe set is the
+        top of the ranking by probability, then similarity, and larger by `growth` an epoch; never above `cap`.
+        Unusable pairs are risky.
+
+        Args:
+            epoch (`int`): From 0.
+            scores ([`PairScores`]): Of all pairs.
+            threshold, growth, cap (`float`): Shares, as in [`SafeCLIPTrainingArguments`].
+            seed (`int`): Of the mixture's subsample.
+        """
+        similarities = scores.similarities
+        usable = np.flatnonzero(~np.isnan(similarities))
+        mixture = SimilarityMixture.fit(similarities[usable], seed=seed)
+        probabilities = mixture.probability(similarities[usable])
+        # The probability never falls as similarity rises, so this ranks by both; ties by row.
+        ranking = usable[np.argsort(-similarities[usable], kind="stable")]
+        if self.records:
+            first = self.records[0]
+            count = round((first.safe_share + growth * (epoch - int(first.epoch))) * len(similarities))
+        else:
+            count = int((probabilities >= threshold).sum())
+        count = min(count, int(cap * len(similarities)), len(usable))
+        safe = np.zeros(len(similarities), dtype=bool)
+        safe[ranking[:count]] = True
+        record = SplitRecord(
+            epoch,
+            count / len(similarities),
+            float(similarities[ranking[count - 1]]) if count else float("nan"),
+            *(
+                float(values[component])
+                for component in (0, 1)
+                for values in (mixture.means, mixture.variances, mixture.weights)
+            ),
+        )
+        poisoned = scores.poisoned if scores.poisoned is not None else np.zeros(len(similarities), dtype=bool)
+        if poisoned[usable].any() and not poisoned[usable].all():
+            inside = (safe & poisoned).sum()
+            record = record._replace(
+                auroc=float(roc_auc_score(~poisoned[usable], similarities[usable])),
+                poisons_in_safe_set=float(inside / poisoned.sum()),
+                safe_set_poison_rate=float(inside / max(count, 1)),
+            )
+        self.safe = safe
+        self.records.append(record)
+        groups = (similarities[usable[~poisoned[usable]]], similarities[usable[poisoned[usable]]])
+        self.histograms.append(np.stack([np.histogram(np.clip(g, -1, 1), BINS, (-1.0, 1.0))[0] for g in groups]))
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """As tensors: the mask as a bitmap, `(N / 8,)` uint8."""
+        if self.safe is None:
+            return {}
+        return {
+            "split": pack_mask(self.safe),
+            "split_records": torch.tensor(self.records, dtype=torch.float64),  # (splits, fields)
+            "split_histograms": torch.from_numpy(np.stack(self.histograms)),  # (splits, 2, BINS)
+        }
+
+    def load_state_dict(self, state: dict[str, Any], length: int) -> None:
+        """Take over what [`state_dict`] returned, for a dataset of that length."""
+        self.safe, self.records, self.histograms = None, [], []
+        if "split" in state:
+            self.safe = unpack_mask(state["split"], length)
+            self.records = [SplitRecord(*row) for row in state["split_records"].tolist()]
+            self.histograms = list(state["split_histograms"].numpy())
