@@ -135,15 +135,10 @@ class SimilarityMixture:
         """
         values = _check(similarities)
         (risky_mean, safe_mean), (risky_variance, safe_variance) = self.means.tolist(), self.variances.tolist()
-        # The log-odds are a parabola with the derivative `curve * x - offset`; they rise between `low` and `high`.
+        # The log-odds are a parabola with the derivative `curve * x - offset`.
         curve = 1 / risky_variance - 1 / safe_variance
         offset = risky_mean / risky_variance - safe_mean / safe_variance
-        low, high = -LIMIT, LIMIT
-        if curve > 0:
-            low = min(max(offset / curve, low), high)
-        elif curve < 0:
-            high = min(max(offset / curve, low), high)
-        anchor = high if curve < 0 else low
+        anchor = min(max(offset / curve, -LIMIT), LIMIT) if curve else 0.0  # the vertex, or the end next to it
         log_odds = (
             math.log(self.weights[1] / self.weights[0])
             - math.log(safe_variance / risky_variance) / 2
@@ -152,9 +147,9 @@ class SimilarityMixture:
         )
         probability = np.empty(len(values), dtype=np.float64)
         for start in range(0, len(values), _CHUNK):
-            chunk = np.clip(values[start : start + _CHUNK].astype(np.float64), low, high)
-            # The parabola as the distance to the anchor times the mean slope up to there: from this anchor both grow,
-            # or shrink, together, so that not even rounding makes a probability fall.
+            chunk = values[start : start + _CHUNK].astype(np.float64)
+            # The parabola as the distance to the anchor times the mean slope up to there, which is negative where the
+            # posterior falls. The sizes of both grow with the distance: not even rounding makes a probability fall.
             slope = np.maximum(curve / 2 * (chunk + anchor) - offset, 0)
             exponent = np.clip(-(log_odds + (chunk - anchor) * slope), -700, 700)
             probability[start : start + _CHUNK] = 1 / (1 + np.exp(exponent))

@@ -55,6 +55,11 @@ class FeaturePool(nn.Module):
     entered: torch.Tensor
     cursor: torch.Tensor
     fill: torch.Tensor
+    # What is asked at every step, mirrored on the host, so that asking does not wait for the device.
+    _cursor: int
+    _fill: int
+    _calls: int  # the number of the next one
+    _rows_of_calls: deque[int]  # still held, of each call from the oldest on
 
     def __init__(self, size: int, dim: int, dtype: torch.dtype = torch.float32, chunk_size: int | None = None) -> None:
         super().__init__()
@@ -181,17 +186,16 @@ class FeaturePool(nn.Module):
 
     def _check(self, features: torch.Tensor, name: str) -> None:
         if features.ndim != 2 or features.shape[1] != self.dim or not features.is_floating_point():
-            raise ValueError(
-                f"{name} must be (B, {self.dim}) of a floating dtype, but are {tuple(features.shape)} of {features.dtype}"
-            )
+            received = f"{tuple(features.shape)} of {features.dtype}"
+            raise ValueError(f"{name} must be (B, {self.dim}) of a floating dtype, but are {received}")
 
     def _read_state(self) -> None:
-        """Mirror on the host what is asked at every step, so that asking does not wait for the device."""
+        """Set the mirrors from the buffers."""
         self._cursor, self._fill = int(self.cursor), int(self.fill)
         oldest = self._cursor if self.full else 0
         calls = self.entered[: self._fill].roll(-oldest).cpu()
         self._calls = int(calls[-1]) + 1 if self._fill else 0
-        self._rows_of_calls: deque[int] = deque(calls.unique_consecutive(return_counts=True)[1].tolist())
+        self._rows_of_calls = deque(calls.unique_consecutive(return_counts=True)[1].tolist())
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> FeaturePool:
         def keep_dtype(tensor: torch.Tensor) -> torch.Tensor:
@@ -238,7 +242,7 @@ class _Search:
         batch, dim = queries.shape
         converted = 0 if dtype == self.features.dtype else dtype.itemsize * dim
         per_entry = dtype.itemsize * batch + 2 * batch + converted  # similarities, then what the groups take
-        self.chunk_size = pool.chunk_size or max(LOOKUP_BYTES // per_entry, GROUP)
+        self.chunk_size = pool.chunk_size or max(LOOKUP_BYTES // max(per_entry, 1), GROUP)
         # Of any |similarity|, (B,).
         self.bounds = torch.linalg.vector_norm(self.exact_queries, dim=1) * pool.norms[: pool.filled].max()
         self.best_scores = self.exact_queries.new_full((batch,), -torch.inf)
@@ -294,7 +298,7 @@ class _Search:
             self.score(some_rows[hits // GROUP], entries[hits] + first)
 
     def score_everything(self, chunk: torch.Tensor, first: int) -> None:
-        """For a pool with hundreds of (nearly) equal entries: a product in float64, then what that cannot tell apart."""
+        """For hundreds of (nearly) equal entries: a product in float64, then pairs that it cannot tell apart."""
         margins = self.margins(torch.float64)
         step = -(-len(chunk) // 8)  # float64, masks and indices take eight times the memory
         for start in range(0, len(chunk), step):
@@ -342,7 +346,7 @@ def _full_precision_products() -> Iterator[None]:
         finally:
             torch.set_float32_matmul_precision(precision)
         return
-    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
     # Only what is lowered is touched: a value that was set no longer follows the general setting.
     lowered = [
         (backend, backend.fp32_precision) for backend in backends if backend.fp32_precision not in ("none", "ieee")

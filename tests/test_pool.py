@@ -284,15 +284,15 @@ def _is_tensor(value: Any) -> bool:
 def test_the_memory_of_a_look_up_does_not_grow_with_the_pool(
     dtype: torch.dtype, equal: bool, monkeypatch: pytest.MonkeyPatch
 ):
-    budget = 2**20
+    budget = 2**19
     monkeypatch.setattr(pool_module, "LOOKUP_BYTES", budget)
-    pool = FeaturePool(12_000, 64, dtype)
-    rows = unit(12_000, 64)
-    pool.enqueue(rows[:1].expand(12_000, 64) if equal else rows)
+    pool = FeaturePool(6_000, 64, dtype)
+    rows = unit(6_000, 64)
+    pool.enqueue(rows[:1].expand(6_000, 64) if equal else rows)
     queries = unit(64, 64, 1)
     with Memory() as memory:
         pool.nearest_slots(queries)
-    assert 2**18 < memory.peak < 2 * budget + 4 * 8 * queries.numel()  # all similarities: 3 MiB
+    assert 2**17 < memory.peak < 2 * budget + 4 * 8 * queries.numel()  # all similarities: 1.5 MiB
 
 
 @pytest.mark.parametrize(
@@ -334,27 +334,30 @@ def golden_pool(modality: str) -> FeaturePool:
     return pool
 
 
-def assert_same_rows(pool: FeaturePool, expected: np.ndarray) -> None:
-    distances = torch.cdist(pool.features, torch.from_numpy(expected), compute_mode="donot_use_mm_for_euclid_dist")
-    assert pool.features.shape == expected.shape
-    assert (distances.amin(dim=0) < 1e-10).all() and (distances.amin(dim=1) < 1e-10).all()
-
-
 def test_roclip_agrees_with_the_released_code():
     images, texts = (torch.from_numpy(GOLDEN[f"in/{name}"]) for name in ("I", "T"))
-    pool = golden_pool("text")
-    terms = roclip_loss(images, texts, float(np.exp(GOLDEN["in/ls"])), None, pool, matching="image_to_text")
+    scale = float(np.exp(GOLDEN["in/ls"]))
+    terms = roclip_loss(images, texts, scale, None, golden_pool("text"), matching="image_to_text")
     assert float(sum(terms.values())) == pytest.approx(float(GOLDEN["roclip_image_to_text/loss"]), rel=1e-10)
-    pool.enqueue(texts)
-    assert_same_rows(pool, GOLDEN["roclip_image_to_text/pool_text_after"])
 
 
 def test_safeclip_agrees_with_the_released_code():
     views = [torch.from_numpy(GOLDEN[f"in/{name}"]) for name in ("I", "T", "I2", "T2")]
-    pools = {"image": golden_pool("image"), "text": golden_pool("text")}
     scale = float(np.exp(GOLDEN["in/ls"]))
-    terms = safeclip_unimodal_loss(*views, scale, image_pool=pools["image"], text_pool=pools["text"])
+    terms = safeclip_unimodal_loss(*views, scale, image_pool=golden_pool("image"), text_pool=golden_pool("text"))
     assert float(sum(terms.values())) == pytest.approx(float(GOLDEN["safeclip_unimodal_pool/loss"]), rel=1e-10)
-    for modality, batch in zip(pools, views[:2], strict=True):
-        pools[modality].enqueue(batch)
-        assert_same_rows(pools[modality], GOLDEN[f"safeclip_unimodal_pool/pool_{modality}_after"])
+
+
+@pytest.mark.parametrize(
+    ("case", "modality"),
+    [("roclip_image_to_text", "text"), ("safeclip_unimodal_pool", "image"), ("safeclip_unimodal_pool", "text")],
+)
+def test_the_batch_replaces_what_it_replaces_in_the_released_code(case: str, modality: str):
+    if f"{case}/pool_{modality}_after" not in GOLDEN.files:
+        pytest.skip("this golden file does not hold the pools after the batch")
+    pool = golden_pool(modality)
+    pool.enqueue(torch.from_numpy(GOLDEN["in/I" if modality == "image" else "in/T"]))
+    expected = torch.from_numpy(GOLDEN[f"{case}/pool_{modality}_after"])
+    assert pool.features.shape == expected.shape
+    distances = torch.cdist(pool.features, expected, compute_mode="donot_use_mm_for_euclid_dist")  # as sets of rows
+    assert (distances.amin(dim=0) < 1e-10).all() and (distances.amin(dim=1) < 1e-10).all()

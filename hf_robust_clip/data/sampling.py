@@ -65,10 +65,12 @@ class RoutedBatchSampler(torch.utils.data.Sampler[list[int]]):
         self.seed = seed
         self.epoch = 0
         self._safe: np.ndarray | None = None
+        self._kinds: np.ndarray | None = None
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch, from which the order follows."""
         self.epoch = epoch
+        self._kinds = None
 
     def set_split(self, safe: np.ndarray | torch.Tensor | None) -> None:
         """
@@ -85,14 +87,18 @@ class RoutedBatchSampler(torch.utils.data.Sampler[list[int]]):
         if split is not None and len(split) != self.length:
             raise ValueError(f"safe must have one value for each of {self.length} rows, but has {len(split)}")
         self._safe = split
+        self._kinds = None
 
     @property
     def kinds(self) -> np.ndarray | None:
         """
         `(steps,)`, boolean, on the host: whether step `i` of the epoch is a safe one, the same on all processes.
-        `None` without a split. Drawn at each access: to be read once an epoch.
+        `None` without a split.
         """
-        return None if self._safe is None else self._draw()[0]
+        if self._kinds is None and self._safe is not None:
+            self._kinds = self._draw()[0]
+            self._kinds.setflags(write=False)
+        return self._kinds
 
     def __len__(self) -> int:
         """Number of batches in an epoch, of all processes together."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -154,9 +154,7 @@ class RoCLIPTrainingArguments(CLIPTrainingArguments):
     pool_size: float = field(
         default=0.02, metadata={"help": "Pairs in the pools, or below 1 their share of the dataset."}
     )
-    pool_dtype: str = field(
-        default="float32", metadata={"help": f"What the pools store: {', '.join(POOL_DTYPES)}."}
-    )
+    pool_dtype: str = field(default="float32", metadata={"help": f"What the pools store: {', '.join(POOL_DTYPES)}."})
     match_every_n_epochs: int = field(
         default=2, metadata={"help": "Of so many epochs, the first is a matching epoch; 1: all are."}
     )
@@ -216,7 +214,9 @@ class SafeCLIPTrainingArguments(CLIPTrainingArguments):
         default="strong", metadata={"help": f"Augmentation of images: {', '.join(IMAGE_PRESETS)}."}
     )
     text_preset: str = field(default="eda", metadata={"help": f"Augmentation of captions: {', '.join(TEXT_PRESETS)}."})
-    warmup_unimodal_epochs: int = field(default=5, metadata={"help": "Epochs in which each modality learns by itself."})
+    warmup_unimodal_epochs: int = field(
+        default=5, metadata={"help": "Epochs in which each modality learns by itself."}
+    )
     warmup_unimodal_learning_rate: float | None = field(
         default=None, metadata={"help": "Peak learning rate of the unimodal warm-up; by default learning_rate."}
     )
@@ -231,13 +231,13 @@ class SafeCLIPTrainingArguments(CLIPTrainingArguments):
         default=0.01, metadata={"help": "Share of all pairs that the safe set grows by at each later split."}
     )
     safe_cap: float = field(default=0.85, metadata={"help": "Largest share of the pairs that are safe."})
-    score_views: str = field(default="clean", metadata={"help": f"What pairs are scored on: {', '.join(SCORE_VIEWS)}."})
+    score_views: str = field(
+        default="clean", metadata={"help": f"What pairs are scored on: {', '.join(SCORE_VIEWS)}."}
+    )
     unimodal_pool_size: float = field(
         default=0.02, metadata={"help": "Pairs in the pools, or below 1 their share of the dataset; 0: no pools."}
     )
-    pool_dtype: str = field(
-        default="float32", metadata={"help": f"What the pools store: {', '.join(POOL_DTYPES)}."}
-    )
+    pool_dtype: str = field(default="float32", metadata={"help": f"What the pools store: {', '.join(POOL_DTYPES)}."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -259,7 +259,7 @@ class SafeCLIPTrainingArguments(CLIPTrainingArguments):
         _check_choice(self, "pool_dtype", POOL_DTYPES)
 
 
-def _check_choice(args: Any, name: str, accepted: Sequence[str]) -> None:
+def _check_choice(args: Any, name: str, accepted: Iterable[str]) -> None:
     if getattr(args, name) not in accepted:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, accepted))}, but is {getattr(args, name)!r}")
 

@@ -30,9 +30,7 @@ class FeaturePools:
         """Whether every slot holds a feature; losses look up matches from then on."""
         return self.text is not None and self.text.full
 
-    def enqueue(
-        self, image_embeds: torch.Tensor, text_embeds: torch.Tensor, keys: torch.Tensor | None = None
-    ) -> None:
+    def enqueue(self, image_embeds: torch.Tensor, text_embeds: torch.Tensor, keys: torch.Tensor | None = None) -> None:
         """
         Take in the pairs of this batch, of all ranks, in the order of the ranks.
 

@@ -17,7 +17,7 @@ from .arguments import SafeCLIPTrainingArguments
 from .base import CLIPTrainer, Embeddings
 from .pools import FeaturePools, pool_length
 from .scoring import score_pairs
-from .split import SplitHistory, SplitRecord
+from .split import SplitHistory
 
 logger = logging.get_logger(__name__)
 
@@ -102,9 +102,8 @@ class SafeCLIPTrainer(CLIPTrainer):
         if created:
             if not isinstance(scheduler, LambdaLR):
                 raise ValueError(
-                    f"lr_scheduler_type={str(self.args.lr_scheduler_type)!r} does not work with SafeCLIPTrainer, whose "
-                    "phases need a schedule that is a function of the step: take 'cosine', 'linear', 'constant' or "
-                    "another of that kind"
+                    f"lr_scheduler_type={str(self.args.lr_scheduler_type)!r} does not work with SafeCLIPTrainer: its "
+                    "phases need a schedule that is a function of the step, such as 'cosine', 'linear' or 'constant'"
                 )
             scheduler.lr_lambdas = [self._phased(factor) for factor in scheduler.lr_lambdas]
             for group, base, factor in zip(

@@ -105,4 +105,3 @@ def _score_batch(trainer: CLIPTrainer, model: Any, batch: dict[str, Any], key: i
     similarities = (image_embeds * text_embeds).sum(dim=-1)
     parts = (rows.to(images.device), similarities, flags.to(images.device))
     return torch.stack([part.double() for part in parts], dim=1)
-

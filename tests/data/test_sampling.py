@@ -145,6 +145,21 @@ def test_an_iteration_goes_on_as_it_began():
     assert list(iteration) == expected != list(sampler)
 
 
+def test_the_kinds_follow_the_epoch_and_the_split_and_cannot_be_written():
+    sampler, safe = half_safe(120)
+    drawn = []
+    for epoch in (0, 1):
+        sampler.set_epoch(epoch)
+        drawn.append(sampler.kinds)
+        with pytest.raises(ValueError, match="read-only"):
+            sampler.kinds[0] = False
+    sampler.set_split(np.arange(120) < 20)
+    drawn.append(sampler.kinds)
+    assert len({tuple(kinds.tolist()) for kinds in drawn}) == 3
+    sampler.set_split(safe)
+    assert (sampler.kinds == drawn[1]).all()
+
+
 def test_the_split_is_copied():
     sampler, safe = half_safe()
     expected = list(sampler)
@@ -169,7 +184,7 @@ def test_accelerate_deals_the_batches_in_turn_and_resumes_among_them(seedable: b
             use_seedable_sampler=seedable,
             data_seed=1,
         )
-        assert len(loader) == len(kinds) and loader.total_batch_size == 6
+        assert len(loader) == len(kinds) and loader.total_batch_size == 6 and loader.batch_sampler.drop_last
         dealt = [batch.tolist() for batch in loader]
         assert dealt == batches[rank::2]
         assert [safe[batch].all() for batch in dealt] == kinds.tolist()
