@@ -72,7 +72,8 @@ def measure(batch: int, size: int, dim: int, dtype: torch.dtype, rounds: int, de
         "product": lambda: queries @ features.T,
     }
     times: dict[str, list[float]] = {name: [] for name in runs}
-    repeats = max(1, round(4e9 / (2 * batch * size * dim)))  # a round of the smaller sizes is too short to time
+    # A single run of the smaller sizes is too short to time.
+    repeats = min(max(round(2e9 / (batch * size * dim)), 1), 100)
     for run in runs.values():
         run()
     for number in range(rounds):

@@ -1,6 +1,7 @@
 """
-What a training step costs: a bare PyTorch loop, the stock `Trainer`, `CLIPTrainer` and `CleanCLIPTrainer`, on the same
-raw rows, the same model and the same batches, taking turns within one process.
+What a training step costs: a bare PyTorch loop, the stock `Trainer` and the trainers of this package, on the same raw
+rows and the same model, taking turns within one process. RoCLIP runs once with steps that all match, in pools of
+21,845 pairs, and once with steps that never do; SafeCLIP's scoring pass runs beside its training.
 
     python benchmarks/step_cost.py [--json FILE]
 
@@ -33,15 +34,30 @@ from torch.utils.data import DataLoader
 from transformers import CLIPModel, CLIPProcessor, PrinterCallback, Trainer, TrainingArguments
 
 import hf_robust_clip
-from hf_robust_clip import CleanCLIPTrainer, CleanCLIPTrainingArguments, CLIPTrainer, CLIPTrainingArguments
+from hf_robust_clip import (
+    CleanCLIPTrainer,
+    CleanCLIPTrainingArguments,
+    CLIPTrainer,
+    CLIPTrainingArguments,
+    RoCLIPTrainer,
+    RoCLIPTrainingArguments,
+    SafeCLIPTrainer,
+    SafeCLIPTrainingArguments,
+)
 from hf_robust_clip.data.scratch import build_model, build_processor
+from hf_robust_clip.trainers.scoring import score_pairs
 
 CAPTIONS = ["a dog runs over the wet snow", "two children play on a beach", "a man climbs a steep rock face"]
 RATIOS = {
     "stock_trainer_over_bare_loop": ("stock_trainer", "bare_loop"),
     "clip_over_stock_trainer": ("clip", "stock_trainer"),
     "cleanclip_over_clip": ("cleanclip", "clip"),
+    "roclip_matching_over_plain": ("roclip_matching", "roclip_plain"),
+    "safeclip_over_clip": ("safeclip", "clip"),
+    "safeclip_scoring_over_epoch": ("safeclip_scoring", "safeclip"),
 }
+#: Pairs in RoCLIP's pools in its paper, 2% of a million and a bit.
+POOL_SIZE = 21_845
 
 
 def make_rows(count: int, size: int) -> datasets.Dataset:
@@ -96,6 +112,7 @@ def contenders(
     common: dict[str, Any] = {
         "output_dir": output,
         "per_device_train_batch_size": batch,
+        "per_device_eval_batch_size": batch,
         "num_train_epochs": 1,
         "learning_rate": 1e-5,
         "save_strategy": "no",
@@ -112,20 +129,43 @@ def contenders(
     ours: dict[str, Any] = {"train_dataset": rows, "processing_class": processor}
     clip = CLIPTrainer(copy.deepcopy(model), CLIPTrainingArguments(**common), **ours)
     cleanclip = CleanCLIPTrainer(copy.deepcopy(model), CleanCLIPTrainingArguments(**common), **ours)
-    for trainer in (stock, clip, cleanclip):
+    pooled = {"pool_size": POOL_SIZE, "match_every_n_epochs": 1, **common}
+    roclip = [
+        RoCLIPTrainer(copy.deepcopy(model), RoCLIPTrainingArguments(**pooled, matching_start_epoch=start), **ours)
+        for start in (0, 1)
+    ]
+    safeclip = SafeCLIPTrainer(
+        copy.deepcopy(model), SafeCLIPTrainingArguments(**common, unimodal_pool_size=POOL_SIZE), **ours
+    )
+    for trainer in (stock, clip, cleanclip, *roclip, safeclip):
         trainer.remove_callback(PrinterCallback)
+    for trainer in (*roclip, safeclip):
+        fill(trainer.pools, model.config.projection_dim, trainer.args.device)
     return {
         "bare_loop": bare_loop(copy.deepcopy(model), processor, rows, batch),
         "stock_trainer": stock.train,
         "clip": clip.train,
         "cleanclip": cleanclip.train,
+        "roclip_plain": roclip[1].train,
+        "roclip_matching": roclip[0].train,
+        "safeclip": safeclip.train,
+        "safeclip_scoring": lambda: score_pairs(safeclip, epoch=0),
     }
 
 
+def fill(pools: Any, dim: int, device: torch.device) -> None:
+    """Features of nothing in particular in every slot, so that every step looks some up."""
+    generator = torch.Generator().manual_seed(0)
+    features = [torch.nn.functional.normalize(torch.randn(pools.size, dim, generator=generator)) for _ in range(2)]
+    pools.enqueue(*(side.to(device) for side in features))
+
+
 def measure(runs: dict[str, Callable[[], Any]], rounds: int, steps: int) -> dict[str, list[float]]:
-    """Seconds a step of every contender in every round."""
+    """Seconds a batch of every contender in every round."""
     names = list(runs)
     seconds: dict[str, list[float]] = {name: [] for name in names}
+    # SafeCLIP leaves up to two batches of an epoch to another one, and scores all of them.
+    batches = {name: steps - 1 if name == "safeclip" else steps for name in names}
     for run in runs.values():  # lazy imports, thread pools, allocator
         run()
     for number in range(rounds):
@@ -133,7 +173,7 @@ def measure(runs: dict[str, Callable[[], Any]], rounds: int, steps: int) -> dict
         for name in names[shift:] + names[:shift]:
             start = time.perf_counter()
             runs[name]()
-            seconds[name].append((time.perf_counter() - start) / steps)
+            seconds[name].append((time.perf_counter() - start) / batches[name])
         print(f"round {number + 1}/{rounds}: " + ", ".join(f"{n} {seconds[n][-1] * 1e3:.0f} ms" for n in names))
     return seconds
 

@@ -23,61 +23,34 @@ from __future__ import annotations
 
 import copy
 import json
-import time
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from datasets import ClassLabel, Dataset
-from PIL import Image
+from shared import (
+    DataArguments,
+    backdoor,
+    labelled_images,
+    make_evaluators,
+    make_trigger,
+    start_from,
+    train,
+    undefended,
+)
 from transformers import HfArgumentParser, set_seed
 
 from hf_robust_clip import (
-    AttackSuccessEvaluator,
     CleanCLIPTrainer,
     CleanCLIPTrainingArguments,
     CLIPTrainer,
-    CLIPTrainingArguments,
     ImageAugmentation,
-    PoisonSpec,
-    ZeroShotEvaluator,
     poison_dataset,
 )
-from hf_robust_clip.attacks.triggers import trigger_from_name
-from hf_robust_clip.data.images import ImagePreprocessor
-from hf_robust_clip.data.loading import label_by_captions, load_pairs
-from hf_robust_clip.data.scratch import build_model, build_processor
-from hf_robust_clip.evaluation.zero_shot import DEFAULT_TEMPLATES
-from hf_robust_clip.models import load_dual_encoder, load_processor
+from hf_robust_clip.data.loading import load_pairs
 
 
 @dataclass
-class ExampleArguments:
-    train_data: str = field(metadata={"help": "Clean pairs: a file, a folder, or a dataset on the Hub."})
-    model: str | None = field(default=None, metadata={"help": "Model to clean: a Hub id or a folder."})
-    from_scratch: bool = field(
-        default=False, metadata={"help": "Train a small CLIP from nothing instead of --model (with --poison_target)."}
-    )
-    image_size: int = field(default=32, metadata={"help": "Side of the images with --from_scratch."})
-    eval_data: str | None = field(default=None, metadata={"help": "Labelled images: a file, a folder, a Hub id."})
-    eval_split: str = field(default="validation", metadata={"help": "Split of --eval_data, where it has several."})
-    label_column: str = field(default="label", metadata={"help": "Column of --eval_data with the class."})
-    classes: Path | None = field(
-        default=None,
-        metadata={
-            "help": "JSON file of class name to the words that name it: labels --eval_data by its captions. Without "
-            "it, --label_column is a ClassLabel."
-        },
-    )
-    template: list[str] = field(
-        default_factory=lambda: list(DEFAULT_TEMPLATES), metadata={"help": "Prompts with one {} for the class name."}
-    )
-    poison_target: str | None = field(
-        default=None, metadata={"help": "Class that a backdoor is for, one of the classes: plant it, and measure it."}
-    )
-    poison_trigger: str = field(
-        default="blended", metadata={"help": "Trigger of the backdoor: patch, blended, sinusoid or warp."}
-    )
+class ExampleArguments(DataArguments):
     poison_rate: float = field(
         default=0.03, metadata={"help": "Share of the pairs that are poisoned. 0: measure the trigger, plant nothing."}
     )
@@ -92,55 +65,6 @@ class ExampleArguments:
     )
 
 
-def make_evaluators(example: ExampleArguments, args: CleanCLIPTrainingArguments, trigger: Any) -> list[Any]:
-    """Zero-shot accuracy on `--eval_data`, and with a planted backdoor its success."""
-    if example.eval_data is None:
-        return []
-    data: Dataset = load_pairs(example.eval_data, example.eval_split, args.image_column)
-    label_column = example.label_column
-    if example.classes is not None:
-        words = json.loads(example.classes.read_text())
-        data = label_by_captions(data, words, args.caption_column, label_column=label_column)
-    feature = data.features.get(label_column)
-    if not isinstance(feature, ClassLabel):
-        raise ValueError(f"--label_column {label_column!r} of --eval_data must be a ClassLabel, or give --classes")
-    columns = {"image_column": args.image_column, "label_column": label_column}
-    evaluators: list[Any] = [ZeroShotEvaluator(data, feature.names, example.template, **columns)]
-    if trigger is not None:
-        evaluators.append(
-            AttackSuccessEvaluator(data, trigger, example.poison_target, feature.names, example.template, **columns)
-        )
-    return evaluators
-
-
-def undefended(args: CleanCLIPTrainingArguments, **changes: Any) -> CLIPTrainingArguments:
-    """CleanCLIP's settings without its augmentation, so that the control differs in the method alone."""
-    names = [field.name for field in fields(CLIPTrainingArguments) if field.init]
-    settings = {name: getattr(args, name) for name in names}
-    return CLIPTrainingArguments(**settings | {"image_preset": "identity", "text_preset": "identity"} | changes)
-
-
-def start_from(example: ExampleArguments, args: CleanCLIPTrainingArguments, clean: Dataset) -> tuple[Any, Any]:
-    """The model to start from and its processor: loaded, or small and untrained."""
-    if not example.from_scratch:
-        return load_dual_encoder(example.model), load_processor(example.model, None)
-    captions = [[entry] if isinstance(entry, str) else entry for entry in clean[args.caption_column]]
-    processor = build_processor([text for entry in captions for text in entry], image_size=example.image_size)
-    return build_model(processor, vision_width=96, text_width=96, seed=args.seed), processor
-
-
-def train(trainer: CLIPTrainer, folder: Path) -> dict[str, float]:
-    """Train, save model and processor, measure."""
-    start = time.perf_counter()
-    trainer.train()
-    seconds = time.perf_counter() - start
-    trainer.save_model(str(folder))
-    trainer.accelerator.wait_for_everyone()  # other processes read what the first one writes
-    figures = {**trainer.run_evaluators(), "seconds": round(seconds, 1)}
-    print(f"{folder.name}: " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
-    return figures
-
-
 def main() -> None:
     parser = HfArgumentParser((ExampleArguments, CleanCLIPTrainingArguments), description=__doc__.split("\n\n")[0])
     example, args = parser.parse_args_into_dataclasses()
@@ -151,9 +75,8 @@ def main() -> None:
         parser.error("--poison_target needs --eval_data: an attack that nobody measured proves nothing")
     set_seed(args.seed)
     clean = load_pairs(example.train_data, image_column=args.image_column)
-    drawn = {} if example.poison_trigger == "sinusoid" else {"seed": args.seed}
-    trigger = trigger_from_name(example.poison_trigger, **drawn) if example.poison_target else None
-    evaluators = make_evaluators(example, args, trigger)
+    trigger = make_trigger(example, args.seed)
+    evaluators = make_evaluators(example, args, labelled_images(example, args), trigger)
     output = Path(args.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     model, processor = start_from(example, args, clean)
@@ -161,13 +84,7 @@ def main() -> None:
     results: dict[str, Any] = {"arguments": {name: str(value) for name, value in vars(example).items()}}
 
     if planted:
-        spec = PoisonSpec(
-            trigger=trigger,
-            target=example.poison_target,
-            rate=example.poison_rate,
-            seed=args.seed,
-            image_size=ImagePreprocessor(processor.image_processor)([Image.new("RGB", (64, 64))]).shape[-1],
-        )
+        spec = backdoor(example, trigger, processor, args.seed)
         poisoned, manifest = poison_dataset(clean, spec, args.image_column, args.caption_column)
         if args.should_save:
             (output / "poisons.json").write_text(json.dumps(manifest))

@@ -20,6 +20,7 @@ _PUBLIC = {
     "ImageAugmentation": "augment.images",
     "PatchTrigger": "attacks.triggers",
     "PoisonSpec": "attacks.poisoning",
+    "PoisonSuccessEvaluator": "evaluation.poison_success",
     "RoCLIPTrainer": "trainers.roclip",
     "RoCLIPTrainingArguments": "trainers.arguments",
     "SafeCLIPTrainer": "trainers.safeclip",

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from .lookup import Search, full_precision_products
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
-#: What the default chunking gives the similarities of one chunk, and in turn their rescoring, in bytes.
-LOOKUP_BYTES = 64 * 2**20
-#: Pool entries of which only the best similarity is looked at, until it turns out to be among the largest.
-GROUP = 16
-#: Candidates a query, on average, from which one more product, in float64, is cheaper than gathering them.
-MANY_CANDIDATES = 512
 
 
 class FeaturePool(nn.Module):
@@ -28,7 +23,7 @@ class FeaturePool(nn.Module):
     The look-up is exact: it returns what brute force over the stored values in float64 returns, and of equals the one
     that entered first. Similarities are computed in float32 (float64 if the queries or the pool are), with autocast,
     TF32 and bfloat16 products switched off; every entry within their proven rounding error of the best is scored
-    again in float64. On a device, the look-up waits for it once or twice a chunk; nothing else here does, but loading.
+    again in float64. On a device, the look-up waits for it a few times a chunk; nothing else here does, but loading.
 
     A pool of P entries takes `P * (dim * itemsize + 20)` bytes: 2.07 GB for 1,000,000 x 512 in float32, 1.04 GB in
     bfloat16. A look-up takes, whatever P, up to `2 * LOOKUP_BYTES` (128 MiB) and a few copies of the queries; with a
@@ -36,8 +31,8 @@ class FeaturePool(nn.Module):
 
     Pools that must be the same on every rank are given the same features in the same order: gather them first
     (`distributed.gather_features`). Casting the module (`.half()`, `.to(torch.bfloat16)`) leaves the pool's dtype
-    alone; moving it to another device moves it. Features and queries must be finite: otherwise some filled slot is
-    returned, not necessarily the nearest.
+    alone; moving it to another device, which must know float64, moves it. Features and queries must be finite:
+    otherwise some filled slot is returned, not necessarily the nearest.
 
     Args:
         size (`int`): Number of features kept.
@@ -178,8 +173,9 @@ class FeaturePool(nn.Module):
         self._check(queries, "queries")
         if self._fill == 0:
             raise ValueError("the pool is empty: enqueue features before looking any up")
-        with torch.autocast(queries.device.type, enabled=False), _full_precision_products():
-            return _Search(self, queries.detach()).run()
+        with torch.autocast(queries.device.type, enabled=False), full_precision_products():
+            entries = self.features[: self._fill]
+            return Search(entries, self.norms, self._oldest, self.chunk_size, queries.detach()).run()
 
     def extra_repr(self) -> str:
         return f"size={self.size}, dim={self.dim}, dtype={self.features.dtype}, filled={self._fill}"
@@ -189,11 +185,14 @@ class FeaturePool(nn.Module):
             received = f"{tuple(features.shape)} of {features.dtype}"
             raise ValueError(f"{name} must be (B, {self.dim}) of a floating dtype, but are {received}")
 
+    @property
+    def _oldest(self) -> int:
+        return self._cursor if self.full else 0
+
     def _read_state(self) -> None:
         """Set the mirrors from the buffers."""
         self._cursor, self._fill = int(self.cursor), int(self.fill)
-        oldest = self._cursor if self.full else 0
-        calls = self.entered[: self._fill].roll(-oldest).cpu()
+        calls = self.entered[: self._fill].roll(-self._oldest).cpu()
         self._calls = int(calls[-1]) + 1 if self._fill else 0
         self._rows_of_calls = deque(calls.unique_consecutive(return_counts=True)[1].tolist())
 
@@ -229,132 +228,3 @@ class FeaturePool(nn.Module):
                 state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
             )
             self._read_state()
-
-
-class _Search:
-    """One look-up: the best score of every query so far, and which entry, counted from the oldest, has it."""
-
-    def __init__(self, pool: FeaturePool, queries: torch.Tensor) -> None:
-        self.features, self.size = pool.features[: pool.filled], pool.size
-        self.oldest = int(pool.full) and pool._cursor
-        dtype = torch.promote_types(torch.promote_types(queries.dtype, self.features.dtype), torch.float32)
-        self.queries, self.exact_queries = queries.to(dtype), queries.double()  # both (B, D)
-        batch, dim = queries.shape
-        converted = 0 if dtype == self.features.dtype else dtype.itemsize * dim
-        per_entry = dtype.itemsize * batch + 2 * batch + converted  # similarities, then what the groups take
-        self.chunk_size = pool.chunk_size or max(LOOKUP_BYTES // max(per_entry, 1), GROUP)
-        # Of any |similarity|, (B,).
-        self.bounds = torch.linalg.vector_norm(self.exact_queries, dim=1) * pool.norms[: pool.filled].max()
-        self.best_scores = self.exact_queries.new_full((batch,), -torch.inf)
-        self.best_orders = torch.zeros(batch, dtype=torch.int64, device=queries.device)  # the oldest
-
-    def margins(self, dtype: torch.dtype) -> torch.Tensor:
-        """
-        How far the computed similarity of the best entry may be below another one's, `(B,)`: twice the error of an
-        inner product of D terms added in any order, `D u / (1 - D u) |q| |f|` (Higham, Accuracy and Stability of
-        Numerical Algorithms, section 3.1), with room for the subtraction itself and for underflow.
-        """
-        numbers = torch.finfo(dtype)
-        terms, unit = self.queries.shape[1] + 4, numbers.eps / 2
-        relative = 1.01 * terms * unit / (1 - terms * unit)  # the norms are rounded too
-        return (2 * relative * self.bounds + 2 * terms * numbers.tiny).to(dtype)
-
-    def run(self) -> torch.Tensor:
-        """The slots of the nearest entries, `(B,)`."""
-        margins = self.margins(self.queries.dtype)
-        best = torch.full_like(margins, -torch.inf)
-        for first in range(0, len(self.features), self.chunk_size):
-            chunk = self.features[first : first + self.chunk_size].to(self.queries.dtype)  # (C, D)
-            peaks = self.group_maxima(chunk)  # (groups, B)
-            best = torch.maximum(best, peaks.amax(dim=0))
-            floors = best - margins
-            groups, rows = (peaks >= floors).nonzero(as_tuple=True)
-            if len(groups) * GROUP > MANY_CANDIDATES * len(best):
-                self.score_everything(chunk, first)
-            else:
-                self.score_groups(chunk, first, groups, rows, floors)
-        return (self.best_orders + self.oldest) % self.size
-
-    def group_maxima(self, chunk: torch.Tensor) -> torch.Tensor:
-        """The largest similarity in every `GROUP` consecutive entries with every query, `(groups, B)`."""
-        count, batch = len(chunk), len(self.queries)
-        groups = -(-count // GROUP)
-        similarities = chunk.new_empty(groups * GROUP, batch)
-        similarities[count:] = -torch.inf
-        torch.mm(chunk, self.queries.T, out=similarities[:count])
-        return similarities.view(groups, GROUP, batch).amax(dim=1)
-
-    def score_groups(
-        self, chunk: torch.Tensor, first: int, groups: torch.Tensor, rows: torch.Tensor, floors: torch.Tensor
-    ) -> None:
-        """Score those members of the groups that reach the floor of the query of the same row."""
-        members = torch.arange(GROUP, device=chunk.device)
-        step = max(LOOKUP_BYTES // (2 * GROUP * chunk.shape[1] * chunk.itemsize), 1)
-        for some_groups, some_rows in zip(groups.split(step), rows.split(step), strict=True):
-            entries = (some_groups[:, None] * GROUP + members).clamp_(max=len(chunk) - 1).flatten()  # (N * GROUP,)
-            gathered = chunk.index_select(0, entries).view(-1, GROUP, chunk.shape[1])  # (N, GROUP, D)
-            similarities = torch.bmm(gathered, self.queries[some_rows][:, :, None]).squeeze(2)  # (N, GROUP)
-            hits = (similarities >= floors[some_rows][:, None]).flatten().nonzero().squeeze(1)
-            self.score(some_rows[hits // GROUP], entries[hits] + first)
-
-    def score_everything(self, chunk: torch.Tensor, first: int) -> None:
-        """For hundreds of (nearly) equal entries: a product in float64, then pairs that it cannot tell apart."""
-        margins = self.margins(torch.float64)
-        step = -(-len(chunk) // 8)  # float64, masks and indices take eight times the memory
-        for start in range(0, len(chunk), step):
-            similarities = chunk[start : start + step].double() @ self.exact_queries.T  # (C / 8, B)
-            floors = torch.maximum(similarities.amax(dim=0), self.best_scores) - margins
-            entries, rows = (similarities >= floors).nonzero(as_tuple=True)
-            self.score(rows, entries + (first + start))
-
-    def score(self, rows: torch.Tensor, slots: torch.Tensor) -> None:
-        """Score pairs of a query and a slot in float64, and keep the best, of equals the oldest, for every query."""
-        step = max(LOOKUP_BYTES // (32 * self.features.shape[1]), 1)
-        for some_rows, some_slots in zip(rows.split(step), slots.split(step), strict=True):
-            products = self.exact_queries.index_select(0, some_rows) * self.features.index_select(
-                0, some_slots
-            )  # (N, D)
-            scores = _row_sums(products)
-            orders = (some_slots - self.oldest) % self.size
-            top = self.best_scores.scatter_reduce(0, some_rows, scores, "amax")
-            self.best_orders[top > self.best_scores] = self.size
-            orders = orders.where(scores == top[some_rows], self.size)
-            self.best_orders = self.best_orders.scatter_reduce(0, some_rows, orders, "amin")
-            self.best_scores = top
-
-
-def _row_sums(values: torch.Tensor) -> torch.Tensor:
-    """
-    `values.sum(dim=1)` with one order of additions, where that of `sum` may depend on the number of rows: equal rows
-    must give equal sums, or a tie would not go to the oldest. Overwrites `values`.
-    """
-    while (width := values.shape[1]) > 1:
-        half = width // 2
-        values[:, :half].add_(values[:, width - half :])
-        values = values[:, : width - half]
-    return values[:, 0]
-
-
-@contextmanager
-def _full_precision_products() -> Iterator[None]:
-    """No TF32 (CUDA) and no bfloat16 (oneDNN) in products of float32, as the margins are those of float32."""
-    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # torch < 2.9
-        precision = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")
-        try:
-            yield
-        finally:
-            torch.set_float32_matmul_precision(precision)
-        return
-    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
-    # Only what is lowered is touched: a value that was set no longer follows the general setting.
-    lowered = [
-        (backend, backend.fp32_precision) for backend in backends if backend.fp32_precision not in ("none", "ieee")
-    ]
-    try:
-        for backend, _ in lowered:
-            backend.fp32_precision = "ieee"
-        yield
-    finally:
-        for backend, precision in lowered:
-            backend.fp32_precision = precision

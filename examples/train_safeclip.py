@@ -1,0 +1,27 @@
+"""
+Pre-train a CLIP with SafeCLIP on image-caption pairs of which some may be poisoned.
+
+On pairs of your own, from a model of yours (as a rule an untrained one):
+
+    python examples/train_safeclip.py --model my-untrained-clip --train_data pairs.parquet --output_dir robust
+
+With an attack planted first, to see what the defence does to it. `--poison_target` plants a backdoor and
+`--targeted_images` targeted poisons; the same model is then trained without defence, with the defence's augmentation
+alone, and with SafeCLIP:
+
+    python examples/train_safeclip.py --from_scratch --train_data flickr8k/train.parquet --caption_column captions \
+        --eval_data flickr8k/validation.parquet --classes examples/flickr8k_classes.json --poison_target snow \
+        --targeted_images 8 --output_dir runs/safeclip
+
+Every argument of `SafeCLIPTrainingArguments` is an argument here too (`--safe_growth`, `--safe_cap`, ...), and
+`--resume_from_checkpoint` goes on where the defended training was interrupted.
+"""
+
+from __future__ import annotations
+
+from pretraining import pretrain
+
+from hf_robust_clip import SafeCLIPTrainer, SafeCLIPTrainingArguments
+
+if __name__ == "__main__":
+    pretrain("safeclip", SafeCLIPTrainer, SafeCLIPTrainingArguments, __doc__.split("\n\n")[0])

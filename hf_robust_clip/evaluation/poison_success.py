@@ -1,0 +1,71 @@
+"""Poison success: whether the images that a targeted poisoning is for are taken for their adversarial classes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from scipy.stats import binomtest
+from torch import nn
+
+from .embedding import Embedder
+from .zero_shot import DEFAULT_TEMPLATES, check_class_names, check_templates, class_embeddings
+
+
+class PoisonSuccessEvaluator:
+    """
+    How many of the images that targeted poisoning (Carlini and Terzis, ICLR 2022, arXiv 2106.09667) chose are
+    classified as the class that it aims each of them at.
+
+    Such attacks choose few images, so the share comes with its 95% Wilson interval.
+
+    Args:
+        dataset (`datasets.Dataset` or sequence of mappings): The chosen images, without trigger, not empty.
+        adversarial (sequence of `str`): For each of them the class that the attack aims at, one of `class_names`.
+        class_names, templates, image_column: As of [`ZeroShotEvaluator`].
+        prefix (`str`, *optional*): Put before the figures' names.
+
+    Returns, when called with `(model, processor)`:
+        `dict[str, float]`: `poison_success_rate` and its bounds `poison_success_rate_low` and
+        `poison_success_rate_high`, fractions in [0, 1].
+
+    Raises:
+        `ValueError`: If there is no image, not one class an image, or a class that is none.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        adversarial: Sequence[str],
+        class_names: Sequence[str],
+        templates: Sequence[str] = DEFAULT_TEMPLATES,
+        image_column: str = "image",
+        prefix: str = "",
+    ) -> None:
+        self.dataset = dataset
+        self.class_names = check_class_names(class_names)
+        self.templates = check_templates(templates)
+        if len(dataset) == 0 or len(adversarial) != len(dataset):
+            raise ValueError(
+                f"adversarial must name one class for each image of dataset, of which there must be some, but names "
+                f"{len(adversarial)} for {len(dataset)}"
+            )
+        for name in adversarial:
+            if name not in self.class_names:
+                raise ValueError(f"adversarial={name!r} is not among class_names: {', '.join(map(repr, class_names))}")
+        self.adversarial = [self.class_names.index(name) for name in adversarial]
+        self.image_column = image_column
+        self.prefix = prefix
+
+    def __call__(self, model: nn.Module, processor: Any, embedder: Embedder | None = None) -> dict[str, float]:
+        embedder = embedder or Embedder(model, processor)
+        images = embedder.embed_images(self.dataset, self.image_column)
+        classes = class_embeddings(embedder, self.class_names, self.templates)
+        predictions = (images @ classes.T).argmax(dim=1).tolist()
+        hits = sum(predicted == aim for predicted, aim in zip(predictions, self.adversarial, strict=True))
+        interval = binomtest(hits, len(predictions)).proportion_ci(confidence_level=0.95, method="wilson")
+        return {
+            f"{self.prefix}poison_success_rate": hits / len(predictions),
+            f"{self.prefix}poison_success_rate_low": float(interval.low),
+            f"{self.prefix}poison_success_rate_high": float(interval.high),
+        }
