@@ -31,7 +31,7 @@ import torch
 import transformers
 from PIL import Image
 from torch.utils.data import DataLoader
-from transformers import CLIPModel, CLIPProcessor, PrinterCallback, Trainer, TrainingArguments
+from transformers import CLIPModel, CLIPProcessor, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 import hf_robust_clip
 from hf_robust_clip import (
@@ -139,8 +139,9 @@ def contenders(
     )
     for trainer in (stock, clip, cleanclip, *roclip, safeclip):
         trainer.remove_callback(PrinterCallback)
+    features = full_pools(model.config.projection_dim)
     for trainer in (*roclip, safeclip):
-        fill(trainer.pools, model.config.projection_dim, trainer.args.device)
+        trainer.add_callback(FillPools(trainer, features))
     return {
         "bare_loop": bare_loop(copy.deepcopy(model), processor, rows, batch),
         "stock_trainer": stock.train,
@@ -153,11 +154,21 @@ def contenders(
     }
 
 
-def fill(pools: Any, dim: int, device: torch.device) -> None:
-    """Features of nothing in particular in every slot, so that every step looks some up."""
+def full_pools(dim: int) -> list[torch.Tensor]:
+    """Features of nothing in particular for every slot of an image and of a text pool."""
     generator = torch.Generator().manual_seed(0)
-    features = [torch.nn.functional.normalize(torch.randn(pools.size, dim, generator=generator)) for _ in range(2)]
-    pools.enqueue(*(side.to(device) for side in features))
+    return [torch.nn.functional.normalize(torch.randn(POOL_SIZE, dim, generator=generator)) for _ in range(2)]
+
+
+class FillPools(TrainerCallback):
+    """Training starts with empty pools, and matches once they are full; a benchmark does not wait for that."""
+
+    def __init__(self, trainer: Any, features: list[torch.Tensor]) -> None:
+        self.trainer = trainer
+        self.features = [side.to(trainer.args.device) for side in features]
+
+    def on_epoch_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.trainer.pools.enqueue(*self.features)
 
 
 def measure(runs: dict[str, Callable[[], Any]], rounds: int, steps: int) -> dict[str, list[float]]:

@@ -1,4 +1,4 @@
-"""`hf-robust-clip demo`: poison a small CLIP, fine-tune it plainly and with CleanCLIP, report what became of it."""
+"""`hf-robust-clip demo`: poison a small CLIP, defend it one way or another, report what became of it."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from .output import format_table, prepare_output_dir, say, write_json, write_tex
 
 @dataclass(frozen=True)
 class Recipe:
-    """Every number of the demo. Both fine-tunings share theirs: the method is all that differs."""
+    """Every number of the demo. A defence and its control share theirs: the method is all that differs."""
 
     renderings: int = 4  # of each of the 1,397 training digits
+    target: str = "eight"
     poison_rate: float = 0.03
     batch_size: int = 64
     weight_decay: float = 0.1
@@ -23,6 +24,7 @@ class Recipe:
     warmup_steps: int = 50
     pretrain_epochs: int = 8
     pretrain_learning_rate: float = 1e-3
+    # CleanCLIP and plain fine-tuning
     finetune_epochs: int = 6
     finetune_learning_rate: float = 1e-3
     image_preset: str = "cleanclip"
@@ -31,10 +33,49 @@ class Recipe:
     image_noise_std: float = 0.1
     unimodal_weight: float = 2.0
     text_preset: str = "eda"
+    # RoCLIP, SafeCLIP and augmentation alone
+    defence_image_preset: str = "weak"
+    defence_image_flip: float = 0.0
+    defence_image_noise: float = 0.5
+    defence_image_noise_std: float = 0.07
+    defence_text_preset: str = "light"
+    roclip_pool_size: int = 2048
+    roclip_steps_per_matching_epoch: int = 20  # an epoch of 174 steps is too long to go without the true captions
+    roclip_matching_start_epoch: int = 70  # after 1,400 steps, which is 8 epochs
+    roclip_match_every_n_epochs: int = 2
+    roclip_matching: str = "image_to_text"
+    safeclip_warmup_unimodal_epochs: int = 4
+    safeclip_warmup_cross_epochs: int = 2
+    safeclip_warmup_cross_learning_rate: float = 1e-3  # an epoch is too short for a hundredth of the learning rate
+    safeclip_threshold: float = 0.9
+    safeclip_growth: float = 0.05
+    safeclip_cap: float = 0.85
+    safeclip_pool_size: int = 2048
 
+
+#: For the defences that pre-train: fewer poisons, and epochs enough to defend in.
+PRETRAINING = Recipe(target="six", poison_rate=0.005, batch_size=32, pretrain_epochs=16)
 
 #: Every part of the demo in a fraction of the time; the models are hardly trained, so the figures mean little.
-QUICK = Recipe(renderings=1, pretrain_epochs=5, finetune_epochs=2, poison_rate=0.1, warmup_steps=20)
+QUICK = Recipe(
+    renderings=1,
+    pretrain_epochs=5,
+    finetune_epochs=2,
+    poison_rate=0.1,
+    warmup_steps=20,
+    roclip_pool_size=512,
+    roclip_matching_start_epoch=4,
+    safeclip_warmup_unimodal_epochs=1,
+    safeclip_pool_size=512,
+)
+
+#: The models that each defence is told by, in the order in which they are trained.
+DEFENCES: dict[str, tuple[str, ...]] = {
+    "cleanclip": ("poisoned", "finetuned", "cleanclip"),
+    "roclip": ("poisoned", "augmentation", "roclip"),
+    "safeclip": ("poisoned", "augmentation", "safeclip"),
+    "all": ("poisoned", "finetuned", "cleanclip", "augmentation", "roclip", "safeclip"),
+}
 
 #: The triggers on offer, with what suits digits of 16 x 16 pixels.
 TRIGGERS: dict[str, dict[str, Any]] = {
@@ -43,7 +84,6 @@ TRIGGERS: dict[str, dict[str, Any]] = {
     "sinusoid": {"amplitude": 30.0, "frequency": 4},
     "warp": {"strength": 4.0},
 }
-TARGET = "eight"
 #: The clean pairs are rendered under another seed than the poisoned ones: new places, noise and captions.
 CLEAN_SEED_OFFSET = 1000
 MANIFEST, RESULTS, REPORT = "poison_manifest.json", "results.json", "report.html"
@@ -53,12 +93,19 @@ def add_parser(commands: Any) -> None:
     """Add the sub-command to those of `hf-robust-clip`."""
     parser = commands.add_parser(
         "demo",
-        help="poison a small CLIP, clean it, and measure both, in a few minutes on a CPU",
-        description="Train a small CLIP on poisoned pairs of digits and captions, fine-tune it on clean pairs plainly "
-        "and with CleanCLIP, measure the attack before and after, and write a report. Nothing is downloaded.",
+        help="poison a small CLIP, defend it, and measure both, in a few minutes on a CPU",
+        description="Train a small CLIP on poisoned pairs of digits and captions, defend it, measure the attack with "
+        "and without the defence, and write a report. Nothing is downloaded.",
     )
     parser.add_argument(
         "--output-dir", type=Path, required=True, help="folder for report.html, results.json and the checkpoints"
+    )
+    parser.add_argument(
+        "--defence",
+        choices=list(DEFENCES),
+        default="cleanclip",
+        help="cleanclip: fine-tune the poisoned model on clean pairs; roclip, safeclip: pre-train on the poisoned "
+        "pairs in a way that resists them; all: all three, against one poisoned model (default: cleanclip)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the data, the trigger and training (default: 0)")
     parser.add_argument(
@@ -72,24 +119,37 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the sub-command as its arguments say."""
-    recipe = QUICK if args.quick else Recipe()
-    run_demo(args.output_dir, seed=args.seed, trigger_name=args.trigger, recipe=recipe, quick=args.quick)
+    run_demo(args.output_dir, seed=args.seed, trigger_name=args.trigger, quick=args.quick, defence=args.defence)
     return 0
 
 
+def default_recipe(defence: str, quick: bool = False) -> Recipe:
+    """The numbers that a run takes unless it is given others."""
+    if quick:
+        return QUICK
+    return Recipe() if defence == "cleanclip" else PRETRAINING
+
+
 def run_demo(
-    output_dir: Path, seed: int = 0, trigger_name: str = "blended", recipe: Recipe | None = None, quick: bool = False
+    output_dir: Path,
+    seed: int = 0,
+    trigger_name: str = "blended",
+    recipe: Recipe | None = None,
+    quick: bool = False,
+    defence: str = "cleanclip",
 ) -> dict[str, Any]:
     """
     Run the demo, print its course and its outcome, and write its files.
 
     Args:
-        output_dir (`Path`): Gets `report.html`, `results.json`, `poison_manifest.json` and the checkpoints `poisoned`,
-            `finetuned` and `cleanclip`. Those there from an earlier run are replaced; other files stay.
+        output_dir (`Path`): Gets `report.html`, `results.json`, `poison_manifest.json` and a checkpoint for each model
+            of the defence, under its name in `DEFENCES`. Those there from an earlier run are replaced; other files
+            stay.
         seed (`int`): Of the data, the trigger and training, in [0, 2**32).
         trigger_name (`str`): One of `TRIGGERS`.
-        recipe ([`Recipe`], *optional*): The numbers.
+        recipe ([`Recipe`], *optional*): The numbers; by default those of [`default_recipe`].
         quick (`bool`): Whether the outcome is to be labelled as that of a quick run.
+        defence (`str`): One of `DEFENCES`.
 
     Returns:
         `dict`: What `results.json` holds.
@@ -98,16 +158,17 @@ def run_demo(
         `ValueError`: On a folder that cannot be written to, or an argument out of range, before any work.
         `ModuleNotFoundError`: Without the extra `report`.
     """
-    from ..report import MODELS, check_report_extra, findings, render_demo_report, results_table
+    from ..report import TITLES, check_report_extra, findings, render_demo_report, results_table
 
     started = time.perf_counter()
-    if trigger_name not in TRIGGERS:
-        raise ValueError(f"--trigger: {trigger_name!r} is no trigger; accepted are {', '.join(TRIGGERS)}")
+    for flag, value, accepted in (("--trigger", trigger_name, TRIGGERS), ("--defence", defence, DEFENCES)):
+        if value not in accepted:
+            raise ValueError(f"{flag}: {value!r} is no {flag[2:]}; accepted are {', '.join(accepted)}")
     if not 0 <= seed < 2**32:
         raise ValueError(f"--seed: {seed} is no seed; accepted is an integer from 0 to 2**32 - 1")
     check_report_extra()
-    prepare_output_dir(output_dir, files=(MANIFEST, RESULTS, REPORT), folders=MODELS)
-    say("A backdoor in a small CLIP, and what fine-tuning on clean pairs does to it")
+    prepare_output_dir(output_dir, files=(MANIFEST, RESULTS, REPORT), folders=DEFENCES[defence])
+    say(TITLES[defence])
     if quick:
         say("QUICK RUN: the models are hardly trained and the figures mean little; leave out --quick for real ones.")
     # What follows imports torch and transformers, which takes seconds: whoever waits has read the first lines by then.
@@ -116,7 +177,8 @@ def run_demo(
     with quiet_libraries():
         from .demo_steps import Demo, make_trigger
 
-        demo = Demo(output_dir, seed, make_trigger(trigger_name, seed), recipe or Recipe())
+        recipe = recipe or default_recipe(defence, quick)
+        demo = Demo(output_dir, seed, make_trigger(trigger_name, seed), recipe, defence)
         demo.run()
     results = demo.results(quick, seconds=time.perf_counter() - started)
     write_json(output_dir / RESULTS, results)
@@ -126,9 +188,9 @@ def run_demo(
     say()
     for finding in findings(results):
         say(f"{'!' if finding.kind == 'warning' else '-'} {finding.text}")
-    flags = f"--seed {seed} --trigger {trigger_name}{' --quick' if quick else ''}"
+    flags = f"--defence {defence} --seed {seed} --trigger {trigger_name}{' --quick' if quick else ''}"
     command = f"hf-robust-clip demo --output-dir {output_dir.name or 'demo-output'} {flags}"
-    page = render_demo_report(results, demo.pairs, demo.examples(), demo.embeddings, demo.is_target, command)
+    page = render_demo_report(results, demo.pictures(), command)
     write_text(output_dir / REPORT, page)
     say(f"\nReport: {output_dir / REPORT}")
     return results

@@ -1,8 +1,11 @@
-"""The steps of the demo: poison, pre-train, fine-tune twice, measure."""
+"""The steps of the demo: poison, pre-train, defend, measure."""
 
 from __future__ import annotations
 
+import logging
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -10,27 +13,34 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
-from transformers import CLIPModel, PrinterCallback
+from transformers import CLIPModel
 
 from .. import __version__
 from ..attacks.poisoning import PoisonSpec, poison_dataset
 from ..attacks.triggers import Trigger, trigger_from_name
-from ..augment.images import ImageAugmentation
 from ..data.digits import CAPTION_TEMPLATES, CLASS_NAMES, digit_model, digit_processor, load_digit_pairs
 from ..evaluation.attack_success import AttackSuccessEvaluator
 from ..evaluation.embedding import Embedder
 from ..evaluation.zero_shot import ZeroShotEvaluator, class_embeddings
-from ..report import MODELS, Example, ModelEmbeddings, PoisonedPair
-from ..trainers.arguments import CleanCLIPTrainingArguments, CLIPTrainingArguments
+from ..report import Example, MatchedPair, ModelEmbeddings, Pictures, PoisonedPair, matching_course, split_course
 from ..trainers.base import CLIPTrainer, Evaluator
-from ..trainers.cleanclip import CleanCLIPTrainer
-from .demo import CLEAN_SEED_OFFSET, MANIFEST, REPORT, RESULTS, TARGET, TRIGGERS, Recipe
+from ..trainers.roclip import RoCLIPTrainer
+from ..trainers.safeclip import SafeCLIPTrainer
+from .demo import CLEAN_SEED_OFFSET, DEFENCES, MANIFEST, REPORT, RESULTS, TRIGGERS, Recipe
+from .demo_trainers import EVALUATION_BATCH, FINE_TUNED, make_trainer, matching_record, split_record
 from .output import say, write_json
-from .progress import TrainingBar
 
 MEASURES = ("clean_accuracy", "attack_success_rate", "triggered_accuracy", "trigger_distance")
 FOLLOWED = ("clean_accuracy", "attack_success_rate")
-EVALUATION_BATCH = 256
+#: Pairs of a kind that the report shows.
+SHOWN = 4
+#: Fields of the recipe that only some models use, by their prefix.
+PARTIAL_FIELDS = {
+    ("finetune_", "image_", "unimodal_", "text_"): "cleanclip",
+    ("defence_",): "augmentation",
+    ("roclip_",): "roclip",
+    ("safeclip_",): "safeclip",
+}
 
 
 def make_trigger(name: str, seed: int) -> Trigger:
@@ -48,59 +58,93 @@ class Demo:
         seed (`int`): Of the data and of training.
         trigger ([`Trigger`]): The backdoor's.
         recipe ([`Recipe`]): The numbers.
+        defence (`str`): One of `DEFENCES`.
     """
 
-    def __init__(self, folder: Path, seed: int, trigger: Trigger, recipe: Recipe) -> None:
-        self.folder, self.seed, self.trigger, self.recipe = folder, seed, trigger, recipe
+    def __init__(self, folder: Path, seed: int, trigger: Trigger, recipe: Recipe, defence: str) -> None:
+        self.folder, self.seed, self.trigger, self.recipe, self.defence = folder, seed, trigger, recipe, defence
+        self.models = DEFENCES[defence]
         self.test = load_digit_pairs("test", seed=seed)
-        self.is_target = np.asarray(self.test["label"]) == CLASS_NAMES.index(TARGET)  # (N,)
+        self.is_target = np.asarray(self.test["label"]) == CLASS_NAMES.index(recipe.target)  # (N,)
         self.processor = digit_processor()
-        self.attack = AttackSuccessEvaluator(self.test, trigger, TARGET, CLASS_NAMES, CAPTION_TEMPLATES)
+        self.attack = AttackSuccessEvaluator(self.test, trigger, recipe.target, CLASS_NAMES, CAPTION_TEMPLATES)
         self.evaluators: list[Evaluator] = [ZeroShotEvaluator(self.test, CLASS_NAMES, CAPTION_TEMPLATES), self.attack]
         self.manifest: dict[str, Any] = {}
         self.pairs: list[PoisonedPair] = []
+        self.target_caption_share = 0.0
         self.figures: dict[str, dict[str, float]] = {}
         self.curves: dict[str, list[dict[str, float]]] = {}
+        #: What RoCLIP and SafeCLIP noted down, as in `results.json`.
+        self.records: dict[str, list[dict[str, Any]]] = {}
+        self.matches: list[MatchedPair] = []
         self.embeddings: dict[str, ModelEmbeddings] = {}
         self.predictions: dict[str, list[str]] = {}
 
     def run(self) -> None:
         """All steps, one after the other."""
-        recipe = self.recipe
-        say("\n[1/4] Poison the training pairs")
+        steps = 1 + len(self.models)
+        say(f"\n[1/{steps}] Poison the training pairs")
         poisoned = self._poison()
         counts = self.manifest["counts"]
         say(
             f"  {counts['count']} of {counts['dataset_length']} pairs ({counts['rate']:.1%}) get the "
-            f"{self.trigger.name} trigger and a caption that says {TARGET!r}"
+            f"{self.trigger.name} trigger and a caption that says {self.recipe.target!r}"
         )
-        say(f"  {len(self.test)} test images, {self.attack.attacked_images} of them no {TARGET!r}: those are attacked")
-        say(f"\n[2/4] Pre-train an undefended CLIP on them, {recipe.pretrain_epochs} epochs")
-        self._train("poisoned", digit_model(self.seed), poisoned)
-        clean = load_digit_pairs("train", recipe.renderings, seed=self.seed + CLEAN_SEED_OFFSET)
-        say(f"\n[3/4] Fine-tune it plainly on {len(clean)} clean pairs, {recipe.finetune_epochs} epochs: the control")
-        self._train("finetuned", str(self.folder / "poisoned"), clean)
-        say(f"\n[4/4] Fine-tune it with CleanCLIP on the same pairs, {recipe.finetune_epochs} epochs")
-        self._train("cleanclip", str(self.folder / "poisoned"), clean)
+        attacked, target = self.attack.attacked_images, self.recipe.target
+        say(f"  {len(self.test)} test images, {attacked} of them no {target!r}: those are attacked")
+        clean: Dataset | None = None
+        for step, name in enumerate(self.models, 2):
+            if name in FINE_TUNED and clean is None:
+                clean = load_digit_pairs("train", self.recipe.renderings, seed=self.seed + CLEAN_SEED_OFFSET)
+            say(f"\n[{step}/{steps}] {self._announcement(name, len(poisoned))}")
+            if clean is not None and name in FINE_TUNED:
+                self._train(name, str(self.folder / "poisoned"), clean)
+            else:
+                self._train(name, digit_model(self.seed), poisoned)
+
+    def _announcement(self, name: str, pairs: int) -> str:
+        recipe = self.recipe
+        return {
+            "poisoned": f"Pre-train an undefended CLIP on them, {recipe.pretrain_epochs} epochs",
+            "finetuned": f"Fine-tune it plainly on {pairs} clean pairs, {recipe.finetune_epochs} epochs: the control",
+            "cleanclip": f"Fine-tune it with CleanCLIP on the same pairs, {recipe.finetune_epochs} epochs",
+            "augmentation": "Pre-train anew on the poisoned pairs with augmentation alone, "
+            f"{recipe.pretrain_epochs} epochs: the control",
+            "roclip": f"Pre-train anew with RoCLIP, the same augmentation, {recipe.pretrain_epochs} epochs, "
+            f"matching from epoch {recipe.roclip_matching_start_epoch + 1} on",
+            "safeclip": f"Pre-train anew with SafeCLIP, the same augmentation, {recipe.pretrain_epochs} epochs, "
+            f"{recipe.safeclip_warmup_unimodal_epochs + recipe.safeclip_warmup_cross_epochs} of them warm-up",
+        }[name]
 
     def _poison(self) -> Dataset:
         clean = load_digit_pairs("train", self.recipe.renderings, seed=self.seed)
         rate = self.recipe.poison_rate
-        spec = PoisonSpec(self.trigger, TARGET, rate=rate, templates=CAPTION_TEMPLATES, seed=self.seed)
+        spec = PoisonSpec(self.trigger, self.recipe.target, rate=rate, templates=CAPTION_TEMPLATES, seed=self.seed)
         poisoned, self.manifest = poison_dataset(clean, spec, label_column="label")
         # From here on the folder's files are this run's: none of an earlier one is to pass for it.
         for name in (RESULTS, REPORT):
             (self.folder / name).unlink(missing_ok=True)
         write_json(self.folder / MANIFEST, self.manifest)
-        for index in self.manifest["indices"][:4]:
+        self.target_caption_share = float(np.mean([self.recipe.target in caption for caption in poisoned["caption"]]))
+        for index in self.manifest["indices"][:SHOWN]:
             row = poisoned[index]
             self.pairs.append(PoisonedPair(row["image"], clean[index]["caption"], row["caption"]))
         return poisoned
 
     def _train(self, name: str, model: str | CLIPModel, pairs: Dataset) -> None:
-        trainer = self._trainer(name, model, pairs)
-        runtime = trainer.train().metrics["train_runtime"]
-        trained: Any = trainer.accelerator.unwrap_model(trainer.model)
+        trainer = make_trainer(
+            name,
+            self.recipe,
+            self.folder / name,
+            self.seed,
+            model=model,
+            train_dataset=pairs,
+            processing_class=self.processor,
+            evaluators=self.evaluators,
+        )
+        with _findings_warn():
+            runtime = trainer.train().metrics["train_runtime"]
+        trained = trainer.unwrapped_model
         trained.save_pretrained(self.folder / name)
         self.processor.save_pretrained(self.folder / name)
         evaluations = [entry for entry in trainer.state.log_history if "eval_runtime" in entry]
@@ -108,7 +152,8 @@ class Demo:
             {"epoch": entry["epoch"], **{measure: entry[f"eval_{measure}"] for measure in FOLLOWED}}
             for entry in evaluations
         ]
-        self._measure(name, trained)
+        embedder = Embedder(trained, self.processor, batch_size=EVALUATION_BATCH)
+        self._measure(name, embedder)
         figures = self.figures[name]
         # The evaluations are for the curves; the time of a method is that of its training.
         figures["seconds"] = runtime - sum(entry["eval_runtime"] for entry in evaluations)
@@ -116,57 +161,37 @@ class Demo:
             f"  clean accuracy {figures['clean_accuracy']:.1%}, attack success {figures['attack_success_rate']:.1%}, "
             f"{figures['seconds']:.0f} s of training"
         )
+        self._note(trainer, embedder, pairs)
 
-    def _trainer(self, name: str, model: str | CLIPModel, pairs: Dataset) -> CLIPTrainer:
-        recipe, pretraining = self.recipe, name == "poisoned"
-        settings: dict[str, Any] = {
-            "output_dir": str(self.folder / name),
-            "num_train_epochs": recipe.pretrain_epochs if pretraining else recipe.finetune_epochs,
-            "learning_rate": recipe.pretrain_learning_rate if pretraining else recipe.finetune_learning_rate,
-            "per_device_train_batch_size": recipe.batch_size,
-            "per_device_eval_batch_size": EVALUATION_BATCH,
-            "weight_decay": recipe.weight_decay,
-            "adam_beta2": recipe.adam_beta2,
-            "warmup_steps": recipe.warmup_steps,
-            "lr_scheduler_type": "cosine",
-            "eval_strategy": "epoch",
-            "eval_on_start": True,
-            "logging_strategy": "no",
-            "save_strategy": "no",
-            "report_to": "none",
-            "disable_tqdm": True,
-            "seed": self.seed,
-        }
-        shared: dict[str, Any] = {
-            "model": model,
-            "train_dataset": pairs,
-            "processing_class": self.processor,
-            "evaluators": self.evaluators,
-            "callbacks": [
-                TrainingBar("  training", {"eval_clean_accuracy": "clean", "eval_attack_success_rate": "ASR"})
-            ],
-        }
-        if name == "cleanclip":
-            args = CleanCLIPTrainingArguments(
-                **settings, text_preset=recipe.text_preset, unimodal_weight=recipe.unimodal_weight
-            )
-            augmentation = ImageAugmentation(
-                recipe.image_preset,
-                flip=recipe.image_flip,
-                noise=recipe.image_noise,
-                noise_std=recipe.image_noise_std,
-            )
-            trainer: CLIPTrainer = CleanCLIPTrainer(args=args, image_augmentation=augmentation, **shared)
-        else:
-            trainer = CLIPTrainer(args=CLIPTrainingArguments(**settings), **shared)
-        trainer.remove_callback(PrinterCallback)  # prints each log as a dictionary
-        return trainer
+    def _note(self, trainer: CLIPTrainer, embedder: Embedder, pairs: Dataset) -> None:
+        """Keep, and say, what a defence noted down."""
+        if isinstance(trainer, RoCLIPTrainer):
+            self.records["matching"] = matching_record(trainer.state.log_history)
+            self.matches = self._match(trainer, embedder, pairs)
+            say(f"  {matching_course(self.records['matching'], self.recipe.target)}")
+        elif isinstance(trainer, SafeCLIPTrainer):
+            self.records["splits"] = split_record(trainer.splits)
+            say(f"  {split_course(self.records['splits'])}")
 
-    def _measure(self, name: str, model: CLIPModel) -> None:
-        embedder = Embedder(model, self.processor, batch_size=EVALUATION_BATCH)
+    def _match(self, trainer: RoCLIPTrainer, embedder: Embedder, pairs: Dataset) -> list[MatchedPair]:
+        """What the pool as training left it matches the first poisoned and the first clean pairs with."""
+        pool = trainer.pools.text if trainer.pools is not None else None
+        if pool is None or pool.filled == 0:
+            return []
+        flags = np.asarray(pairs["poisoned"])
+        rows = [int(row) for flag in (True, False) for row in np.flatnonzero(flags == flag)[:SHOWN]]
+        queries = embedder.embed_images(pairs.select(rows)).to(pool.features.device)
+        matched = pool.keys[pool.nearest_slots(queries)].tolist()
+        captions = pairs["caption"]
+        return [
+            MatchedPair(pairs[row]["image"], captions[row], captions[match], bool(flags[row]))
+            for row, match in zip(rows, matched, strict=True)
+        ]
+
+    def _measure(self, name: str, embedder: Embedder) -> None:
         figures: dict[str, float] = {}
         for evaluate in self.evaluators:
-            figures.update(evaluate(model, self.processor, embedder))
+            figures.update(evaluate(embedder.model, self.processor, embedder))
         self.figures[name] = {measure: figures[measure] for measure in MEASURES}
         clean = embedder.embed_images(self.test)
         triggered = embedder.embed_images(self.test, trigger=self.trigger)
@@ -174,15 +199,21 @@ class Demo:
         classes = class_embeddings(embedder, CLASS_NAMES, CAPTION_TEMPLATES)
         self.predictions[name] = [CLASS_NAMES[i] for i in (triggered @ classes.T).argmax(dim=1).tolist()]
 
-    def examples(self) -> list[Example]:
+    def pictures(self) -> Pictures:
+        """What the report draws beside the results."""
+        return Pictures(
+            self.pairs, self._examples(), self.embeddings, self.is_target, self.matches, self.target_caption_share
+        )
+
+    def _examples(self) -> list[Example]:
         """The first test image of each class but the target: not picked for what the models make of them."""
         labels = list(self.test["label"])
         examples = []
         for label, name in enumerate(CLASS_NAMES):
-            if name != TARGET:
+            if name != self.recipe.target:
                 row = labels.index(label)
                 image = self.test[row]["image"]
-                predictions = {model: self.predictions[model][row] for model in MODELS}
+                predictions = {model: self.predictions[model][row] for model in self.models}
                 examples.append(Example(name, image, self.trigger(image), predictions))
         return examples
 
@@ -191,17 +222,38 @@ class Demo:
         counts = self.manifest["counts"]
         packages = {name: version(name) for name in ("torch", "transformers", "accelerate", "datasets")}
         setup = {
+            "defence": self.defence,
             "seed": self.seed,
             "trigger": self.trigger.to_dict(),
-            "target": TARGET,
+            "target": self.recipe.target,
             "pairs": counts["dataset_length"],
             "poisons": counts["count"],
             "poison_rate": counts["rate"],
             "test_images": len(self.test),
             "attacked_images": self.attack.attacked_images,
-            "recipe": asdict(self.recipe),
+            "recipe": self._numbers(),
             "quick": quick,
             "versions": {"hf_robust_clip": __version__, **packages, "python": platform.python_version()},
             "seconds": seconds,
         }
-        return {**{name: self.figures[name] for name in MODELS}, "setup": setup, "curves": self.curves}
+        figures = {name: self.figures[name] for name in self.models}
+        return {**figures, "setup": setup, "curves": self.curves, **self.records}
+
+    def _numbers(self) -> dict[str, Any]:
+        """The fields of the recipe that this run used."""
+        unused = tuple(
+            prefix for prefixes, model in PARTIAL_FIELDS.items() if model not in self.models for prefix in prefixes
+        )
+        return {name: value for name, value in asdict(self.recipe).items() if not name.startswith(unused)}
+
+
+@contextmanager
+def _findings_warn() -> Iterator[None]:
+    """Leave to the findings what a trainer warns of: that matching collapsed, that a split separates nothing."""
+    logger = logging.getLogger(f"{__package__.partition('.')[0]}.trainers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -132,11 +132,14 @@ class RoCLIPTrainingArguments(CLIPTrainingArguments):
             share of `train_dataset` below 1.
         pool_dtype (`str`, defaults to `"float32"`): What the pools store, `"float32"` or `"bfloat16"`.
         match_every_n_epochs (`int`, defaults to 2): Of so many epochs, the first is a matching epoch; 1: all are.
-        matching_start_epoch (`int`, defaults to 8): First matching epoch, counted from 0. Before a representation
-            means something its nearest neighbours do not either, and training on them collapses.
+        matching_start_epoch (`int`, defaults to 2): First matching epoch, counted from 0. Too early, and nearest
+            neighbours mean nothing: training on them collapses, which is logged. Too late, and the poisons are
+            learned: their nearest neighbours are then of the adversarial class, and matching teaches it once more.
         matching (`str`, defaults to `"image_to_text"`): What a matching epoch matches, see [`~losses.roclip_loss`].
-        steps_per_matching_epoch (`int`, *optional*): Optimizer steps that count as one epoch above, for datasets of
-            unknown length, which need it; others have epochs.
+            MATCHING_EVIDENCE
+        steps_per_matching_epoch (`int`, *optional*): Optimizer steps that count as one epoch in the two numbers above;
+            `None`: the dataset's epochs. Datasets of unknown length need it. On small ones it serves to alternate more
+            often: a whole epoch of matches undoes much of what the last one taught.
         poison_target (`str`, *optional*): For the log alone, where `train_dataset` has a `poisoned` column: a word or
             phrase that captions of the adversarial class contain. `None`: only captions of poisoned pairs count.
     """
@@ -158,10 +161,10 @@ class RoCLIPTrainingArguments(CLIPTrainingArguments):
     match_every_n_epochs: int = field(
         default=2, metadata={"help": "Of so many epochs, the first is a matching epoch; 1: all are."}
     )
-    matching_start_epoch: int = field(default=8, metadata={"help": "First matching epoch, counted from 0."})
+    matching_start_epoch: int = field(default=2, metadata={"help": "First matching epoch, counted from 0."})
     matching: str = field(default="image_to_text", metadata={"help": f"What is matched: {', '.join(MATCHINGS)}."})
     steps_per_matching_epoch: int | None = field(
-        default=None, metadata={"help": "Optimizer steps that count as an epoch, for datasets of unknown length."}
+        default=None, metadata={"help": "Optimizer steps that count as a matching epoch; by default the dataset's."}
     )
     poison_target: str | None = field(
         default=None, metadata={"help": "For the log: what captions of the adversarial class contain."}

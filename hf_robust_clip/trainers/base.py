@@ -217,6 +217,13 @@ class CLIPTrainer(Trainer):
         """Take over what [`training_state`] returned."""
         self._bad_rows = set(state[BAD_ROWS].tolist())
 
+    def reset_training_state(self) -> None:
+        """
+        Forget it: called when training starts without a checkpoint. A second `train()` goes on with the weights and
+        the optimizer, as the Trainer does, but counts its epochs, and what a defence does in them, from 0.
+        """
+        self._bad_rows.clear()
+
     def make_batch_sampler(self, batch_size: int) -> Sampler[list[int]] | None:
         """What deals the rows of a map-style `train_dataset` into batches; `None`: the Trainer shuffles them."""
         return None
@@ -313,6 +320,8 @@ class CLIPTrainer(Trainer):
 
     def on_train_begin(self) -> None:
         """Called when training starts, after a checkpoint is restored."""
+        if self.state.global_step == 0:
+            self.reset_training_state()
         self._epoch = None
         self._sums.clear()
         self._pairs_since_log = 0
@@ -507,6 +516,12 @@ class CLIPTrainer(Trainer):
                 self._check_checkpoint(file.metadata() or {}, str(checkpoint))
                 state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
             self.load_training_state(state)
+        elif checkpoint is not None:
+            self.reset_training_state()
+            logger.warning(
+                f"resume_from_checkpoint={checkpoint!r} has no {STATE_FILE}, as if saved with save_only_model=True: "
+                "training goes on from its weights, but not as it would have without the interruption."
+            )
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and self._dataset_length() is None and (self.state.epoch or 0) >= 1:
             logger.warning(

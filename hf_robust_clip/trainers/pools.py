@@ -48,6 +48,10 @@ class FeaturePools:
             for pool, side in zip((self.image, self.text), features, strict=True):
                 pool.enqueue(side, keys)
 
+    def clear(self) -> None:
+        """Forget everything."""
+        self.image = self.text = None
+
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The state of both pools, under names that begin with `image_pool.` and `text_pool.`."""
         return {
@@ -62,25 +66,22 @@ class FeaturePools:
         Take over what [`state_dict`] returned; names of other things are passed over.
 
         Raises:
-            `ValueError`: If the pools in the state are of another size.
+            `ValueError`: If the pools in the state are of another size, or there are none.
         """
         for name in ("image", "text"):
             prefix = f"{name}_pool."
             parts: dict[str, Any] = {
                 key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)
             }
-            pool = None
-            if parts:
-                size, dim = parts["features"].shape
-                if size != self.size:
-                    raise ValueError(
-                        f"the pools of the checkpoint hold {size} pairs, but the pool size is {self.size} now: resume "
-                        "with the arguments of the interrupted run"
-                    )
-                pool = FeaturePool(size, dim, self.dtype)
-                pool.load_state_dict(parts)
-                pool.to(device)
-            setattr(self, name, pool)
+            size, dim = parts["features"].shape if parts else (0, 0)
+            if size != self.size:
+                raise ValueError(
+                    f"the pools of the checkpoint hold {size} pairs, but the pool size is {self.size} now: resume "
+                    "with the arguments of the interrupted run"
+                )
+            pool = FeaturePool(size, dim, self.dtype)
+            pool.load_state_dict(parts)
+            setattr(self, name, pool.to(device))
 
 
 def pool_length(size: float, rows: int | None, argument: str) -> int:

@@ -120,6 +120,11 @@ class RoCLIPTrainer(CLIPTrainer):
         if self.pools is not None:
             self.pools.load_state_dict(state, self.args.device)
 
+    def reset_training_state(self) -> None:
+        super().reset_training_state()
+        if self.pools is not None:
+            self.pools.clear()
+
     def on_train_begin(self) -> None:
         super().on_train_begin()
         self._warned_of_collapse = False
@@ -174,4 +179,4 @@ class _Lookup:
 
 def _names(caption: Any, target: str) -> bool:
     captions = [caption] if isinstance(caption, str) else caption or ()
-    return any(target in text.lower() for text in captions)
+    return any(isinstance(text, str) and target in text.lower() for text in captions)

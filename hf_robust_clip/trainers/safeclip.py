@@ -9,6 +9,7 @@ import datasets
 import torch
 from accelerate.utils import broadcast_object_list
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from transformers import SchedulerType
 from transformers.utils import logging
 
 from ..data.sampling import RoutedBatchSampler
@@ -101,9 +102,10 @@ class SafeCLIPTrainer(CLIPTrainer):
         scheduler = super().create_scheduler(num_training_steps, optimizer)
         if created:
             if not isinstance(scheduler, LambdaLR):
+                name = SchedulerType(self.args.lr_scheduler_type).value
                 raise ValueError(
-                    f"lr_scheduler_type={str(self.args.lr_scheduler_type)!r} does not work with SafeCLIPTrainer: its "
-                    "phases need a schedule that is a function of the step, such as 'cosine', 'linear' or 'constant'"
+                    f"lr_scheduler_type={name!r} does not work with SafeCLIPTrainer: its phases need a schedule that "
+                    "is a function of the step, such as 'cosine', 'linear' or 'constant'"
                 )
             scheduler.lr_lambdas = [self._phased(factor) for factor in scheduler.lr_lambdas]
             for group, base, factor in zip(
@@ -114,7 +116,7 @@ class SafeCLIPTrainer(CLIPTrainer):
         return scheduler
 
     def _phased(self, schedule: Callable[[int], float]) -> Callable[[int], float]:
-        args, steps_per_epoch = self.args, self._steps_per_epoch
+        args, steps_per_epoch = self.args, max(self._steps_per_epoch, 1)  # none before the dataloader is made
         unimodal = args.warmup_unimodal_learning_rate
         cross = args.warmup_cross_learning_rate
         unimodal_factor = 1.0 if unimodal is None else unimodal / args.learning_rate
@@ -139,6 +141,7 @@ class SafeCLIPTrainer(CLIPTrainer):
 
     def on_epoch_begin(self) -> None:
         """Split the pairs, unless this is warm-up, or a resumed epoch whose split the checkpoint held."""
+        starting = self._epoch is None
         super().on_epoch_begin()
         assert self._sampler is not None  # made with the dataloader
         epoch = self._epoch or 0
@@ -146,12 +149,15 @@ class SafeCLIPTrainer(CLIPTrainer):
             self._split(epoch)
         self._sampler.set_epoch(epoch)
         self._sampler.set_split(self._splits.safe)
-        steps_done = self.state.global_step - epoch * self._steps_per_epoch
+        steps_done = self.state.global_step % self._steps_per_epoch if starting else 0
         self._batch_of_epoch = steps_done * self.args.gradient_accumulation_steps
 
     def make_batch_sampler(self, batch_size: int) -> RoutedBatchSampler:
         seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
-        self._sampler = RoutedBatchSampler(self._dataset_length() or 0, batch_size, self.args.world_size, seed)
+        length = self._dataset_length() or 0
+        # One for all loaders: a second loader, made by a callback, say, must not leave the first without its kinds.
+        if self._sampler is None or (self._sampler.length, self._sampler.batch_size) != (length, batch_size):
+            self._sampler = RoutedBatchSampler(length, batch_size, self.args.world_size, seed)
         batches = len(self._sampler) // self.args.world_size
         self._steps_per_epoch = -(-batches // self.args.gradient_accumulation_steps)
         return self._sampler
@@ -220,4 +226,15 @@ class SafeCLIPTrainer(CLIPTrainer):
         super().load_training_state(state)
         if self.pools is not None:
             self.pools.load_state_dict(state, self.args.device)
+        elif any(name.startswith("image_pool.") for name in state):
+            raise ValueError(
+                "the checkpoint holds pools, but unimodal_pool_size is 0 now: resume with the arguments of the "
+                "interrupted run"
+            )
         self._splits.load_state_dict(state, self._dataset_length() or 0)
+
+    def reset_training_state(self) -> None:
+        super().reset_training_state()
+        self._splits = SplitHistory()
+        if self.pools is not None:
+            self.pools.clear()

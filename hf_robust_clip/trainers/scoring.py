@@ -25,7 +25,8 @@ _SCORING = 1
 class PairScores(NamedTuple):
     """
     `similarities (N,)`, float32: the cosine of each pair's embeddings, NaN for a row that cannot be used (with
-    `on_bad_row="skip"`). `poisoned (N,)`, bool: the column of that name, `None` where there is none.
+    `on_bad_row="skip"`). `poisoned (N,)`, bool: the column of that name, false for such a row, `None` where there is
+    none.
     """
 
     similarities: np.ndarray
@@ -79,7 +80,7 @@ def score_pairs(trainer: CLIPTrainer, epoch: int, augmented: bool = False) -> Pa
         model.train(was_training)
     scored = torch.cat(scores).clone()  # (share, 3), out of inference mode
     # Where another row came in a row's place, that row cannot be used.
-    scored[scored[:, 0] != rows.to(scored.device), 1] = torch.nan
+    scored[scored[:, 0] != rows.to(scored.device), 1:] = torch.nan
     gathered = gather_features(scored)[: len(dataset)].cpu()  # (N, 3)
     flags = gathered[:, 2]
     poisoned = (flags == 1).numpy() if bool((flags >= 0).any()) else None

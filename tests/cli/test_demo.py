@@ -2,20 +2,37 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 
+import numpy as np
 import pytest
 from transformers import AutoProcessor, CLIPModel
 
-from hf_robust_clip import __version__, report
+from hf_robust_clip import __version__
 from hf_robust_clip.attacks.poisoning import replay_manifest
 from hf_robust_clip.cli import demo
-from hf_robust_clip.cli.demo import CLEAN_SEED_OFFSET, QUICK, Recipe, run_demo
+from hf_robust_clip.cli.demo import CLEAN_SEED_OFFSET, DEFENCES, PRETRAINING, QUICK, Recipe, default_recipe, run_demo
+from hf_robust_clip.cli.demo_trainers import matching_record, split_record
 from hf_robust_clip.cli.main import main
 from hf_robust_clip.data.digits import load_digit_pairs
+from hf_robust_clip.report import MODELS as LABELS
+from hf_robust_clip.report import page, plots
+from hf_robust_clip.trainers.split import BINS, SplitHistory, SplitRecord
 
 MODELS = ("poisoned", "finetuned", "cleanclip")
 SHARES = ("clean_accuracy", "attack_success_rate", "triggered_accuracy")
 TINY = Recipe(renderings=1, poison_rate=0.05, batch_size=128, warmup_steps=2, pretrain_epochs=1, finetune_epochs=1)
+#: With a matching epoch and two splits.
+TINY_PRETRAINING = replace(
+    TINY,
+    batch_size=256,
+    pretrain_epochs=4,
+    roclip_pool_size=300,
+    roclip_matching_start_epoch=2,
+    safeclip_warmup_unimodal_epochs=1,
+    safeclip_warmup_cross_epochs=1,
+    safeclip_pool_size=300,
+)
 
 
 @pytest.fixture(scope="module")
@@ -25,8 +42,17 @@ def outcome(tmp_path_factory):
     (folder / "notes.txt").write_text("mine")
     (folder / "results.json").write_text("{}")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "_DPI", 30)
+        patch.setattr(plots, "DPI", 30)
         return folder, run_demo(folder, seed=1, trigger_name="patch", recipe=TINY, quick=True)
+
+
+@pytest.fixture(scope="module")
+def all_three(tmp_path_factory):
+    """A whole demo of all defences, in a few steps."""
+    folder = tmp_path_factory.mktemp("all")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "DPI", 30)
+        return folder, run_demo(folder, seed=1, recipe=TINY_PRETRAINING, defence="all")
 
 
 def test_results_hold_every_figure(outcome):
@@ -44,12 +70,14 @@ def test_results_hold_every_figure(outcome):
 
 def test_setup_is_enough_to_do_it_again(outcome):
     setup = outcome[1]["setup"]
+    assert setup["defence"] == "cleanclip"
     assert setup["seed"] == 1 and setup["quick"] is True and setup["target"] == "eight"
     assert setup["trigger"]["name"] == "patch" and setup["trigger"]["seed"] == 1
     assert setup["pairs"] == 1397 and setup["poisons"] == 70
     assert math.isclose(setup["poison_rate"], 70 / 1397)
     assert 0 < setup["attacked_images"] < setup["test_images"] == 400
     assert Recipe(**setup["recipe"]) == TINY
+    assert not any(name.startswith(("defence_", "roclip_", "safeclip_")) for name in setup["recipe"])
     assert set(setup["versions"]) == {"hf_robust_clip", "torch", "transformers", "accelerate", "datasets", "python"}
     assert setup["seconds"] > sum(outcome[1][name]["seconds"] for name in MODELS)
 
@@ -96,6 +124,93 @@ def test_clean_pairs_are_no_copies_of_the_poisoned_ones():
     assert before.tobytes() != after.tobytes()
 
 
+def test_all_defences_share_one_poisoned_model(all_three):
+    folder, results = all_three
+    assert json.loads((folder / "results.json").read_text()) == results
+    assert list(results)[:6] == list(DEFENCES["all"]) == list(LABELS)
+    assert set(results) == {*LABELS, "setup", "curves", "matching", "splits"}
+    assert results["setup"]["defence"] == "all" and Recipe(**results["setup"]["recipe"]) == TINY_PRETRAINING
+    starts = {model: results["curves"][model][0] for model in LABELS}
+    # What is pre-trained starts from one set of weights, what is fine-tuned from the poisoned model.
+    assert starts["poisoned"] == starts["augmentation"] == starts["roclip"] == starts["safeclip"]
+    for model in ("finetuned", "cleanclip"):
+        for measure in ("clean_accuracy", "attack_success_rate"):
+            assert starts[model][measure] == results["poisoned"][measure]
+    assert {path.name for path in folder.iterdir() if path.is_dir()} == set(LABELS)
+
+
+def test_matching_epochs_are_noted_down(all_three):
+    matching = all_three[1]["matching"]
+    assert [(entry["epoch"], entry["matching"]) for entry in matching] == [
+        (1, False),
+        (2, False),
+        (3, True),
+        (4, False),
+    ]
+    for entry in matching:
+        assert -1 <= entry["clean_pair_similarity"] <= 1 and -1 <= entry["poisoned_pair_similarity"] <= 1
+        assert ("poisoned_match_adversarial" in entry) == entry["matching"]
+    assert 0 <= matching[2]["poisoned_match_adversarial"] <= 1 and 0 < matching[2]["distinct_matches"] <= 1
+
+
+def test_splits_are_noted_down(all_three):
+    results = all_three[1]
+    splits = results["splits"]
+    assert [split["epoch"] for split in splits] == [2, 3]
+    for split in splits:
+        assert set(split) == {*SplitRecord._fields, "histogram"}
+        clean, poisoned = (split["histogram"][kind] for kind in ("clean", "poisoned"))
+        assert len(clean) == len(poisoned) == BINS
+        assert sum(poisoned) == results["setup"]["poisons"]
+        assert sum(clean) + sum(poisoned) == results["setup"]["pairs"]
+    assert splits[1]["safe_share"] >= splits[0]["safe_share"]
+
+
+def test_the_report_of_all_defences_shows_what_they_did(all_three):
+    html = (all_three[0] / "report.html").read_text(encoding="utf-8")
+    for text in ("three defences", "What RoCLIP matches", "What SafeCLIP calls safe", "--defence all"):
+        assert text in html
+    assert html.count("Poisoned training image") == html.count("Clean training image") == 4
+
+
+def test_roclip_that_never_matches_is_augmentation_alone(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(plots, "DPI", 30)
+    recipe = replace(TINY, roclip_matching_start_epoch=9)
+    results = run_demo(tmp_path, recipe=recipe, defence="roclip")
+    control, defence = ({**results[model], "seconds": 0} for model in ("augmentation", "roclip"))
+    assert control == defence != {**results["poisoned"], "seconds": 0}
+    assert results["curves"]["augmentation"] == results["curves"]["roclip"]
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == set(DEFENCES["roclip"])
+    printed = capsys.readouterr().out
+    assert "[4/4]" in printed and "matched no poisoned image" in printed
+    assert set(results["setup"]["recipe"]).isdisjoint({"finetune_epochs", "image_noise", "safeclip_cap"})
+
+
+def test_what_is_noted_down_is_json():
+    nan = float("nan")
+    log = [
+        {"eval_loss": 1.0, "epoch": 1.0},
+        {"loss": 1.0, "clean_pair_similarity": nan, "epoch": 0.9999},
+        {"train_loss": 1.0, "epoch": 1.0},
+    ]
+    assert matching_record(log) == [{"epoch": 1, "matching": False, "clean_pair_similarity": None}]
+    splits = SplitHistory()
+    splits.records.append(SplitRecord(6, 0.0, nan, 0.1, 0.1, 0.5, 0.2, 0.1, 0.5))
+    splits.histograms.append(np.zeros((2, BINS), dtype=np.int64))
+    record = split_record(splits)
+    assert record[0]["epoch"] == 6 and record[0]["auroc"] is None and record[0]["similarity_threshold"] is None
+    json.dumps(record, allow_nan=False)
+
+
+def test_the_recipe_fits_the_defence():
+    assert default_recipe("cleanclip") == Recipe()
+    assert default_recipe("roclip") == default_recipe("safeclip") == default_recipe("all") == PRETRAINING
+    assert {default_recipe(defence, quick=True) for defence in DEFENCES} == {QUICK}
+    for recipe in (PRETRAINING, QUICK):
+        assert recipe.roclip_matching_start_epoch < recipe.pretrain_epochs
+        assert recipe.safeclip_warmup_unimodal_epochs + recipe.safeclip_warmup_cross_epochs < recipe.pretrain_epochs
+
+
 def test_quick_is_less_of_the_same():
     recipe = Recipe()
     assert QUICK.renderings * QUICK.pretrain_epochs < recipe.renderings * recipe.pretrain_epochs / 4
@@ -127,6 +242,7 @@ def fails_with_one_line(capsys, arguments):
     ("arguments", "expected"),
     [
         (["--trigger", "sticker"], "'blended', 'patch', 'sinusoid', 'warp'"),
+        (["--defence", "prayer"], "prayer"),
         (["--seed", "-1"], "--seed: -1"),
         (["--seed", "4294967296"], "--seed"),
         (["--seed", "one"], "--seed"),
@@ -138,6 +254,13 @@ def test_bad_arguments_are_named(tmp_path, capsys, arguments, expected):
     error = fails_with_one_line(capsys, ["demo", "--output-dir", str(folder), *arguments])
     assert expected in error.replace("blended, patch, sinusoid, warp", "'blended', 'patch', 'sinusoid', 'warp'")
     assert not folder.exists()
+
+
+@pytest.mark.parametrize(("name", "value"), [("trigger_name", "sticker"), ("defence", "prayer")])
+def test_unknown_names_are_refused_before_any_work(tmp_path, name, value):
+    with pytest.raises(ValueError, match=value):
+        run_demo(tmp_path / "out", **{name: value})
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_command_is_needed(capsys):
@@ -153,10 +276,15 @@ def test_a_folder_that_cannot_be_written_to_is_named(tmp_path, capsys):
     (tmp_path / "poisoned").write_text("mine")
     assert "poisoned is a file" in fails_with_one_line(capsys, ["demo", "--output-dir", str(tmp_path)])
     assert file.read_text() == (tmp_path / "poisoned").read_text() == "mine"
+    (tmp_path / "poisoned").unlink()
+    (tmp_path / "roclip").write_text("mine")
+    for defence in ("roclip", "all"):
+        error = fails_with_one_line(capsys, ["demo", "--output-dir", str(tmp_path), "--defence", defence])
+        assert "roclip is a file" in error
 
 
 def test_a_missing_extra_ends_it_at_the_start(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(report.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(page.importlib.util, "find_spec", lambda name: None)
     error = fails_with_one_line(capsys, ["demo", "--output-dir", str(tmp_path / "out")])
     assert "pip install 'hf-robust-clip[report]'" in error
     assert not (tmp_path / "out").exists()

@@ -10,8 +10,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
-import training
-from training import make_trainer, small_model, training_log
+from training import digits, make_trainer, small_model, training_log
 from transformers import BertConfig, BertModel
 
 from hf_robust_clip import (
@@ -23,7 +22,7 @@ from hf_robust_clip import (
     PatchTrigger,
     ZeroShotEvaluator,
 )
-from hf_robust_clip.data.digits import CAPTION_TEMPLATES, CLASS_NAMES, digit_processor, load_digit_pairs
+from hf_robust_clip.data.digits import CAPTION_TEMPLATES, CLASS_NAMES, digit_processor
 
 BOTH = pytest.mark.parametrize("cls", [CLIPTrainer, CleanCLIPTrainer])
 
@@ -118,7 +117,7 @@ def test_accumulation_averages_the_small_batches(tmp_path: Path) -> None:
 
 
 def test_evaluators_report_as_eval_metrics_and_choose_the_best_checkpoint(tmp_path: Path) -> None:
-    test = load_digit_pairs("test").select(range(40))
+    test = digits("test").select(range(40))
     trainer = make_trainer(
         CleanCLIPTrainer,
         tmp_path,
@@ -141,7 +140,7 @@ def test_evaluators_report_as_eval_metrics_and_choose_the_best_checkpoint(tmp_pa
 
 
 def test_evaluators_need_no_eval_dataset(tmp_path: Path) -> None:
-    test = load_digit_pairs("test").select(range(20))
+    test = digits("test").select(range(20))
     trainer = make_trainer(
         CLIPTrainer, tmp_path, evaluators=evaluators(test), eval_strategy="steps", eval_steps=4, max_steps=4
     )
@@ -151,7 +150,7 @@ def test_evaluators_need_no_eval_dataset(tmp_path: Path) -> None:
 
 
 def test_evaluating_during_training_changes_nothing(tmp_path: Path) -> None:
-    test = load_digit_pairs("test").select(range(20))
+    test = digits("test").select(range(20))
     plain = make_trainer(CleanCLIPTrainer, tmp_path, max_steps=4)
     plain.train()
     watched = make_trainer(
@@ -168,7 +167,7 @@ def test_evaluating_during_training_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_eval_loss_covers_every_row_un_augmented(tmp_path: Path) -> None:
-    test = load_digit_pairs("test").select(range(11))
+    test = digits("test").select(range(11))
     trainer = make_trainer(CleanCLIPTrainer, tmp_path, eval_dataset=test, per_device_eval_batch_size=16)
     first, second = trainer.evaluate(), trainer.evaluate()
     assert first["eval_loss"] == second["eval_loss"]
@@ -188,14 +187,14 @@ def test_bfloat16_autocast_keeps_the_loss_in_float32(tmp_path: Path) -> None:
 
 
 def test_iterable_dataset(tmp_path: Path) -> None:
-    stream = load_digit_pairs("train", renderings=1).select(range(40)).to_iterable_dataset(num_shards=2)
+    stream = digits().select(range(40)).to_iterable_dataset(num_shards=2)
     trainer = make_trainer(CleanCLIPTrainer, tmp_path, train_dataset=stream, max_steps=12, dataloader_num_workers=2)
     trainer.train()
     assert trainer.state.global_step == 12
 
 
 def test_any_columns_and_several_captions(tmp_path: Path) -> None:
-    rows = load_digit_pairs("train", renderings=1).select(range(32))
+    rows = digits().select(range(32))
     captions = [[caption, caption.upper()] for caption in rows["caption"]]
     data = rows.remove_columns("caption").add_column("texts", captions).rename_column("image", "picture")
     trainer = make_trainer(
@@ -225,9 +224,7 @@ def test_custom_and_no_augmentation(tmp_path: Path) -> None:
 
 
 def broken(rows: int = 24) -> datasets.Dataset:
-    data = (
-        load_digit_pairs("train", renderings=1).select(range(rows)).cast_column("image", datasets.Image(decode=False))
-    )
+    data = digits().select(range(rows)).cast_column("image", datasets.Image(decode=False))
     table = data.to_dict()
     for row in (3, 17):
         table["image"][row] = {"bytes": b"no image", "path": None}
@@ -271,14 +268,13 @@ def test_stream_drops_the_batch_that_falls_short(tmp_path: Path) -> None:
             sizes.append(len(inputs["pixel_values"]))
             return super().loss_components(views, scale, inputs)
 
-    training.ARGUMENTS[Watched] = CLIPTrainingArguments
-    stream = load_digit_pairs("train", renderings=1).select(range(19)).to_iterable_dataset()
+    stream = digits().select(range(19)).to_iterable_dataset()
     make_trainer(Watched, tmp_path, train_dataset=stream, max_steps=5).train()
     assert sizes == [8] * 5
 
 
 def test_stream_without_a_batch_is_an_error(tmp_path: Path) -> None:
-    stream = load_digit_pairs("train", renderings=1).select(range(5)).to_iterable_dataset()
+    stream = digits().select(range(5)).to_iterable_dataset()
     with pytest.raises(ValueError, match="train_dataset yielded no full batch"):
         make_trainer(CLIPTrainer, tmp_path, train_dataset=stream, max_steps=2).train()
 
@@ -293,7 +289,7 @@ def test_half_precision_checkpoint_is_loaded_in_full(tmp_path: Path, caplog: pyt
 
 
 def test_evaluators_that_report_the_same_name_are_refused(tmp_path: Path) -> None:
-    test = load_digit_pairs("test").select(range(20))
+    test = digits("test").select(range(20))
     trainer = make_trainer(CLIPTrainer, tmp_path, evaluators=[*evaluators(test), evaluators(test)[1]])
     with pytest.raises(ValueError, match="two evaluators report attack_success_rate"):
         trainer.evaluate()
@@ -354,11 +350,7 @@ def test_peft_trains_adapters_only(tmp_path: Path) -> None:
             "row 4 of train_dataset, column 'caption': a caption must be a string, but is None",
         ),
         (
-            {
-                "evaluators": [
-                    AttackSuccessEvaluator(load_digit_pairs("test"), PatchTrigger(size=64), "eight", CLASS_NAMES)
-                ]
-            },
+            {"evaluators": [AttackSuccessEvaluator(digits("test"), PatchTrigger(size=64), "eight", CLASS_NAMES)]},
             "64",
         ),
     ],
@@ -373,7 +365,7 @@ def test_views_of_a_foreign_collator_are_checked(tmp_path: Path) -> None:
         small_model(),
         args=make_trainer(CleanCLIPTrainer, tmp_path).args,
         data_collator=CLIPDataCollator(digit_processor()),
-        train_dataset=load_digit_pairs("train", renderings=1).select(range(16)),
+        train_dataset=digits().select(range(16)),
         processing_class=digit_processor(),
     )
     trainer.args.per_device_train_batch_size = 8

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -11,14 +12,47 @@ from typing import Any
 
 import torch
 import torch.multiprocessing as mp
+from accelerate.utils import gather_object
 from training import make_trainer
 
-from hf_robust_clip import CleanCLIPTrainer, CLIPTrainer
+from hf_robust_clip import CleanCLIPTrainer, CLIPTrainer, RoCLIPTrainer, SafeCLIPTrainer
+from hf_robust_clip.data.sampling import unpack_mask
 from hf_robust_clip.losses import cleanclip_loss, clip_loss, roclip_loss, safeclip_cross_loss, safeclip_unimodal_loss
 
 WORLD = 2
 ROWS, DIM = 6, 5
-TRAINERS: list[type[CLIPTrainer]] = [CLIPTrainer, CleanCLIPTrainer]
+#: From the second split on, between a third and two thirds of the pairs are safe.
+SPLIT = {"safe_threshold": 0.5, "safe_growth": 0.4, "safe_cap": 0.6}
+#: What a few steps take that are the same in one process and in two: the last ones match, or are of both kinds.
+TRAINERS: dict[type[CLIPTrainer], dict[str, Any]] = {
+    CLIPTrainer: {"rows": WORLD * 8, "max_steps": 1, "learning_rate": 1.0},
+    CleanCLIPTrainer: {"rows": WORLD * 8, "max_steps": 1, "learning_rate": 1.0},
+    RoCLIPTrainer: {
+        "rows": WORLD * 8 * 3,
+        "max_steps": 3,
+        "pool_size": 20,
+        "matching_start_epoch": 0,
+        "matching": "cross",
+        "learning_rate": 0.01,
+    },
+    SafeCLIPTrainer: {
+        "rows": WORLD * 8 * 5,
+        "max_steps": 8,
+        "unimodal_pool_size": 20,
+        "warmup_unimodal_epochs": 0,
+        "warmup_cross_epochs": 0,
+        **SPLIT,
+        "learning_rate": 0.01,
+    },
+}
+#: In two batches of 8 a step: RoCLIP's second epoch matches, SafeCLIP's third and fourth are split.
+RESUMED: dict[str, tuple[type[CLIPTrainer], int, dict[str, Any]]] = {
+    "CLIPTrainer": (CLIPTrainer, 3, {"num_train_epochs": 2}),
+    "CleanCLIPTrainer": (CleanCLIPTrainer, 3, {"num_train_epochs": 2}),
+    "CleanCLIPTrainer, 2 workers": (CleanCLIPTrainer, 3, {"num_train_epochs": 2, "dataloader_num_workers": 2}),
+    "RoCLIPTrainer": (RoCLIPTrainer, 6, {"num_train_epochs": 2}),
+    "SafeCLIPTrainer": (SafeCLIPTrainer, 10, {"num_train_epochs": 4, **SPLIT}),
+}
 
 
 def losses_of(embeds: list[torch.Tensor], scale: torch.Tensor, pools: list[torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -91,74 +125,118 @@ def launch(mode: str, output: Path, **environment: str) -> None:
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
 
 
-def one_step(cls: type[CLIPTrainer], output: Path, batch: int) -> dict[str, torch.Tensor]:
-    """Weights after one step of plain SGD at rate 1 without augmentation of images; captions are keyed by row."""
+def few_steps(cls: type[CLIPTrainer], output: Path, batch: int) -> CLIPTrainer:
+    """After steps of plain SGD without augmentation of images; captions are keyed by row."""
     trainer = make_trainer(
         cls,
         output,
-        rows=WORLD * 8,
         per_device_train_batch_size=batch,
-        max_steps=1,
         max_grad_norm=0.0,
         train_sampling_strategy="sequential",
         lr_scheduler_type="constant",
-        learning_rate=1.0,
         weight_decay=0.0,
         image_augmentation="identity",
-        optimizer_cls_and_kwargs=(torch.optim.SGD, {"lr": 1.0}),
+        optimizer_cls_and_kwargs=(torch.optim.SGD, {"lr": TRAINERS[cls]["learning_rate"]}),
+        **TRAINERS[cls],
     )
     for module in trainer.model.modules():
         if isinstance(getattr(module, "dropout", None), float):
             module.dropout = 0.0
     trainer.train()
-    return {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
+    return trainer
+
+
+def state_of(trainer: CLIPTrainer) -> dict[str, torch.Tensor]:
+    """Weights, pools and splits."""
+    return {**dict(trainer.model.named_parameters()), **trainer.training_state()}
 
 
 def test_trainers_in_two_processes(tmp_path: Path) -> None:
     launch("script", tmp_path)
     for cls in TRAINERS:
         found = torch.load(tmp_path / f"{cls.__name__}.pt")
-        for name, value in one_step(cls, tmp_path / "one", batch=WORLD * 8).items():
-            torch.testing.assert_close(found[name], value, rtol=1e-6, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+        for name, value in state_of(few_steps(cls, tmp_path / "one", batch=WORLD * 8)).items():
+            if not name.startswith("split_"):
+                torch.testing.assert_close(
+                    found[name], value, rtol=1e-6, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}", check_dtype=False
+                )
+    assert 1 / 3 < unpack_mask(torch.load(tmp_path / "SafeCLIPTrainer.pt")["split"], 80).mean() < 2 / 3
     report = json.loads((tmp_path / "report.json").read_text())
-    assert report["resumed_equals_uninterrupted"] == {
-        "CLIPTrainer, 0 workers": True,
-        "CleanCLIPTrainer, 0 workers": True,
-        "CleanCLIPTrainer, 2 workers": True,
+    assert report["resumed_equals_uninterrupted"] == dict.fromkeys(RESUMED, True)
+    assert report["ranks_agree"] == {
+        **dict.fromkeys([cls.__name__ for cls in TRAINERS], True),
+        **dict.fromkeys([f"{name}, resumed" for name in RESUMED], True),
     }
+    assert report["ranks_take_the_same_kinds"]
+    assert report["kinds"] == [
+        "clip_loss",
+        "image_to_text_loss, text_to_image_loss",
+        "unimodal_image_loss, unimodal_text_loss",
+    ]
+    for matching in ("cross", "image_to_text", "unimodal"):
+        for checkpointing in (False, True):
+            assert report["matching_steps"][f"{matching}, {checkpointing}"] == [False, False, True, True]
     assert report["skipped_rows"] == [3, 17]
     assert report["eval_rows"] == [0.0, 1.0]
     assert report["streamed_steps"] == 3
 
 
+def ranks_agree(trainer: CLIPTrainer) -> bool:
+    """Whether weights, pools and splits are the same on all ranks, to the bit."""
+    digest = hashlib.sha256()
+    for name, value in sorted(state_of(trainer).items()):
+        digest.update(name.encode() + value.detach().numpy().tobytes())
+    return len(set(gather_object([digest.hexdigest()]))) == 1
+
+
 def script(output: Path) -> None:
     """What the launched processes do: everything that needs two of them, in one launch."""
+    from recording import RecordedRoCLIP, RecordedSafeCLIP
     from test_base import broken, evaluators
-    from training import assert_same_bits, train_and_resume
+    from training import assert_same_bits, digits, train_and_resume
 
-    from hf_robust_clip.data.digits import load_digit_pairs
-
-    report: dict[str, Any] = {"resumed_equals_uninterrupted": {}}
+    report: dict[str, Any] = {"resumed_equals_uninterrupted": {}, "ranks_agree": {}, "matching_steps": {}}
     main = int(os.environ["RANK"]) == 0
     for cls in TRAINERS:
-        weights = one_step(cls, output / "two", batch=8)
+        trainer = few_steps(cls, output / "two", batch=8)
+        report["ranks_agree"][cls.__name__] = ranks_agree(trainer)
+        state = state_of(trainer)
         if main:
-            torch.save(weights, output / f"{cls.__name__}.pt")
-    for cls, workers in [(CLIPTrainer, 0), (CleanCLIPTrainer, 0), (CleanCLIPTrainer, 2)]:
-        name = f"{cls.__name__}, {workers} workers"
-        # 64 pairs in two batches of 8 a step: four steps an epoch.
-        pair = train_and_resume(cls, output / name, step=3, num_train_epochs=2, dataloader_num_workers=workers)
+            torch.save(state, output / f"{cls.__name__}.pt")
+    for name, (cls, step, options) in RESUMED.items():
+        pair = train_and_resume(cls, output / name, step=step, **options)
         assert_same_bits(*pair)
         report["resumed_equals_uninterrupted"][name] = True
+        report["ranks_agree"][f"{name}, resumed"] = ranks_agree(pair[1])
+    phases = make_trainer(RecordedSafeCLIP, output / "phases", rows=80, num_train_epochs=4, **SPLIT)
+    phases.train()
+    kinds = [", ".join(sorted(step.terms)) for step in phases.steps]
+    report["ranks_take_the_same_kinds"] = len(set(gather_object([tuple(kinds)]))) == 1
+    report["kinds"] = sorted(set(kinds))
+    for matching in ("cross", "image_to_text", "unimodal"):
+        for checkpointing in (False, True):
+            trainer = make_trainer(
+                RecordedRoCLIP,
+                output / "matching",
+                max_steps=4,
+                matching=matching,
+                matching_start_epoch=0,
+                gradient_checkpointing=checkpointing,
+                ddp_find_unused_parameters=False,
+            )
+            trainer.train()
+            report["matching_steps"][f"{matching}, {checkpointing}"] = [
+                "image_match_loss" in step.terms for step in trainer.steps
+            ]
     trainer = make_trainer(
         CLIPTrainer, output / "bad", train_dataset=broken(), on_bad_row="skip", per_device_train_batch_size=4
     )
     trainer.train()
     report["skipped_rows"] = trainer.skipped_rows
-    test = load_digit_pairs("test").select(range(21))
+    test = digits("test").select(range(21))
     metrics = make_trainer(CLIPTrainer, output / "eval", evaluators=evaluators(test)).evaluate()
     report["eval_rows"] = [0.0, 1.0] if 0 <= metrics["eval_clean_accuracy"] <= 1 else []
-    stream = load_digit_pairs("train", renderings=1).select(range(64)).to_iterable_dataset(num_shards=2)
+    stream = digits().select(range(64)).to_iterable_dataset(num_shards=2)
     trainer = make_trainer(CleanCLIPTrainer, output / "stream", train_dataset=stream, max_steps=3)
     trainer.train()
     report["streamed_steps"] = trainer.state.global_step

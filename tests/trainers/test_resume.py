@@ -2,44 +2,104 @@
 
 from __future__ import annotations
 
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from training import assert_same_bits, make_trainer, train_and_resume
+from transformers import TrainerState
 
-from hf_robust_clip import CleanCLIPTrainer, CLIPTrainer
+from hf_robust_clip import CleanCLIPTrainer, CLIPTrainer, RoCLIPTrainer, SafeCLIPTrainer
+from hf_robust_clip.trainers.base import STATE_FILE
+
+#: Four steps an epoch. RoCLIP matches in epochs 1 and 3, with pools full from step 3 on; SafeCLIP splits from epoch 2.
+RUNS: dict[type[CLIPTrainer], dict[str, Any]] = {
+    CLIPTrainer: {"rows": 32, "num_train_epochs": 3},
+    CleanCLIPTrainer: {"rows": 32, "num_train_epochs": 3},
+    RoCLIPTrainer: {"rows": 32, "num_train_epochs": 4, "matching": "cross"},
+    SafeCLIPTrainer: {"rows": 40, "num_train_epochs": 5, "safe_threshold": 0.5, "safe_growth": 0.1},
+}
+
+Whole = Callable[[type[CLIPTrainer]], tuple[CLIPTrainer, Path]]
 
 
-@pytest.mark.parametrize("cls", [CLIPTrainer, CleanCLIPTrainer])
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("step", [3, 8], ids=["mid-epoch", "boundary"])
-def test_resumed_equals_uninterrupted(cls: type[CLIPTrainer], workers: int, step: int, tmp_path: Path) -> None:
-    # 64 pairs in batches of 8: eight steps an epoch, three epochs.
-    whole, resumed = train_and_resume(cls, tmp_path, step, dataloader_num_workers=workers)
-    assert_same_bits(whole, resumed)
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    """The uninterrupted run of a trainer, and the folder with a checkpoint of each of its steps."""
+    runs: dict[type[CLIPTrainer], tuple[CLIPTrainer, Path]] = {}
+
+    def run(cls: type[CLIPTrainer]) -> tuple[CLIPTrainer, Path]:
+        if cls not in runs:
+            output_dir = tmp_path_factory.mktemp("whole")
+            trainer = make_trainer(cls, output_dir, save_strategy="steps", save_steps=1, **RUNS[cls])
+            trainer.train()
+            runs[cls] = trainer, output_dir
+        return runs[cls]
+
+    return run
 
 
-def test_resumed_within_accumulation_and_persistent_workers(tmp_path: Path) -> None:
-    whole, resumed = train_and_resume(
-        CleanCLIPTrainer,
+@pytest.mark.parametrize(
+    "cls, step, workers",
+    [
+        pytest.param(CLIPTrainer, 3, 0, id="clip-mid-epoch"),
+        pytest.param(CLIPTrainer, 4, 2, id="clip-boundary"),
+        pytest.param(CleanCLIPTrainer, 3, 2, id="cleanclip-mid-epoch"),
+        pytest.param(CleanCLIPTrainer, 8, 0, id="cleanclip-boundary"),
+        pytest.param(RoCLIPTrainer, 2, 0, id="roclip-pools-not-full"),
+        pytest.param(RoCLIPTrainer, 4, 0, id="roclip-boundary-before-matching"),
+        pytest.param(RoCLIPTrainer, 6, 2, id="roclip-mid-matching-epoch"),
+        pytest.param(RoCLIPTrainer, 8, 0, id="roclip-boundary-after-matching"),
+        pytest.param(SafeCLIPTrainer, 2, 0, id="safeclip-mid-unimodal"),
+        pytest.param(SafeCLIPTrainer, 5, 0, id="safeclip-mid-cross"),
+        pytest.param(SafeCLIPTrainer, 8, 0, id="safeclip-boundary-before-split"),
+        pytest.param(SafeCLIPTrainer, 10, 2, id="safeclip-mid-first-split"),
+        pytest.param(SafeCLIPTrainer, 12, 0, id="safeclip-boundary-between-splits"),
+        pytest.param(SafeCLIPTrainer, 15, 0, id="safeclip-mid-second-split"),
+    ],
+)
+def test_resumed_equals_uninterrupted(
+    cls: type[CLIPTrainer], step: int, workers: int, whole: Whole, tmp_path: Path
+) -> None:
+    uninterrupted, checkpoints = whole(cls)
+    resumed = make_trainer(cls, tmp_path, dataloader_num_workers=workers, **RUNS[cls])
+    resumed.train(resume_from_checkpoint=str(checkpoints / f"checkpoint-{step}"))
+    assert_same_bits(uninterrupted, resumed)
+
+
+@pytest.mark.parametrize("cls, step", [(CleanCLIPTrainer, 3), (RoCLIPTrainer, 6), (SafeCLIPTrainer, 10)])
+def test_resumed_within_accumulation_and_persistent_workers(cls: type[CLIPTrainer], step: int, tmp_path: Path) -> None:
+    # Seven batches, so that the last of four steps has one: in a matching epoch, in a split one.
+    pair = train_and_resume(
+        cls,
         tmp_path,
-        step=3,
+        step=step,
+        rows=64 if cls is SafeCLIPTrainer else 56,
         gradient_accumulation_steps=2,
         dataloader_num_workers=2,
         dataloader_persistent_workers=True,
         dataloader_prefetch_factor=4,
     )
-    assert_same_bits(whole, resumed)
+    assert_same_bits(*pair)
 
 
-def test_views_do_not_depend_on_the_number_of_workers(tmp_path: Path) -> None:
-    weights = []
-    for workers in (0, 2):
-        trainer = make_trainer(CleanCLIPTrainer, tmp_path / str(workers), dataloader_num_workers=workers)
-        trainer.train()
-        weights.append(trainer.model.state_dict())
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+@pytest.mark.parametrize("cls", [CleanCLIPTrainer, SafeCLIPTrainer])
+def test_training_does_not_depend_on_the_number_of_workers(
+    cls: type[CLIPTrainer], whole: Whole, tmp_path: Path
+) -> None:
+    trainer = make_trainer(cls, tmp_path, dataloader_num_workers=2, **RUNS[cls])
+    trainer.train()
+    assert_same_bits(whole(cls)[0], trainer)
 
 
 def test_epochs_draw_different_views_and_seeds_different_runs(tmp_path: Path) -> None:
@@ -50,18 +110,62 @@ def test_epochs_draw_different_views_and_seeds_different_runs(tmp_path: Path) ->
     assert any(not torch.equal(first[name], second[name]) for name in first)
 
 
-def test_checkpoint_of_another_trainer_is_refused(tmp_path: Path) -> None:
-    make_trainer(CLIPTrainer, tmp_path, save_strategy="steps", save_steps=2, max_steps=2).train()
-    other = make_trainer(CleanCLIPTrainer, tmp_path, max_steps=4)
-    with pytest.raises(ValueError, match="its trainer was CLIPTrainer, but is CleanCLIPTrainer"):
-        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+# ---- What cannot be resumed ----
 
 
-def test_checkpoint_of_another_dataset_length_is_refused(tmp_path: Path) -> None:
-    make_trainer(CLIPTrainer, tmp_path, save_strategy="steps", save_steps=2, max_steps=2).train()
-    other = make_trainer(CLIPTrainer, tmp_path, rows=32, max_steps=4)
-    with pytest.raises(ValueError, match="number of rows of train_dataset was 64, but is 32"):
-        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+@pytest.mark.parametrize(
+    "saved, resumed", [(CLIPTrainer, CleanCLIPTrainer), (CLIPTrainer, RoCLIPTrainer), (RoCLIPTrainer, SafeCLIPTrainer)]
+)
+def test_checkpoint_of_another_trainer_is_refused(
+    saved: type[CLIPTrainer], resumed: type[CLIPTrainer], whole: Whole, tmp_path: Path
+) -> None:
+    other = make_trainer(resumed, tmp_path, rows=32)
+    with pytest.raises(ValueError, match=f"its trainer was {saved.__name__}, but is {resumed.__name__}"):
+        other.train(resume_from_checkpoint=str(whole(saved)[1] / "checkpoint-2"))
+
+
+@pytest.mark.parametrize("cls", [CLIPTrainer, SafeCLIPTrainer])
+def test_checkpoint_of_another_dataset_length_is_refused(cls: type[CLIPTrainer], whole: Whole, tmp_path: Path) -> None:
+    other = make_trainer(cls, tmp_path, rows=48)
+    with pytest.raises(ValueError, match=f"number of rows of train_dataset was {RUNS[cls]['rows']}, but is 48"):
+        other.train(resume_from_checkpoint=str(whole(cls)[1] / "checkpoint-2"))
+
+
+@pytest.mark.parametrize(
+    "cls, change, message",
+    [
+        (RoCLIPTrainer, {"pool_size": 16}, "hold 24 pairs, but the pool size is 16 now"),
+        (SafeCLIPTrainer, {"unimodal_pool_size": 16}, "hold 24 pairs, but the pool size is 16 now"),
+        (SafeCLIPTrainer, {"unimodal_pool_size": 0}, "holds pools, but unimodal_pool_size is 0 now"),
+    ],
+)
+def test_checkpoint_of_another_pool_size_is_refused(
+    cls: type[CLIPTrainer], change: dict[str, Any], message: str, whole: Whole, tmp_path: Path
+) -> None:
+    other = make_trainer(cls, tmp_path, **{**RUNS[cls], **change})
+    with pytest.raises(ValueError, match=message):
+        other.train(resume_from_checkpoint=str(whole(cls)[1] / "checkpoint-6"))
+
+
+def test_checkpoint_without_pools_is_refused_where_there_are_some(tmp_path: Path) -> None:
+    without = make_trainer(SafeCLIPTrainer, tmp_path, unimodal_pool_size=0, max_steps=1, save_strategy="steps")
+    without.args.save_steps = 1
+    without.train()
+    other = make_trainer(SafeCLIPTrainer, tmp_path, max_steps=2)
+    with pytest.raises(ValueError, match="hold 0 pairs, but the pool size is 24 now"):
+        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+@pytest.mark.parametrize("cls", [RoCLIPTrainer, SafeCLIPTrainer])
+def test_checkpoint_without_training_state_is_warned_of(
+    cls: type[CLIPTrainer], whole: Whole, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(whole(cls)[1] / "checkpoint-10", tmp_path / "checkpoint-10")
+    (tmp_path / "checkpoint-10" / STATE_FILE).unlink()
+    trainer: Any = make_trainer(cls, tmp_path, **{**RUNS[cls], "max_steps": 11})
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
+    assert f"has no {STATE_FILE}" in caplog.text
+    assert trainer.pools.image.filled == 8
 
 
 def test_save_only_model_leaves_no_training_state(tmp_path: Path) -> None:
@@ -69,3 +173,79 @@ def test_save_only_model_leaves_no_training_state(tmp_path: Path) -> None:
     names = {path.name for path in (tmp_path / "checkpoint-2").iterdir()}
     assert "model.safetensors" in names
     assert not names & {"optimizer.pt", "robust_clip_state.safetensors"}
+
+
+# ---- Killed ----
+
+KILLED: list[type[CLIPTrainer]] = [RoCLIPTrainer, SafeCLIPTrainer]
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether everything that resuming reads is there and can be read."""
+    try:
+        for name in ("model.safetensors", STATE_FILE):
+            load_file(checkpoint / name)
+        for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+            torch.load(checkpoint / name, weights_only=False)
+        TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    except Exception:  # whatever a torn file makes of its reader
+        return False
+    return True
+
+
+def saved_steps(output_dir: Path) -> list[int]:
+    return sorted(int(path.name.removeprefix("checkpoint-")) for path in output_dir.glob("checkpoint-*"))
+
+
+def test_killed_at_any_moment_and_resumed_equals_uninterrupted(whole: Whole, tmp_path: Path) -> None:
+    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[2])])
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, __file__, str(tmp_path)]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        victims = dict(zip(KILLED, map(int, parent.stdout.readline().split()), strict=True))
+        # After some checkpoint, and some time that ends within a step, or in the middle of a save.
+        moments = {cls: (random.randint(1, 14), random.uniform(0, 0.1)) for cls in KILLED}
+        deadline = time.monotonic() + 120
+        while victims:
+            assert time.monotonic() < deadline
+            for cls, process in list(victims.items()):
+                step, delay = moments[cls]
+                if (saved_steps(tmp_path / cls.__name__) or [0])[-1] >= step:
+                    time.sleep(delay)
+                    os.kill(process, signal.SIGKILL)
+                    del victims[cls]
+            time.sleep(0.005)
+        assert parent.wait(timeout=60) == 0
+    for cls in KILLED:
+        steps = [
+            step
+            for step in saved_steps(tmp_path / cls.__name__)
+            if is_whole(tmp_path / cls.__name__ / f"checkpoint-{step}")
+        ]
+        resumed = make_trainer(cls, tmp_path / "resumed", **RUNS[cls])
+        resumed.train(resume_from_checkpoint=str(tmp_path / cls.__name__ / f"checkpoint-{steps[-1]}"))
+        try:
+            assert_same_bits(whole(cls)[0], resumed)
+        except AssertionError as error:
+            raise AssertionError(f"{cls.__name__}, killed at {moments[cls]}, resumed at {steps[-1]}") from error
+
+
+def train_to_be_killed(output_dir: Path) -> None:
+    """Train in one child process each, whose numbers are printed; they have the imports done."""
+    children = []
+    for cls in KILLED:
+        child = os.fork()
+        if child == 0:
+            with open(os.devnull, "w") as nowhere:
+                os.dup2(nowhere.fileno(), sys.stdout.fileno())
+            make_trainer(cls, output_dir / cls.__name__, save_strategy="steps", save_steps=1, **RUNS[cls]).train()
+            os._exit(0)
+        children.append(child)
+    print(*children, flush=True)
+    for child in children:
+        os.waitpid(child, 0)
+
+
+if __name__ == "__main__":
+    train_to_be_killed(Path(sys.argv[1]))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 
 from hf_robust_clip import (
@@ -38,6 +40,12 @@ _TRAINER = ("image_augmentation", "text_augmentation", "evaluators", "eval_datas
 _TRAINER += ("data_collator", "peft_config", "callbacks", "processing_class", "optimizers", "optimizer_cls_and_kwargs")
 
 
+@functools.cache
+def digits(split: str = "train") -> datasets.Dataset:
+    """Every digit of the split once; rendered once a process."""
+    return load_digit_pairs(split, renderings=1)
+
+
 def small_model(seed: int = 0) -> Any:
     """A CLIP with dropout, so that resuming also has to restore the global generator."""
     model = build_model(
@@ -51,6 +59,7 @@ def small_model(seed: int = 0) -> Any:
 
 def make_trainer(cls: type[CLIPTrainer], output_dir: Path, rows: int = 64, **overrides: Any) -> CLIPTrainer:
     """A trainer over the first `rows` digits; `overrides` are arguments of the trainer or of its arguments."""
+    family = next(base for base in cls.__mro__ if base in ARGUMENTS)
     given = {name: overrides.pop(name) for name in _TRAINER if name in overrides}
     arguments: dict[str, Any] = {
         "per_device_train_batch_size": 8,
@@ -63,13 +72,13 @@ def make_trainer(cls: type[CLIPTrainer], output_dir: Path, rows: int = 64, **ove
         "disable_tqdm": True,
         "use_cpu": True,
         "seed": 0,
-        **SHORT[cls],
+        **SHORT[family],
     }
     arguments.update(overrides)
     given.setdefault("model", small_model())
-    given.setdefault("train_dataset", load_digit_pairs("train", renderings=1).select(range(rows)))
+    given.setdefault("train_dataset", digits().select(range(rows)))
     given.setdefault("processing_class", digit_processor())
-    return cls(args=ARGUMENTS[cls](str(output_dir), **arguments), **given)
+    return cls(args=ARGUMENTS[family](str(output_dir), **arguments), **given)
 
 
 def train_and_resume(
@@ -84,13 +93,17 @@ def train_and_resume(
 
 
 def assert_same_bits(first: CLIPTrainer, second: CLIPTrainer) -> None:
-    """Weights, optimizer state and what was logged after the later start are equal to the bit."""
+    """Weights, optimizer state, pools, splits and what was logged are equal to the bit."""
     one, two = first.model.state_dict(), second.model.state_dict()
     assert all(torch.equal(one[name], two[name]) for name in one)
     moments = [trainer.optimizer.state_dict()["state"] for trainer in (first, second)]
     for number, state in moments[0].items():
         assert all(torch.equal(value, moments[1][number][name]) for name, value in state.items())
     assert training_log(first) == training_log(second)
+    states = first.training_state(), second.training_state()
+    assert states[0].keys() == states[1].keys()
+    for name, value in states[0].items():
+        torch.testing.assert_close(states[1][name], value, rtol=0, atol=0, equal_nan=True)
 
 
 def training_log(trainer: CLIPTrainer) -> list[dict[str, float]]:
