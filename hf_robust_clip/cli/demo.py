@@ -48,7 +48,7 @@ class Recipe:
     safeclip_warmup_cross_epochs: int = 2
     safeclip_warmup_cross_learning_rate: float = 1e-3  # an epoch is too short for a hundredth of the learning rate
     safeclip_threshold: float = 0.9
-    safeclip_growth: float = 0.05
+    safeclip_growth: float = 0.08
     safeclip_cap: float = 0.85
     safeclip_pool_size: int = 2048
 
