@@ -100,6 +100,8 @@ def pretrain(name: str, defence: type[CLIPTrainer], arguments: type[CLIPTraining
         parser.error("give either --model or --from_scratch")
     if planted and example.eval_data is None:
         parser.error("a planted attack needs --eval_data: one that nobody measured proves nothing")
+    if getattr(args, "adversarial_phrase", "") is None:
+        args.adversarial_phrase = example.poison_target
     set_seed(args.seed)
     pairs = load_pairs(example.train_data, image_column=args.image_column)
     model, processor = start_from(example, args, pairs)

@@ -63,7 +63,7 @@ def make_trainer(name: str, recipe: Recipe, folder: Path, seed: int, **shared: A
             matching_start_epoch=recipe.roclip_matching_start_epoch,
             match_every_n_epochs=recipe.roclip_match_every_n_epochs,
             matching=recipe.roclip_matching,
-            poison_target=recipe.target,
+            adversarial_phrase=recipe.target,
         )
         trainer = RoCLIPTrainer(args=args, **shared)
     elif name == "safeclip":

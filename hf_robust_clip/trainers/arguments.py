@@ -140,7 +140,7 @@ class RoCLIPTrainingArguments(CLIPTrainingArguments):
         steps_per_matching_epoch (`int`, *optional*): Optimizer steps that count as one epoch in the two numbers above;
             `None`: the dataset's epochs. Datasets of unknown length need it. On small ones it serves to alternate more
             often: a whole epoch of matches undoes much of what the last one taught.
-        poison_target (`str`, *optional*): For the log alone, where `train_dataset` has a `poisoned` column: a word or
+        adversarial_phrase (`str`, *optional*): For the log alone, where `train_dataset` has a `poisoned` column: a word or
             phrase that captions of the adversarial class contain. `None`: only captions of poisoned pairs count.
     """
 
@@ -166,7 +166,7 @@ class RoCLIPTrainingArguments(CLIPTrainingArguments):
     steps_per_matching_epoch: int | None = field(
         default=None, metadata={"help": "Optimizer steps that count as a matching epoch; by default the dataset's."}
     )
-    poison_target: str | None = field(
+    adversarial_phrase: str | None = field(
         default=None, metadata={"help": "For the log: what captions of the adversarial class contain."}
     )
 

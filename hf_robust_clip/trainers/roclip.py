@@ -154,8 +154,8 @@ class RoCLIPTrainer(CLIPTrainer):
             return None
         dataset = dataset.with_format(None)
         rows = np.array([bool(flag) for flag in dataset[POISONED]])  # (N,)
-        if self.args.poison_target is not None:
-            target = self.args.poison_target.lower()
+        if self.args.adversarial_phrase is not None:
+            target = self.args.adversarial_phrase.lower()
             captions = dataset[self.args.caption_column]
             rows |= np.array([_names(caption, target) for caption in captions])
         return rows

@@ -34,7 +34,7 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
         train_dataset=poisoned_pairs(),
         matching=matching,
         pool_dtype=dtype,
-        poison_target=TARGET if matching == "cross" else None,
+        adversarial_phrase=TARGET if matching == "cross" else None,
         **RUN,
     )
     trainer.train()
@@ -120,10 +120,10 @@ def test_log_of_the_similarity_of_clean_and_poisoned_pairs(run: Any) -> None:
 
 
 def test_log_of_poisons_that_meet_captions_of_their_class(run: Any) -> None:
-    # With a poison_target a clean caption that names it is adversarial too.
+    # With a adversarial_phrase a clean caption that names it is adversarial too.
     captions = run.train_dataset["caption"]
     adversarial = torch.tensor(run.train_dataset["poisoned"])
-    if run.args.poison_target:
+    if run.args.adversarial_phrase:
         named = torch.tensor([TARGET in caption for caption in captions])
         assert (named & ~adversarial).any()
         adversarial = adversarial | named
@@ -157,9 +157,9 @@ def test_adversarial_rows_of_lists_of_captions(tmp_path: Path) -> None:
     captions = [["a one", "an EIGHT"], ["a two"], ["eight things", "a three"]] * 4
     data = digits().select(range(12)).remove_columns("caption").add_column("caption", captions)
     data = data.add_column("poisoned", [False, True, False] * 4)
-    trainer = make_trainer(RoCLIPTrainer, tmp_path, train_dataset=data, poison_target=TARGET)
+    trainer = make_trainer(RoCLIPTrainer, tmp_path, train_dataset=data, adversarial_phrase=TARGET)
     assert trainer._adversarial_rows().tolist() == [True] * 12
-    trainer.args.poison_target = None
+    trainer.args.adversarial_phrase = None
     assert trainer._adversarial_rows().tolist() == [False, True, False] * 4
 
 
