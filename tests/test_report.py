@@ -133,6 +133,7 @@ def make_results(defence="cleanclip", quick=False, target="eight", matching=None
             "roclip_pool_size": 2048,
             "roclip_match_every_n_epochs": 2,
             "roclip_matching_start_epoch": 8,
+            "roclip_matching_steps": None,
             "roclip_matching": "image_to_text",
             "safeclip_warmup_unimodal_epochs": 5,
             "safeclip_warmup_cross_epochs": 1,
@@ -228,9 +229,16 @@ def test_the_page_says_what_is_matched(no_plots, matching, expected):
     assert expected in text and "every epoch from the 9th on" in text
 
 
+def test_the_page_says_when_matching_alternates_in_steps(no_plots):
+    results = make_results("roclip")
+    results["setup"]["recipe"].update(roclip_matching_steps=20)
+    text = " ".join(Page(render_demo_report(results, make_pictures(RUNS["roclip"]), "")).text.split())
+    assert "in its matching steps, 20 of every 40 from the 9th epoch on, it does not train" in text
+
+
 def test_a_defence_that_noted_nothing_down_is_reported(no_plots):
     text = Page(render(defence="all", matching=[], splits=[])).text
-    assert "no matching epoch" in text and "warm-up only" in text
+    assert "came to no matching" in text and "warm-up only" in text
     assert "What RoCLIP matches" not in text and "What SafeCLIP calls safe" not in text
 
 
@@ -303,8 +311,8 @@ def test_a_collapsed_model_is_no_success():
 
 def test_what_the_defences_noted_down_is_summed_up():
     text = matching_course(make_matching(share=0.123), "eight")
-    assert "“eight” in 12.3% of all cases, over 4 matching epochs" in text
-    assert "no matching epoch" in matching_course(make_matching(start=9), "eight")
+    assert "“eight” in 12.3% of all cases, in 4 epochs with matching" in text
+    assert "came to no matching" in matching_course(make_matching(start=9), "eight")
     text = split_course([make_split(6, inside=0.1), make_split(7, inside=0.2, safe_share=0.26)])
     assert "AUROC of 0.980" in text
     assert "10.0% of the poisons and 25.0% of all pairs at first, 20.0% of the poisons and 26.0%" in text

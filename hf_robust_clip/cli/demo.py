@@ -40,8 +40,8 @@ class Recipe:
     defence_image_noise_std: float = 0.07
     defence_text_preset: str = "light"
     roclip_pool_size: int = 2048
-    roclip_steps_per_matching_epoch: int = 20  # an epoch of 174 steps is too long to go without the true captions
-    roclip_matching_start_epoch: int = 70  # after 1,400 steps, which is 8 epochs
+    roclip_matching_start_epoch: int = 8
+    roclip_matching_steps: int | None = 20  # at a time: an epoch is too long to go without the true captions
     roclip_match_every_n_epochs: int = 2
     roclip_matching: str = "image_to_text"
     safeclip_warmup_unimodal_epochs: int = 4
@@ -64,7 +64,7 @@ QUICK = Recipe(
     poison_rate=0.1,
     warmup_steps=20,
     roclip_pool_size=512,
-    roclip_matching_start_epoch=4,
+    roclip_matching_start_epoch=2,
     safeclip_warmup_unimodal_epochs=1,
     safeclip_pool_size=512,
 )

@@ -26,7 +26,7 @@ from .progress import TrainingBar
 EVALUATION_BATCH = 256
 #: The models that start from the poisoned one, on clean pairs; the others start anew, on poisoned pairs.
 FINE_TUNED = ("finetuned", "cleanclip")
-#: What is kept of RoCLIP's log of an epoch; the last four are there in matching epochs only.
+#: What is kept of RoCLIP's log of an epoch; the last four are there in epochs with matching steps only.
 MATCHING_FIELDS = (
     "clean_pair_similarity",
     "poisoned_pair_similarity",
@@ -59,8 +59,8 @@ def make_trainer(name: str, recipe: Recipe, folder: Path, seed: int, **shared: A
         args = RoCLIPTrainingArguments(
             **settings,
             pool_size=recipe.roclip_pool_size,
-            steps_per_matching_epoch=recipe.roclip_steps_per_matching_epoch,
-            matching_start_epoch=recipe.roclip_matching_start_epoch,
+            steps_per_matching_epoch=recipe.roclip_matching_steps,
+            matching_start_epoch=_matching_start(recipe, len(shared["train_dataset"])),
             match_every_n_epochs=recipe.roclip_match_every_n_epochs,
             matching=recipe.roclip_matching,
             adversarial_phrase=recipe.target,
@@ -82,6 +82,14 @@ def make_trainer(name: str, recipe: Recipe, folder: Path, seed: int, **shared: A
         trainer = CLIPTrainer(args=CLIPTrainingArguments(**settings), **shared)
     trainer.remove_callback(PrinterCallback)  # prints each log as a dictionary
     return trainer
+
+
+def _matching_start(recipe: Recipe, pairs: int) -> int:
+    """RoCLIP's first matching epoch, counted in what it alternates in."""
+    if recipe.roclip_matching_steps is None:
+        return recipe.roclip_matching_start_epoch
+    steps = recipe.roclip_matching_start_epoch * (pairs // recipe.batch_size)
+    return round(steps / recipe.roclip_matching_steps)
 
 
 def _settings(name: str, recipe: Recipe, folder: Path, seed: int) -> dict[str, Any]:
@@ -119,7 +127,7 @@ def _image_augmentation(name: str, recipe: Recipe) -> ImageAugmentation | None:
 
 
 def matching_record(log_history: list[dict[str, float]]) -> list[dict[str, Any]]:
-    """RoCLIP's epochs, from 1: whether each was a matching one, and what its log says of pairs and matches."""
+    """RoCLIP's epochs, from 1: whether it had matching steps, and what its log says of pairs and matches."""
     return [
         {
             "epoch": round(entry["epoch"]),

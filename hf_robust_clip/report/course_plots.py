@@ -128,7 +128,7 @@ def draw_matching(
     epochs = np.array([entry["epoch"] for entry in matching])
     for panel in (pairs, matches):
         for number, epoch in enumerate(epochs[[entry["matching"] for entry in matching]]):
-            label = "matching epochs" if number == 0 and panel is pairs else None
+            label = "epochs with matching" if number == 0 and panel is pairs else None
             panel.axvspan(epoch - 0.5, epoch + 0.5, color=colours["grid"], alpha=0.55, lw=0, label=label)
         panel.set_xlabel("epoch")
         panel.set_xlim(0.5, len(epochs) + 0.5)

@@ -244,13 +244,13 @@ def matching_course(matching: Sequence[Mapping[str, Any]], target: str) -> str:
     """What RoCLIP's record says of whom the poisoned images were matched with."""
     shares = [
         share for entry in matching if (share := entry.get("poisoned_match_adversarial")) is not None
-    ]  # one a matching epoch
+    ]  # one an epoch with matching steps
     if not shares:
-        return "RoCLIP matched no poisoned image: there was no matching epoch."
+        return "RoCLIP matched no poisoned image: it came to no matching."
     mean = sum(shares) / len(shares)
     return (
-        f"RoCLIP matched poisoned images with a caption of “{target}” in {mean:.1%} of all cases, over {len(shares)} "
-        f"matching {'epochs' if len(shares) > 1 else 'epoch'}."
+        f"RoCLIP matched poisoned images with a caption of “{target}” in {mean:.1%} of all cases, in {len(shares)} "
+        f"{'epochs' if len(shares) > 1 else 'epoch'} with matching."
     )
 
 

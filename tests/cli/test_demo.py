@@ -29,6 +29,7 @@ TINY_PRETRAINING = replace(
     pretrain_epochs=4,
     roclip_pool_size=300,
     roclip_matching_start_epoch=2,
+    roclip_matching_steps=None,
     safeclip_warmup_unimodal_epochs=1,
     safeclip_warmup_cross_epochs=1,
     safeclip_pool_size=300,

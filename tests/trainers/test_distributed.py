@@ -120,7 +120,7 @@ def launch(mode: str, output: Path, **environment: str) -> None:
     paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[2])])
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **environment}
     done = subprocess.run(
-        [*command, __file__, mode, str(output)], env=environment, capture_output=True, text=True, timeout=300
+        [*command, __file__, mode, str(output)], env=environment, capture_output=True, text=True, timeout=900
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
 
