@@ -136,12 +136,15 @@ class RoCLIPTrainingArguments(CLIPTrainingArguments):
             neighbours mean nothing: training on them collapses, which is logged. Too late, and the poisons are
             learned: their nearest neighbours are then of the adversarial class, and matching teaches it once more.
         matching (`str`, defaults to `"image_to_text"`): What a matching epoch matches, see [`~losses.roclip_loss`].
-            MATCHING_EVIDENCE
+            The default is by evidence on digits: with epochs of matches every second one from the ninth of 16 to 24
+            on, it kept 88% accuracy where `"cross"` kept 66% and 73%, at an attack success of 6.6% and 0.8% against
+            0.7% and 1.1% (blended and patch trigger; 71% and 91% undefended). `"unimodal"` asks a poison's own caption
+            what to match, which where captions are few is another of the adversarial class.
         steps_per_matching_epoch (`int`, *optional*): Optimizer steps that count as one epoch in the two numbers above;
             `None`: the dataset's epochs. Datasets of unknown length need it. On small ones it serves to alternate more
             often: a whole epoch of matches undoes much of what the last one taught.
-        adversarial_phrase (`str`, *optional*): For the log alone, where `train_dataset` has a `poisoned` column: a word or
-            phrase that captions of the adversarial class contain. `None`: only captions of poisoned pairs count.
+        adversarial_phrase (`str`, *optional*): For the log alone, where `train_dataset` has a `poisoned` column: a word
+            or phrase that captions of the adversarial class contain. `None`: only captions of poisoned pairs count.
     """
 
     per_device_train_batch_size: int = field(default=128, metadata={"help": "Batch size per device for training."})

@@ -120,7 +120,7 @@ def test_log_of_the_similarity_of_clean_and_poisoned_pairs(run: Any) -> None:
 
 
 def test_log_of_poisons_that_meet_captions_of_their_class(run: Any) -> None:
-    # With a adversarial_phrase a clean caption that names it is adversarial too.
+    # With an adversarial_phrase a clean caption that names it is adversarial too.
     captions = run.train_dataset["caption"]
     adversarial = torch.tensor(run.train_dataset["poisoned"])
     if run.args.adversarial_phrase:
