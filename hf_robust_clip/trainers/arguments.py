@@ -143,8 +143,9 @@ class RoCLIPTrainingArguments(CLIPTrainingArguments):
         steps_per_matching_epoch (`int`, *optional*): Optimizer steps that count as one epoch in the two numbers above;
             `None`: the dataset's epochs. Datasets of unknown length need it. On small ones it serves to alternate more
             often: a whole epoch of matches undoes much of what the last one taught.
-        adversarial_phrase (`str`, *optional*): For the log alone, where `train_dataset` has a `poisoned` column: a word
-            or phrase that captions of the adversarial class contain. `None`: only captions of poisoned pairs count.
+        adversarial_phrase (`str`, *optional*): For the log alone, where `train_dataset` has a `poisoned` column: a
+            word or phrase that captions of the adversarial class contain. `None`: only captions of poisoned pairs
+            count.
     """
 
     per_device_train_batch_size: int = field(default=128, metadata={"help": "Batch size per device for training."})
