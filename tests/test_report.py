@@ -271,8 +271,11 @@ def test_a_clean_sweep_gives_no_warning(defence):
         ({"defence": "safeclip", "safeclip": (0.3, 0.0)}, "has not learned the classes"),
         ({"defence": "roclip", "matching": make_matching(largest=0.7)}, "collapsed in epoch 3, 4, 5 and 6"),
         ({"defence": "safeclip", "splits": []}, "warm-up only"),
-        ({"defence": "safeclip", "splits": [make_split(safe_share=0.0)]}, "no pair safe"),
-        ({"defence": "safeclip", "splits": [make_split(), make_split(safe_share=1.0)]}, "every pair safe"),
+        ({"defence": "safeclip", "splits": [make_split(safe_share=0.0)]}, "no pair safe in epoch 7,"),
+        (
+            {"defence": "safeclip", "splits": [make_split(6), make_split(7, safe_share=1.0)]},
+            "every pair safe in epoch 8,",
+        ),
     ],
 )
 def test_warns_of_what_the_figures_do_not_show(results, expected):

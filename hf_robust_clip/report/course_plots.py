@@ -37,6 +37,7 @@ def draw_splits(splits: Sequence[Record], colours: Mapping[str, str]) -> Figure:
         panel.set_visible(False)
     panels[0, 0].set(yscale="log", ylim=(FLOOR, 2 * counts.max()), xlim=(edges[0], edges[-1]))
     panels[0, 0].yaxis.set_major_formatter("{x:g}")
+    panels[0, 0].locator_params(axis="x", nbins=6)
     for panel in panels[:, 0]:
         panel.set_ylabel("pairs (log scale)")
     for column in range(columns):

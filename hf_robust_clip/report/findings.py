@@ -233,10 +233,14 @@ def _matching(results: Mapping[str, Any]) -> list[Finding]:
 def _splitting(results: Mapping[str, Any]) -> list[Finding]:
     splits = results.get("splits", [])
     found = [Finding(split_course(splits), "result" if splits else "warning")]
-    shares = {split["safe_share"] for split in splits}
-    if shares & {0.0, 1.0}:
-        which = "no pair" if 0.0 in shares else "every pair"
-        found.append(Finding(f"A split of SafeCLIP's called {which} safe: it separated nothing.", "warning"))
+    for share, which, outcome in (
+        (0.0, "no pair", "no image learned from a caption"),
+        (1.0, "every pair", "it defended against nothing"),
+    ):
+        epochs = [split["epoch"] + 1 for split in splits if split["safe_share"] == share]
+        if epochs:
+            text = f"SafeCLIP called {which} safe in epoch {_listed(epochs)}, in which {outcome}."
+            found.append(Finding(text, "warning"))
     return found
 
 
