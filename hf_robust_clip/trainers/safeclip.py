@@ -62,6 +62,11 @@ class SafeCLIPTrainer(CLIPTrainer):
         self._sampler: RoutedBatchSampler | None = None
         self._steps_per_epoch = 0
         self._batch_of_epoch = 0
+        if self.lr_scheduler is not None:
+            logger.warning(
+                "optimizers brings a scheduler of its own: it is used as it is, without warmup_unimodal_learning_rate "
+                "and warmup_cross_learning_rate."
+            )
         if self.train_dataset is not None:
             self._check_routing()
             if self.args.unimodal_pool_size:
