@@ -26,11 +26,11 @@ TINY = Recipe(renderings=1, poison_rate=0.05, batch_size=128, warmup_steps=2, pr
 TINY_PRETRAINING = replace(
     TINY,
     batch_size=256,
-    pretrain_epochs=4,
+    pretrain_epochs=3,
     roclip_pool_size=300,
-    roclip_matching_start_epoch=2,
+    roclip_matching_start_epoch=1,
     roclip_matching_steps=None,
-    safeclip_warmup_unimodal_epochs=1,
+    safeclip_warmup_unimodal_epochs=0,
     safeclip_warmup_cross_epochs=1,
     safeclip_pool_size=300,
 )
@@ -142,22 +142,17 @@ def test_all_defences_share_one_poisoned_model(all_three):
 
 def test_matching_epochs_are_noted_down(all_three):
     matching = all_three[1]["matching"]
-    assert [(entry["epoch"], entry["matching"]) for entry in matching] == [
-        (1, False),
-        (2, False),
-        (3, True),
-        (4, False),
-    ]
+    assert [(entry["epoch"], entry["matching"]) for entry in matching] == [(1, False), (2, True), (3, False)]
     for entry in matching:
         assert -1 <= entry["clean_pair_similarity"] <= 1 and -1 <= entry["poisoned_pair_similarity"] <= 1
         assert ("poisoned_match_adversarial" in entry) == entry["matching"]
-    assert 0 <= matching[2]["poisoned_match_adversarial"] <= 1 and 0 < matching[2]["distinct_matches"] <= 1
+    assert 0 <= matching[1]["poisoned_match_adversarial"] <= 1 and 0 < matching[1]["distinct_matches"] <= 1
 
 
 def test_splits_are_noted_down(all_three):
     results = all_three[1]
     splits = results["splits"]
-    assert [split["epoch"] for split in splits] == [2, 3]
+    assert [split["epoch"] for split in splits] == [1, 2]
     for split in splits:
         assert set(split) == {*SplitRecord._fields, "histogram"}
         clean, poisoned = (split["histogram"][kind] for kind in ("clean", "poisoned"))
@@ -175,7 +170,7 @@ def test_the_report_of_all_defences_shows_what_they_did(all_three):
 
 
 def test_roclip_that_never_matches_is_augmentation_alone(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(plots, "DPI", 30)
+    monkeypatch.setattr(page, "themed", lambda draw: {"light": "", "dark": ""})
     recipe = replace(TINY, roclip_matching_start_epoch=9)
     results = run_demo(tmp_path, recipe=recipe, defence="roclip")
     control, defence = ({**results[model], "seconds": 0} for model in ("augmentation", "roclip"))
