@@ -10,7 +10,7 @@ from transformers import AutoProcessor, CLIPModel
 
 from hf_robust_clip import __version__
 from hf_robust_clip.attacks.poisoning import replay_manifest
-from hf_robust_clip.cli import demo
+from hf_robust_clip.cli import demo, demo_steps
 from hf_robust_clip.cli.demo import CLEAN_SEED_OFFSET, DEFENCES, PRETRAINING, QUICK, Recipe, default_recipe, run_demo
 from hf_robust_clip.cli.demo_trainers import matching_record, split_record
 from hf_robust_clip.cli.main import main
@@ -25,15 +25,21 @@ TINY = Recipe(renderings=1, poison_rate=0.05, batch_size=128, warmup_steps=2, pr
 #: With a matching epoch and two splits.
 TINY_PRETRAINING = replace(
     TINY,
-    batch_size=256,
+    batch_size=64,
     pretrain_epochs=3,
-    roclip_pool_size=300,
+    roclip_pool_size=100,
     roclip_matching_start_epoch=1,
     roclip_matching_steps=None,
     safeclip_warmup_unimodal_epochs=0,
     safeclip_warmup_cross_epochs=1,
-    safeclip_pool_size=300,
+    safeclip_pool_size=100,
 )
+
+
+def few_digit_pairs(*args, **kwargs):
+    """A quarter of the digits: tests of what six trainings leave behind need no more."""
+    pairs = load_digit_pairs(*args, **kwargs)
+    return pairs.select(range(0, len(pairs), 4))
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +59,7 @@ def all_three(tmp_path_factory):
     folder = tmp_path_factory.mktemp("all")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plots, "DPI", 30)
+        patch.setattr(demo_steps, "load_digit_pairs", few_digit_pairs)
         return folder, run_demo(folder, seed=1, recipe=TINY_PRETRAINING, defence="all")
 
 
@@ -171,6 +178,7 @@ def test_the_report_of_all_defences_shows_what_they_did(all_three):
 
 def test_roclip_that_never_matches_is_augmentation_alone(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(page, "themed", lambda draw: {"light": "", "dark": ""})
+    monkeypatch.setattr(demo_steps, "load_digit_pairs", few_digit_pairs)
     recipe = replace(TINY, roclip_matching_start_epoch=9)
     results = run_demo(tmp_path, recipe=recipe, defence="roclip")
     control, defence = ({**results[model], "seconds": 0} for model in ("augmentation", "roclip"))
