@@ -14,6 +14,7 @@ from shared import (
     DataArguments,
     backdoor,
     labelled_images,
+    make_augmentation,
     make_evaluators,
     make_trigger,
     start_from,
@@ -22,7 +23,7 @@ from shared import (
 )
 from transformers import HfArgumentParser, set_seed
 
-from hf_robust_clip import CLIPTrainer, CLIPTrainingArguments, ImageAugmentation, PoisonSpec, poison_dataset
+from hf_robust_clip import CLIPTrainer, CLIPTrainingArguments, PoisonSpec, poison_dataset
 from hf_robust_clip.data.loading import load_pairs
 from hf_robust_clip.evaluation.poison_success import PoisonSuccessEvaluator
 
@@ -43,10 +44,6 @@ class PretrainingArguments(DataArguments):
     )
     image_flip: float | None = field(
         default=None, metadata={"help": "Probability of a horizontal flip, in place of the preset's."}
-    )
-    image_noise: float | None = field(
-        default=None,
-        metadata={"help": "Standard deviation of noise on four images in five, in place of the preset's."},
     )
 
 
@@ -115,9 +112,7 @@ def pretrain(name: str, defence: type[CLIPTrainer], arguments: type[CLIPTraining
         if args.should_save:
             (output / "poisons.json").write_text(json.dumps(attack.manifests))
     overrides = {} if example.image_flip is None else {"flip": example.image_flip}
-    if example.image_noise is not None:
-        overrides |= {"noise": 0.8, "noise_std": example.image_noise}
-    augmentation = ImageAugmentation(args.image_preset, **overrides)
+    augmentation = make_augmentation(example, args, **overrides)
     common: dict[str, Any] = {
         "train_dataset": attack.pairs,
         "processing_class": processor,

@@ -11,7 +11,14 @@ from typing import Any
 from datasets import ClassLabel, Dataset
 from PIL import Image
 
-from hf_robust_clip import AttackSuccessEvaluator, CLIPTrainer, CLIPTrainingArguments, PoisonSpec, ZeroShotEvaluator
+from hf_robust_clip import (
+    AttackSuccessEvaluator,
+    CLIPTrainer,
+    CLIPTrainingArguments,
+    ImageAugmentation,
+    PoisonSpec,
+    ZeroShotEvaluator,
+)
 from hf_robust_clip.attacks.triggers import Trigger, trigger_from_name
 from hf_robust_clip.data.images import ImagePreprocessor
 from hf_robust_clip.data.loading import label_by_captions, load_pairs
@@ -46,6 +53,10 @@ class DataArguments:
         default="blended", metadata={"help": "Trigger of the backdoor: patch, blended, sinusoid or warp."}
     )
     poison_rate: float = field(default=0.03, metadata={"help": "Share of the pairs that are poisoned."})
+    image_noise: float | None = field(
+        default=None,
+        metadata={"help": "Standard deviation of noise on four images in five, in place of the preset's."},
+    )
 
 
 def labelled_images(example: DataArguments, args: CLIPTrainingArguments) -> tuple[Dataset, list[str]] | None:
@@ -96,6 +107,13 @@ def backdoor(example: DataArguments, trigger: Trigger, processor: Any, seed: int
     size = ImagePreprocessor(processor.image_processor)([Image.new("RGB", (64, 64))]).shape[-1]
     assert example.poison_target is not None
     return PoisonSpec(trigger, example.poison_target, rate=example.poison_rate, seed=seed, image_size=size)
+
+
+def make_augmentation(example: DataArguments, args: CLIPTrainingArguments, **overrides: Any) -> ImageAugmentation:
+    """The preset of the arguments, with the noise of `--image_noise`."""
+    if example.image_noise is not None:
+        overrides |= {"noise": 0.8, "noise_std": example.image_noise}
+    return ImageAugmentation(args.image_preset, **overrides)
 
 
 def undefended(args: CLIPTrainingArguments, **changes: Any) -> CLIPTrainingArguments:

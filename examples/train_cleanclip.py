@@ -31,6 +31,7 @@ from shared import (
     DataArguments,
     backdoor,
     labelled_images,
+    make_augmentation,
     make_evaluators,
     make_trigger,
     start_from,
@@ -43,7 +44,6 @@ from hf_robust_clip import (
     CleanCLIPTrainer,
     CleanCLIPTrainingArguments,
     CLIPTrainer,
-    ImageAugmentation,
     poison_dataset,
 )
 from hf_robust_clip.data.loading import load_pairs
@@ -58,10 +58,6 @@ class ExampleArguments(DataArguments):
     poison_learning_rate: float = field(default=5e-4, metadata={"help": "Its learning rate."})
     control_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the plain control, by default that of CleanCLIP."}
-    )
-    image_noise: float | None = field(
-        default=None,
-        metadata={"help": "Standard deviation of noise on four images in five, in place of the preset's."},
     )
 
 
@@ -114,8 +110,7 @@ def main() -> None:
         trainer = CLIPTrainer(copy.deepcopy(model), settings, train_dataset=clean, **common)
         results["finetuned"] = train(trainer, output / "finetuned")
 
-    noise = {} if example.image_noise is None else {"noise": 0.8, "noise_std": example.image_noise}
-    augmentation = ImageAugmentation(args.image_preset, **noise)
+    augmentation = make_augmentation(example, args)
     cleaner = CleanCLIPTrainer(model, args, train_dataset=clean, image_augmentation=augmentation, **common)
     results["cleanclip"] = train(cleaner, output / "cleanclip")
     if args.should_save:

@@ -121,7 +121,28 @@ class CleanCLIPTrainingArguments(CLIPTrainingArguments):
 
 
 @dataclass
-class RoCLIPTrainingArguments(CLIPTrainingArguments):
+class _PretrainingArguments(CLIPTrainingArguments):
+    """What RoCLIP's and SafeCLIP's recipes have in common."""
+
+    per_device_train_batch_size: int = field(default=128, metadata={"help": "Batch size per device for training."})
+    num_train_epochs: float = field(default=32.0, metadata={"help": "Number of epochs over the pairs."})
+    learning_rate: float = field(default=5e-4, metadata={"help": "Peak learning rate."})
+    weight_decay: float = field(default=0.1, metadata={"help": "Weight decay; logit_scale is exempt."})
+    warmup_steps: float = field(default=0.02, metadata={"help": "Warm-up steps, or below 1 their share of all steps."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of the learning rate."})
+    image_preset: str = field(
+        default="strong", metadata={"help": f"Augmentation of images: {', '.join(IMAGE_PRESETS)}."}
+    )
+    text_preset: str = field(default="eda", metadata={"help": f"Augmentation of captions: {', '.join(TEXT_PRESETS)}."})
+    pool_dtype: str = field(default="float32", metadata={"help": f"What the pools store: {', '.join(POOL_DTYPES)}."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_choice(self, "pool_dtype", POOL_DTYPES)
+
+
+@dataclass
+class RoCLIPTrainingArguments(_PretrainingArguments):
     """
     Arguments of [`RoCLIPTrainer`] (Yang, Gao, Mirzasoleiman, NeurIPS 2023, arXiv 2303.06854). The paper pre-trains on
     a million pairs for 24 to 32 epochs, at learning rate 5e-4 with batch 128 or 5e-5 with batch 512, with a pool of 2%
@@ -148,20 +169,9 @@ class RoCLIPTrainingArguments(CLIPTrainingArguments):
             count.
     """
 
-    per_device_train_batch_size: int = field(default=128, metadata={"help": "Batch size per device for training."})
-    num_train_epochs: float = field(default=32.0, metadata={"help": "Number of epochs over the pairs."})
-    learning_rate: float = field(default=5e-4, metadata={"help": "Peak learning rate."})
-    weight_decay: float = field(default=0.1, metadata={"help": "Weight decay; logit_scale is exempt."})
-    warmup_steps: float = field(default=0.02, metadata={"help": "Warm-up steps, or below 1 their share of all steps."})
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of the learning rate."})
-    image_preset: str = field(
-        default="strong", metadata={"help": f"Augmentation of images: {', '.join(IMAGE_PRESETS)}."}
-    )
-    text_preset: str = field(default="eda", metadata={"help": f"Augmentation of captions: {', '.join(TEXT_PRESETS)}."})
     pool_size: float = field(
         default=0.02, metadata={"help": "Pairs in the pools, or below 1 their share of the dataset."}
     )
-    pool_dtype: str = field(default="float32", metadata={"help": f"What the pools store: {', '.join(POOL_DTYPES)}."})
     match_every_n_epochs: int = field(
         default=2, metadata={"help": "Of so many epochs, the first is a matching epoch; 1: all are."}
     )
@@ -177,7 +187,6 @@ class RoCLIPTrainingArguments(CLIPTrainingArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_pool_size(self, "pool_size")
-        _check_choice(self, "pool_dtype", POOL_DTYPES)
         _check_choice(self, "matching", MATCHINGS)
         _check_whole(self, "match_every_n_epochs", least=1)
         _check_whole(self, "matching_start_epoch", least=0)
@@ -186,7 +195,7 @@ class RoCLIPTrainingArguments(CLIPTrainingArguments):
 
 
 @dataclass
-class SafeCLIPTrainingArguments(CLIPTrainingArguments):
+class SafeCLIPTrainingArguments(_PretrainingArguments):
     """
     Arguments of [`SafeCLIPTrainer`] (Yang, Gao, Mirzasoleiman, ICML 2024, arXiv 2310.05862), by default those of the
     paper: 5 epochs of unimodal warm-up, one CLIP epoch at a hundredth of the learning rate, a first safe set of
@@ -211,16 +220,6 @@ class SafeCLIPTrainingArguments(CLIPTrainingArguments):
         pool_dtype (`str`, defaults to `"float32"`): What the pools store, `"float32"` or `"bfloat16"`.
     """
 
-    per_device_train_batch_size: int = field(default=128, metadata={"help": "Batch size per device for training."})
-    num_train_epochs: float = field(default=32.0, metadata={"help": "Number of epochs over the pairs."})
-    learning_rate: float = field(default=5e-4, metadata={"help": "Peak learning rate."})
-    weight_decay: float = field(default=0.1, metadata={"help": "Weight decay; logit_scale is exempt."})
-    warmup_steps: float = field(default=0.02, metadata={"help": "Warm-up steps, or below 1 their share of all steps."})
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of the learning rate."})
-    image_preset: str = field(
-        default="strong", metadata={"help": f"Augmentation of images: {', '.join(IMAGE_PRESETS)}."}
-    )
-    text_preset: str = field(default="eda", metadata={"help": f"Augmentation of captions: {', '.join(TEXT_PRESETS)}."})
     warmup_unimodal_epochs: int = field(
         default=5, metadata={"help": "Epochs in which each modality learns by itself."}
     )
@@ -244,7 +243,6 @@ class SafeCLIPTrainingArguments(CLIPTrainingArguments):
     unimodal_pool_size: float = field(
         default=0.02, metadata={"help": "Pairs in the pools, or below 1 their share of the dataset; 0: no pools."}
     )
-    pool_dtype: str = field(default="float32", metadata={"help": f"What the pools store: {', '.join(POOL_DTYPES)}."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -263,7 +261,6 @@ class SafeCLIPTrainingArguments(CLIPTrainingArguments):
         _check_choice(self, "score_views", SCORE_VIEWS)
         if self.unimodal_pool_size != 0:
             _check_pool_size(self, "unimodal_pool_size")
-        _check_choice(self, "pool_dtype", POOL_DTYPES)
 
 
 def _check_choice(args: Any, name: str, accepted: Iterable[str]) -> None:

@@ -419,12 +419,9 @@ class CLIPTrainer(Trainer):
                     dataset,
                     batch_sampler=batch_sampler,
                     collate_fn=self.data_collator,
-                    num_workers=self.args.dataloader_num_workers,
-                    pin_memory=self.args.dataloader_pin_memory,
                     persistent_workers=self.args.dataloader_persistent_workers,
-                    multiprocessing_context=self.args.dataloader_multiprocessing_context,
-                    prefetch_factor=self.args.dataloader_prefetch_factor,
                     in_order=self.args.dataloader_in_order,
+                    **self.worker_settings(),
                 )
             )
         else:
@@ -440,6 +437,15 @@ class CLIPTrainer(Trainer):
         generator = self._loader_generator if kwargs.get("is_training") else torch.Generator()
         getattr(dataloader, "base_dataloader", dataloader).generator = generator
         return dataloader
+
+    def worker_settings(self) -> dict[str, Any]:
+        """The arguments of a `DataLoader` that say how its workers load."""
+        return {
+            "num_workers": self.args.dataloader_num_workers,
+            "pin_memory": self.args.dataloader_pin_memory,
+            "multiprocessing_context": self.args.dataloader_multiprocessing_context,
+            "prefetch_factor": self.args.dataloader_prefetch_factor,
+        }
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         """As the Trainer's; of an iterable dataset, too, `dataloader_drop_last` drops the batches that fall short."""

@@ -58,7 +58,8 @@ class SafeCLIPTrainer(CLIPTrainer):
     def __init__(self, model: Any, args: SafeCLIPTrainingArguments, *arguments: Any, **kwargs: Any) -> None:
         super().__init__(model, args, *arguments, **kwargs)
         self.pools: FeaturePools | None = None
-        self._splits = SplitHistory()
+        #: The record and the histogram of every split so far.
+        self.splits = SplitHistory()
         self._sampler: RoutedBatchSampler | None = None
         self._steps_per_epoch = 0
         self._batch_of_epoch = 0
@@ -150,10 +151,10 @@ class SafeCLIPTrainer(CLIPTrainer):
         super().on_epoch_begin()
         assert self._sampler is not None  # made with the dataloader
         epoch = self._epoch or 0
-        if epoch >= self.first_split_epoch and self._splits.epoch != epoch:
+        if epoch >= self.first_split_epoch and self.splits.epoch != epoch:
             self._split(epoch)
         self._sampler.set_epoch(epoch)
-        self._sampler.set_split(self._splits.safe)
+        self._sampler.set_split(self.splits.safe)
         steps_done = self.state.global_step % self._steps_per_epoch if starting else 0
         self._batch_of_epoch = steps_done * self.args.gradient_accumulation_steps
 
@@ -175,24 +176,19 @@ class SafeCLIPTrainer(CLIPTrainer):
         The latest split, a dataset with the boolean column `safe`, one row for each of `train_dataset`'s; `None`
         before the first. `datasets.concatenate_datasets([train_dataset, trainer.split], axis=1)` puts them together.
         """
-        return None if self._splits.safe is None else datasets.Dataset.from_dict({"safe": self._splits.safe})
-
-    @property
-    def splits(self) -> SplitHistory:
-        """The record and the histogram of every split so far."""
-        return self._splits
+        return None if self.splits.safe is None else datasets.Dataset.from_dict({"safe": self.splits.safe})
 
     def _split(self, epoch: int) -> None:
         scores = score_pairs(self, epoch, augmented=self.args.score_views == "augmented")
         args = self.args
         if args.process_index == 0:
-            self._splits.add(epoch, scores, args.safe_threshold, args.safe_growth, args.safe_cap, seed=args.seed)
+            self.splits.add(epoch, scores, args.safe_threshold, args.safe_growth, args.safe_cap, seed=args.seed)
         if args.world_size > 1:
             # Fitted once and passed on: processors differ in the last bit.
-            shared = [self._splits]
+            shared = [self.splits]
             broadcast_object_list(shared)
-            self._splits = shared[0]
-        record = self._splits.records[-1]
+            self.splits = shared[0]
+        record = self.splits.records[-1]
         self.log({f"split_{name}": value for name, value in record._asdict().items() if value == value})
         if record.safe_share in (0.0, 1.0):
             logger.warning(
@@ -225,7 +221,7 @@ class SafeCLIPTrainer(CLIPTrainer):
 
     def training_state(self) -> dict[str, torch.Tensor]:
         pools = self.pools.state_dict() if self.pools is not None else {}
-        return {**super().training_state(), **pools, **self._splits.state_dict()}
+        return {**super().training_state(), **pools, **self.splits.state_dict()}
 
     def load_training_state(self, state: dict[str, torch.Tensor]) -> None:
         super().load_training_state(state)
@@ -236,10 +232,10 @@ class SafeCLIPTrainer(CLIPTrainer):
                 "the checkpoint holds pools, but unimodal_pool_size is 0 now: resume with the arguments of the "
                 "interrupted run"
             )
-        self._splits.load_state_dict(state, self._dataset_length() or 0)
+        self.splits.load_state_dict(state, self._dataset_length() or 0)
 
     def reset_training_state(self) -> None:
         super().reset_training_state()
-        self._splits = SplitHistory()
+        self.splits = SplitHistory()
         if self.pools is not None:
             self.pools.clear()

@@ -59,11 +59,8 @@ def score_pairs(trainer: CLIPTrainer, epoch: int, augmented: bool = False) -> Pa
         Subset(dataset, rows.tolist()),
         batch_size=args.eval_batch_size,
         collate_fn=trainer.data_collator.with_views(("scored",) if augmented else (ORIGINAL,)),
-        num_workers=args.dataloader_num_workers,
-        pin_memory=args.dataloader_pin_memory,
-        multiprocessing_context=args.dataloader_multiprocessing_context,
-        prefetch_factor=args.dataloader_prefetch_factor,
         generator=torch.Generator(),  # its own, or the workers' seed would be drawn from the global one
+        **trainer.worker_settings(),
     )
     # Sharded parameters come together only in the wrapped model's forward pass.
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
