@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
 import torch
 from recording import Queue, RecordedRoCLIP, Step, clip, nearest
-from training import digits, make_trainer, training_log
+from training import digits, make_trainer, poisoned_pairs, training_log
 
 from hf_robust_clip import CLIPTrainer, RoCLIPTrainer, RoCLIPTrainingArguments
 
@@ -19,11 +18,6 @@ RUN: dict[str, Any] = {"rows": ROWS, "num_train_epochs": 4, "pool_size": POOL, "
 TARGET = "eight"
 
 
-def poisoned_pairs() -> datasets.Dataset:
-    """Every third pair counts as poisoned."""
-    return digits().select(range(ROWS)).add_column("poisoned", [row % 3 == 0 for row in range(ROWS)])
-
-
 @pytest.fixture(scope="module", params=[("cross", "float32"), ("image_to_text", "float32"), ("unimodal", "bfloat16")])
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A trained trainer for each way of matching."""
@@ -31,7 +25,7 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     trainer = make_trainer(
         RecordedRoCLIP,
         tmp_path_factory.mktemp("run"),
-        train_dataset=poisoned_pairs(),
+        train_dataset=poisoned_pairs(ROWS),
         matching=matching,
         pool_dtype=dtype,
         adversarial_phrase=TARGET if matching == "cross" else None,

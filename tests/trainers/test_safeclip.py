@@ -12,7 +12,7 @@ import pytest
 import torch
 from recording import Queue, RecordedSafeCLIP, Step, clip, info_nce, nearest
 from test_base import broken
-from training import digits, make_trainer, training_log
+from training import digits, make_trainer, poisoned_pairs, training_log
 
 from hf_robust_clip import SafeCLIPTrainer, SafeCLIPTrainingArguments, fit_similarity_mixture
 from hf_robust_clip.trainers import safeclip
@@ -21,11 +21,6 @@ from hf_robust_clip.trainers.scoring import PairScores, score_pairs
 ROWS, BATCH, POOL = 48, 8, 20
 #: Five epochs of five steps: unimodal, CLIP, and three with a split.
 STEPS, EPOCHS = 5, 5
-
-
-def poisoned_pairs() -> datasets.Dataset:
-    """Every third pair counts as poisoned."""
-    return digits().select(range(ROWS)).add_column("poisoned", [row % 3 == 0 for row in range(ROWS)])
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +35,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, scores: dict[int, PairScores])
     trainer = make_trainer(
         RecordedSafeCLIP,
         tmp_path_factory.mktemp("run"),
-        train_dataset=poisoned_pairs(),
+        train_dataset=poisoned_pairs(ROWS),
         num_train_epochs=EPOCHS,
         unimodal_pool_size=POOL,
         warmup_steps=3,

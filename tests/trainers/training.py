@@ -57,6 +57,11 @@ def small_model(seed: int = 0) -> Any:
     return model
 
 
+def poisoned_pairs(rows: int) -> datasets.Dataset:
+    """The first `rows` digits, every third of which counts as poisoned."""
+    return digits().select(range(rows)).add_column("poisoned", [row % 3 == 0 for row in range(rows)])
+
+
 def make_trainer(cls: type[CLIPTrainer], output_dir: Path, rows: int = 64, **overrides: Any) -> CLIPTrainer:
     """A trainer over the first `rows` digits; `overrides` are arguments of the trainer or of its arguments."""
     family = next(base for base in cls.__mro__ if base in ARGUMENTS)
