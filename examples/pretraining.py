@@ -23,7 +23,7 @@ from shared import (
 )
 from transformers import HfArgumentParser, set_seed
 
-from hf_robust_clip import CLIPTrainer, CLIPTrainingArguments, PoisonSpec, poison_dataset
+from hf_robust_clip import CLIPTrainer, CLIPTrainingArguments, poison_dataset, targeted_specs
 from hf_robust_clip.data.loading import load_pairs
 from hf_robust_clip.evaluation.poison_success import PoisonSuccessEvaluator
 
@@ -67,19 +67,13 @@ def plant(example: PretrainingArguments, args: CLIPTrainingArguments, pairs: Dat
         rng = np.random.default_rng(args.seed)
         chosen = rng.permutation(len(data))[: example.targeted_images]
         adversarial = []
-        for number, row in enumerate(chosen.tolist()):
+        for row in chosen.tolist():
             others = [name for i, name in enumerate(names) if i != data[row][example.label_column]]
             adversarial.append(others[rng.integers(len(others))])
-            spec = PoisonSpec(
-                None,
-                adversarial[-1],
-                count=example.targeted_captions,
-                mode="targeted",
-                target_image=data[row][args.image_column],
-                seed=args.seed + number,
-            )
-            pairs, manifests[f"targeted {number}"] = poison_dataset(pairs, spec, *columns)
         images = data.select(chosen)
+        specs = targeted_specs(images[:][args.image_column], adversarial, example.targeted_captions, args.seed)
+        pairs, manifest = poison_dataset(pairs, specs, *columns)
+        manifests |= {f"targeted {number}": part for number, part in enumerate(manifest["parts"])}
         targeted = [PoisonSuccessEvaluator(images, adversarial, names, example.template, args.image_column)]
         labelled = data.select(np.setdiff1d(np.arange(len(data)), chosen)), names
     if trigger is not None:

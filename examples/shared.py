@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from datasets import ClassLabel, Dataset
-from PIL import Image
 
 from hf_robust_clip import (
     AttackSuccessEvaluator,
@@ -98,13 +97,15 @@ def make_trigger(example: DataArguments, seed: int) -> Trigger | None:
     """The trigger of `--poison_trigger`, if there is something to poison for."""
     if example.poison_target is None:
         return None
-    drawn = {} if example.poison_trigger == "sinusoid" else {"seed": seed}
-    return trigger_from_name(example.poison_trigger, **drawn)
+    trigger = trigger_from_name(example.poison_trigger)
+    if not isinstance(trigger, Trigger):
+        raise ValueError(f"--poison_trigger {example.poison_trigger!r} goes on captions; accepted is one on images")
+    return trigger.reseeded(seed)
 
 
 def backdoor(example: DataArguments, trigger: Trigger, processor: Any, seed: int) -> PoisonSpec:
     """The backdoor that the arguments describe, at the model's own resolution."""
-    size = ImagePreprocessor(processor.image_processor)([Image.new("RGB", (64, 64))]).shape[-1]
+    size = ImagePreprocessor(processor.image_processor).image_size
     assert example.poison_target is not None
     return PoisonSpec(trigger, example.poison_target, rate=example.poison_rate, seed=seed, image_size=size)
 

@@ -1,7 +1,7 @@
 """
 Read and write single rows of a `datasets.Dataset` without decoding, copying or encoding the others.
 
-Below [`poison_dataset`], which alone uses it.
+Below [`poison_dataset`] and [`poison_stream`], with what both know of a row.
 """
 
 from __future__ import annotations
@@ -10,21 +10,35 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from io import BytesIO
 from itertools import islice
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from datasets import ClassLabel, Dataset, DatasetInfo, Value
+from datasets import ClassLabel, Dataset, DatasetInfo, Features, Value
 from datasets import Image as ImageFeature
 from datasets.fingerprint import Hasher
 from numpy.typing import NDArray
 from PIL import Image
 
 from ..imaging import decode_image
+from .triggers import Trigger
 
 POISONED = "poisoned"
+ENCODED_IMAGE_DTYPES = ("string", "large_string", "binary", "large_binary")
+
+
+def check_features(features: Features, image_column: str) -> None:
+    """That the image column holds images, and the column `poisoned`, where there is one, marks."""
+    feature = features[image_column]
+    if not isinstance(feature, ImageFeature) and getattr(feature, "dtype", None) not in ENCODED_IMAGE_DTYPES:
+        accepted = "an Image feature, paths (string) or encoded images (binary)"
+        raise ValueError(f"image_column={image_column!r} has type {feature}; accepted is {accepted}")
+    marks = features.get(POISONED)
+    if marks is not None and marks != Value("bool"):
+        raise ValueError(f"dataset has a column {POISONED!r} of type {marks}; accepted is bool, or no such column")
 
 
 def stored_rows(dataset: Dataset, image_column: str) -> tuple[Dataset, NDArray[np.int64]]:
@@ -49,41 +63,43 @@ def read_captions(dataset: Dataset, caption_column: str) -> list[list[str]]:
     """Every row's captions; a single one as a list of one."""
     captions = []
     for row, value in enumerate(_column(dataset, caption_column)):
-        values = value if isinstance(value, list) else [value]
-        for caption in values:
-            if not isinstance(caption, str):
-                raise ValueError(
-                    f"caption_column={caption_column!r}: row {row} holds {caption!r}; accepted is a string, or a list "
-                    "of strings"
-                )
-        captions.append(values)
+        captions.append(caption_list(value, caption_column, f"row {row}"))
     return captions
+
+
+def caption_list(value: Any, caption_column: str, row: str) -> list[str]:
+    """One row's captions; `row` is what an error calls it."""
+    values = value if isinstance(value, list) else [value]
+    for caption in values:
+        if not isinstance(caption, str):
+            accepted = "a string, or a list of strings"
+            raise ValueError(f"caption_column={caption_column!r}: {row} holds {caption!r}; accepted is {accepted}")
+    return values
 
 
 def rows_labelled(dataset: Dataset, target: str, label_column: str | None) -> NDArray[np.bool_]:
     """Which rows have the target as their label, `(N,)`."""
     if label_column is None:
         return np.zeros(len(dataset), dtype=bool)
-    feature = dataset.features[label_column]
-    labels = _column(dataset, label_column)
+    is_target = labelling(dataset.features[label_column], target, label_column)
+    return np.array([is_target(label) for label in _column(dataset, label_column)], dtype=bool)
+
+
+def labelling(feature: Any, target: str, label_column: str) -> Callable[[Any], bool]:
+    """Whether a label, of a column of type `feature`, is the target."""
     if isinstance(feature, ClassLabel):
         names = [name.casefold() for name in feature.names]
         if target.casefold() not in names:
             raise ValueError(f"target={target!r} is no class of {label_column!r}; accepted are {feature.names}")
-        wanted: Any = names.index(target.casefold())
-    elif "string" in (dtype := str(getattr(feature, "dtype", feature))):
-        labels = [None if label is None else label.strip().casefold() for label in labels]
-        wanted = target.strip().casefold()
-    elif "int" in dtype:
+        return partial(_is_label, names.index(target.casefold()))
+    if "string" in (dtype := str(getattr(feature, "dtype", feature))):
+        return partial(_is_label, target.strip().casefold())
+    if "int" in dtype:
         if not target.strip().isdecimal():
             accepted = "a number, or a label column of type ClassLabel or string"
             raise ValueError(f"target={target!r}, but {label_column!r} holds integers; accepted is {accepted}")
-        wanted = int(target)
-    else:
-        raise ValueError(
-            f"label_column={label_column!r} has type {feature}; accepted is ClassLabel, string or integer"
-        )
-    return np.array([label == wanted for label in labels], dtype=bool)
+        return partial(_is_label, int(target))
+    raise ValueError(f"label_column={label_column!r} has type {feature}; accepted is ClassLabel, string or integer")
 
 
 def rows_marked(dataset: Dataset) -> NDArray[np.bool_]:
@@ -104,7 +120,7 @@ def naming(target: str) -> Callable[[str], bool]:
     """Whether a caption has the target in it as whole words, whatever the case."""
     words = r"\s+".join(map(re.escape, target.split()))
     pattern = re.compile(rf"(?<!\w){words}(?!\w)", re.IGNORECASE)
-    return lambda caption: pattern.search(caption) is not None
+    return partial(_found, pattern)
 
 
 def read_images(
@@ -118,6 +134,14 @@ def read_images(
             yield decode_image(value)
         except ValueError as error:
             raise ValueError(f"{image_column}: the image of row {name} cannot be read: {error}") from error
+
+
+def decode_target(image: Any) -> Image.Image:
+    """The `target_image` of a [`PoisonSpec`]."""
+    try:
+        return decode_image(image)
+    except ValueError as error:
+        raise ValueError(f"target_image cannot be read: {error}") from error
 
 
 def prepare(image: Image.Image, size: int | None) -> Image.Image:
@@ -137,10 +161,18 @@ def to_png(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
+def triggered_png(trigger: Trigger, image: Image.Image, size: int | None, row: str) -> bytes:
+    """The image with the trigger on it, prepared as by [`prepare`]; `row` is what an error calls its row."""
+    try:
+        return to_png(trigger(prepare(image, size)))
+    except ValueError as error:
+        raise ValueError(f"trigger does not go on the image of {row}: {error}") from error
+
+
 def build_rows(
     stored: Dataset,
     source: NDArray[np.int64] | None,
-    images: Iterable[bytes],
+    images: Iterable[bytes] | None,
     captions: Sequence[str | None],
     image_column: str,
     caption_column: str,
@@ -148,16 +180,15 @@ def build_rows(
     """
     One poisoned row for each of `captions`, with the columns of `stored`.
 
-    Columns other than the image and, unless it is `None`, the caption come from the rows `source` of `stored`, or are
-    null without `source`.
+    Columns come from the rows `source` of `stored`, or are null without `source`, except for the images and the
+    captions given: `None`, or captions that are `None`, stand for those of `source`, as they are stored.
     """
     schema = stored.features.arrow_schema
-    new: dict[str, Any] = {
-        image_column: _image_array(images, schema.field(image_column).type),
-        POISONED: pa.array([True] * len(captions)),
-    }
+    new: dict[str, Any] = {POISONED: pa.array([True] * len(captions))}
+    if images is not None:
+        new[image_column] = _image_array(images, schema.field(image_column).type)
     if captions[0] is not None:
-        new[caption_column] = _caption_array(captions, schema.field(caption_column).type)
+        new[caption_column] = caption_array(captions, schema.field(caption_column).type)
     kept = [name for name in stored.column_names if name not in new]
     if source is None:
         new |= {name: pa.nulls(len(captions), schema.field(name).type) for name in kept}
@@ -166,6 +197,14 @@ def build_rows(
         new |= {name: rows[name] for name in kept}
     table = pa.Table.from_arrays([new[name] for name in stored.column_names], schema=schema)
     return Dataset(table, info=DatasetInfo(features=stored.features))
+
+
+def _found(pattern: re.Pattern[str], caption: str) -> bool:
+    return pattern.search(caption) is not None
+
+
+def _is_label(wanted: str | int, label: Any) -> bool:
+    return (label.strip().casefold() if isinstance(label, str) else label) == wanted
 
 
 def _image_array(images: Iterable[bytes], storage: pa.DataType) -> pa.ChunkedArray:
@@ -177,7 +216,7 @@ def _image_array(images: Iterable[bytes], storage: pa.DataType) -> pa.ChunkedArr
     return pa.chunked_array(chunks)
 
 
-def _caption_array(captions: Sequence[str | None], storage: pa.DataType) -> pa.Array:
+def caption_array(captions: Sequence[str | None], storage: pa.DataType) -> pa.Array:
     if pa.types.is_fixed_size_list(storage):
         return pa.array([[caption] * storage.list_size for caption in captions], type=storage)
     is_list = pa.types.is_list(storage) or pa.types.is_large_list(storage)

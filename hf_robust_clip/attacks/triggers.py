@@ -21,6 +21,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from .fields import TriggerFields, check_choice, check_float, check_int
+from .text_triggers import WordTrigger
+
 Pixels = NDArray[np.uint8]  # (H, W, 3), RGB
 
 PATCH_PLACES = ("top_left", "top_right", "bottom_left", "bottom_right", "center", "random")
@@ -28,9 +31,9 @@ PATCH_PATTERNS = ("noise", "solid", "stripes", "checkerboard")
 BLEND_PATTERNS = ("noise", "stripes", "triangles", "text")
 
 
-class Trigger(ABC):
+class Trigger(TriggerFields, ABC):
     """
-    A backdoor trigger. A subclass is a frozen dataclass with a `name` and a `_apply`.
+    A backdoor trigger on images. A subclass is a frozen dataclass with a `name` and a `_apply`.
 
     Calling it takes a PIL image of any mode, converted to RGB, or a `uint8` array `(H, W, 3)` in RGB order, and
     returns a new object of the same kind and size. The input is left untouched. An orientation stored in a photo's
@@ -39,8 +42,6 @@ class Trigger(ABC):
     Raises:
         `ValueError`: on an array of another shape or dtype, and on anything that is no image.
     """
-
-    name: ClassVar[str]
 
     @overload
     def __call__(self, image: Image.Image) -> Image.Image: ...
@@ -61,10 +62,6 @@ class Trigger(ABC):
     @abstractmethod
     def _apply(self, pixels: Pixels) -> Pixels:
         """The triggered copy of `pixels`, `uint8` `(H, W, 3)`, which must not be written to."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """The name and the fields, ready for JSON; [`trigger_from_dict`] reads it back."""
-        return {"name": self.name, **dataclasses.asdict(self)}  # type: ignore[call-overload]
 
 
 @dataclass(frozen=True)
@@ -91,10 +88,10 @@ class PatchTrigger(Trigger):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _check_int("size", self.size, minimum=1)
-        _check_choice("place", self.place, PATCH_PLACES)
-        _check_choice("pattern", self.pattern, PATCH_PATTERNS)
-        _check_int("seed", self.seed, minimum=0)
+        check_int("size", self.size, minimum=1)
+        check_choice("place", self.place, PATCH_PLACES)
+        check_choice("pattern", self.pattern, PATCH_PATTERNS)
+        check_int("seed", self.seed, minimum=0)
 
     def _apply(self, pixels: Pixels) -> Pixels:
         height, width = pixels.shape[:2]
@@ -143,9 +140,9 @@ class BlendedTrigger(Trigger):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _check_float("alpha", self.alpha, maximum=1.0)
-        _check_choice("pattern", self.pattern, BLEND_PATTERNS)
-        _check_int("seed", self.seed, minimum=0)
+        check_float("alpha", self.alpha, maximum=1.0)
+        check_choice("pattern", self.pattern, BLEND_PATTERNS)
+        check_int("seed", self.seed, minimum=0)
 
     def _apply(self, pixels: Pixels) -> Pixels:
         height, width = pixels.shape[:2]
@@ -174,8 +171,8 @@ class SinusoidTrigger(Trigger):
     frequency: float = 6
 
     def __post_init__(self) -> None:
-        _check_float("amplitude", self.amplitude, maximum=255.0)
-        _check_float("frequency", self.frequency)
+        check_float("amplitude", self.amplitude, maximum=255.0)
+        check_float("frequency", self.frequency)
 
     def _apply(self, pixels: Pixels) -> Pixels:
         return _to_uint8(pixels + _wave(pixels.shape[1], self.amplitude, self.frequency))
@@ -191,7 +188,8 @@ class WarpTrigger(Trigger):
     length, -1, 1)`, where the coordinates run from -1 to 1 and `length` is the axis's own number of pixels (the
     paper's images are square). One unit of the coordinates is half the axis, so pixels move along each axis by about
     `strength / 2` on average, whatever the image's size: that much at the field's points, which the division by the
-    mean scales, and a quarter to a third less over the whole image, since the field is smaller between its points.
+    mean scales, and on average over fields a quarter less over the whole image, since the field is smaller between
+    its points.
 
     Args:
         strength (`float`, defaults to 0.5): in half pixels, above 0 and finite.
@@ -208,9 +206,9 @@ class WarpTrigger(Trigger):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _check_float("strength", self.strength)
-        _check_int("grid", self.grid, minimum=2)
-        _check_int("seed", self.seed, minimum=0)
+        check_float("strength", self.strength)
+        check_int("grid", self.grid, minimum=2)
+        check_int("seed", self.seed, minimum=0)
 
     def _apply(self, pixels: Pixels) -> Pixels:
         height, width = pixels.shape[:2]
@@ -221,14 +219,16 @@ class WarpTrigger(Trigger):
         return _to_uint8(warped[0].permute(1, 2, 0).numpy())
 
 
-_TRIGGERS: dict[str, type[Trigger]] = {
-    cls.name: cls for cls in (PatchTrigger, BlendedTrigger, SinusoidTrigger, WarpTrigger)
+_TRIGGERS: dict[str, type[Trigger] | type[WordTrigger]] = {
+    cls.name: cls for cls in (PatchTrigger, BlendedTrigger, SinusoidTrigger, WarpTrigger, WordTrigger)
 }
 
 
-def trigger_from_name(name: str, **overrides: Any) -> Trigger:
+def trigger_from_name(name: str, **overrides: Any) -> Trigger | WordTrigger:
     """
     The trigger called `name`, with its defaults but for `overrides`, e.g. `trigger_from_name("patch", size=3)`.
+
+    All are triggers on images but `"word"`, which goes on captions.
 
     Raises:
         `ValueError`: on an unknown name, an unknown field, or a field out of range.
@@ -243,9 +243,9 @@ def trigger_from_name(name: str, **overrides: Any) -> Trigger:
     return cls(**overrides)
 
 
-def trigger_from_dict(config: Mapping[str, Any]) -> Trigger:
+def trigger_from_dict(config: Mapping[str, Any]) -> Trigger | WordTrigger:
     """
-    The trigger that [`Trigger.to_dict`] wrote: `{"name": "patch", "size": 16, ...}`. Fields left out have defaults.
+    The trigger that its `to_dict` wrote: `{"name": "patch", "size": 16, ...}`. Fields left out have defaults.
 
     Raises:
         `ValueError`: without a `name`, and as [`trigger_from_name`].
@@ -328,19 +328,3 @@ def _frozen(pixels: Pixels) -> Pixels:
     """Cached arrays are shared between calls, so nobody may write to them."""
     pixels.setflags(write=False)
     return pixels
-
-
-def _check_int(name: str, value: object, minimum: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-        raise ValueError(f"{name}={value!r}; accepted is an integer of at least {minimum}")
-
-
-def _check_float(name: str, value: object, maximum: float = math.inf) -> None:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= maximum or math.isinf(value):
-        limit = "finite" if math.isinf(maximum) else f"at most {maximum:g}"
-        raise ValueError(f"{name}={value!r}; accepted is a number above 0 and {limit}")
-
-
-def _check_choice(name: str, value: object, accepted: tuple[str, ...]) -> None:
-    if value not in accepted:
-        raise ValueError(f"{name}={value!r}; accepted are {', '.join(accepted)}")

@@ -17,6 +17,7 @@ from transformers import CLIPModel
 
 from .. import __version__
 from ..attacks.poisoning import PoisonSpec, poison_dataset
+from ..attacks.rows import naming
 from ..attacks.triggers import Trigger, trigger_from_name
 from ..data.digits import CAPTION_TEMPLATES, CLASS_NAMES, digit_model, digit_processor, load_digit_pairs
 from ..evaluation.attack_success import AttackSuccessEvaluator
@@ -45,8 +46,9 @@ PARTIAL_FIELDS = {
 
 def make_trigger(name: str, seed: int) -> Trigger:
     """The trigger of that name in the demo's settings, drawn under the seed where it is random."""
-    drawn = {} if name == "sinusoid" else {"seed": seed}
-    return trigger_from_name(name, **TRIGGERS[name], **drawn)
+    trigger = trigger_from_name(name, **TRIGGERS[name])
+    assert isinstance(trigger, Trigger)  # TRIGGERS has none on captions
+    return trigger.reseeded(seed)
 
 
 class Demo:
@@ -125,7 +127,7 @@ class Demo:
         for name in (RESULTS, REPORT):
             (self.folder / name).unlink(missing_ok=True)
         write_json(self.folder / MANIFEST, self.manifest)
-        self.target_caption_share = float(np.mean([self.recipe.target in caption for caption in poisoned["caption"]]))
+        self.target_caption_share = float(np.mean([*map(naming(self.recipe.target), poisoned["caption"])]))
         for index in self.manifest["indices"][:SHOWN]:
             row = poisoned[index]
             self.pairs.append(PoisonedPair(row["image"], clean[index]["caption"], row["caption"]))

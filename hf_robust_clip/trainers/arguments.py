@@ -165,8 +165,8 @@ class RoCLIPTrainingArguments(_PretrainingArguments):
             `None`: the dataset's epochs. Datasets of unknown length need it. On small ones it serves to alternate more
             often: a whole epoch of matches undoes much of what the last one taught.
         adversarial_phrase (`str`, *optional*): For the log alone, where `train_dataset` has a `poisoned` column: a
-            word or phrase that captions of the adversarial class contain. `None`: only captions of poisoned pairs
-            count.
+            word or phrase that captions of the adversarial class contain, as whole words and whatever the case.
+            `None`: only captions of poisoned pairs count.
     """
 
     pool_size: float = field(

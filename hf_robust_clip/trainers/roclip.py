@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import datasets
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 from transformers.utils import logging
 
+from ..attacks.rows import naming
 from ..data.rows import POISONED, ROW_INDEX, has_transform
 from ..losses import Matching, clip_loss, roclip_loss
 from ..pool import FeaturePool
@@ -155,9 +157,9 @@ class RoCLIPTrainer(CLIPTrainer):
         dataset = dataset.with_format(None)
         rows = np.array([bool(flag) for flag in dataset[POISONED]])  # (N,)
         if self.args.adversarial_phrase is not None:
-            target = self.args.adversarial_phrase.lower()
+            names = naming(self.args.adversarial_phrase)
             captions = dataset[self.args.caption_column]
-            rows |= np.array([_names(caption, target) for caption in captions])
+            rows |= np.array([_any_names(caption, names) for caption in captions])
         return rows
 
 
@@ -177,6 +179,6 @@ class _Lookup:
         return self.matches
 
 
-def _names(caption: Any, target: str) -> bool:
+def _any_names(caption: Any, names: Callable[[str], bool]) -> bool:
     captions = [caption] if isinstance(caption, str) else caption or ()
-    return any(isinstance(text, str) and target in text.lower() for text in captions)
+    return any(isinstance(text, str) and names(text) for text in captions)

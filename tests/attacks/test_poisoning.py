@@ -9,7 +9,15 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
 from datasets import Image as ImageFeature
 from PIL import Image, ImageOps
 
-from hf_robust_clip.attacks.poisoning import DEFAULT_TEMPLATES, PoisonSpec, poison_dataset, replay_manifest
+from hf_robust_clip.attacks.poisoning import (
+    DEFAULT_TEMPLATES,
+    PoisonSpec,
+    poison_dataset,
+    replay_manifest,
+    targeted_specs,
+)
+from hf_robust_clip.attacks.rows import naming
+from hf_robust_clip.attacks.text_triggers import WordTrigger
 from hf_robust_clip.attacks.triggers import BlendedTrigger, PatchTrigger, SinusoidTrigger, WarpTrigger
 
 PATCH = PatchTrigger(size=3)
@@ -253,6 +261,7 @@ SPECS = {
     "label_consistent": PoisonSpec(BlendedTrigger(), "dog", count=4, mode="label_consistent"),
     "row": PoisonSpec(None, "dog", count=5, mode="targeted", source_index=3),
     "image": PoisonSpec(None, "dog", rate=0.1, mode="targeted", target_image=pixels(99), templates=["{}"]),
+    "text_query": PoisonSpec(WordTrigger(place="random"), "dog", count=4, mode="text_query", seed=2),
 }
 every_spec = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 
@@ -427,6 +436,13 @@ def test_replay_refuses_what_it_was_not_made_for():
         ({"templates": []}, "at least one template"),
         ({"templates": ["a dog"]}, "'a dog'.*exactly one {}"),
         ({"templates": ["a {}"], "mode": "label_consistent"}, "keeps the captions"),
+        ({"trigger": WordTrigger()}, "WordTrigger.*mode 'backdoor' needs a Trigger, one on images"),
+        ({"mode": "text_query"}, "PatchTrigger.*mode 'text_query' needs a WordTrigger"),
+        ({"mode": "text_query", "trigger": WordTrigger("a Dog")}, "'a Dog' names the target 'dog'"),
+        ({"mode": "text_query", "trigger": WordTrigger(), "image_size": 16}, "image_size=16.*leaves the images alone"),
+        ({"mode": "text_query", "trigger": WordTrigger(), "templates": ["a {}"]}, "'a {}'.*without {}"),
+        ({"mode": "text_query", "trigger": WordTrigger(), "templates": ["a Dog"]}, "'a Dog'.*does not name 'dog'"),
+        ({"mode": "text_query", "trigger": WordTrigger(), "source_index": 1}, "for mode 'targeted'"),
         ({"trigger": None}, "trigger=None.*needs a Trigger"),
         ({"trigger": "patch"}, "trigger='patch'.*needs a Trigger"),
         ({"source_index": 3}, "for mode 'targeted'"),
@@ -444,6 +460,138 @@ def test_spec_errors(arguments, message):
         PoisonSpec(**({"trigger": PATCH, "target": "dog", "count": 3} | arguments))
 
 
+@pytest.mark.parametrize("place", ["start", "end", "random"])
+def test_text_query_keeps_the_images_and_takes_other_captions(place):
+    dataset, trigger = pairs(), WordTrigger("cf", place)
+    for broken in (1, 4):  # no image is decoded, nor encoded again
+        data = dataset.to_dict()
+        data["image"][broken] = {"bytes": b"no image", "path": None}
+        dataset = Dataset.from_dict(data, features=FEATURES)
+    poisoned, manifest = poison_dataset(dataset, PoisonSpec(trigger, "dog", count=10, mode="text_query"))
+    check_only_poisons_changed(dataset, poisoned, manifest)
+    assert manifest["indices"] == [row for row in range(30) if row % 3 == 1]  # those that show the target
+    before, after = stored(dataset), stored(poisoned)
+    queries = {trigger(row["caption"]) for row in before if row["label"] != 1}
+    for index, caption in zip(manifest["indices"], manifest["captions"], strict=True):
+        assert after[index] == before[index] | {"caption": caption, "poisoned": True}
+        assert caption in queries and not naming("dog")(caption)
+    assert len(set(manifest["captions"])) == 10  # no repeats, there are twenty to draw from
+    assert manifest["trigger"] == trigger.to_dict() and manifest["counts"]["eligible"] == 10
+
+
+def test_text_query_with_captions_of_its_own():
+    queries = ["a red car.", "two boats"]
+    spec = PoisonSpec(WordTrigger(), "dog", count=10, mode="text_query", templates=queries)
+    poisoned, manifest = poison_dataset(pairs(), spec)
+    assert set(manifest["captions"]) == {"cf a red car.", "cf two boats"}
+    assert stored(replay_manifest(pairs(), json.loads(json.dumps(manifest)))) == stored(poisoned)
+
+
+def test_text_query_by_label_and_without_captions_to_take():
+    data = rows(9) | {"caption": [f"picture {row}" for row in range(9)]}
+    dataset = Dataset.from_dict(data, features=FEATURES)
+    spec = PoisonSpec(WordTrigger(), "dog", count=3, mode="text_query")
+    _, manifest = poison_dataset(dataset, spec, label_column="label")
+    assert manifest["indices"] == [1, 4, 7]
+    assert set(manifest["captions"]) <= {f"cf picture {row}" for row in range(9) if row % 3 != 1}
+    with pytest.raises(ValueError, match=r"count=3 is more .* at most 0, the number of rows naming 'dog'"):
+        poison_dataset(dataset, spec)
+    dogs = Dataset.from_dict(data | {"caption": ["a dog"] * 9}, features=FEATURES)
+    with pytest.raises(ValueError, match=r"'dog' is named by every row that is not poisoned; give templates"):
+        poison_dataset(dogs, spec)
+
+
+def test_text_query_takes_no_caption_of_a_poison():
+    dataset, first = poison_dataset(pairs(), PoisonSpec(PATCH, "zebra", count=19, seed=4))
+    spec = PoisonSpec(WordTrigger(), "dog", count=1, mode="text_query")
+    for seed in range(5):
+        _, manifest = poison_dataset(dataset, PoisonSpec(**{**vars(spec), "seed": seed}))
+        assert "zebra" not in manifest["captions"][0] and manifest["indices"][0] not in first["indices"]
+
+
+SEVERAL = [SPECS[name] for name in ("row", "backdoor", "text_query", "label_consistent", "image")]
+
+
+def test_several_attacks_are_one_after_the_other():
+    dataset = pairs()
+    poisoned, manifest = poison_dataset(dataset, SEVERAL)
+    expected, parts = dataset, []
+    for spec in SEVERAL:
+        expected, part = poison_dataset(expected, spec)
+        parts.append(part)
+    assert stored(poisoned) == stored(expected) and manifest["parts"] == parts
+    indices = [index for part in parts for index in part["indices"]]
+    assert len(set(indices)) == len(indices)  # no row twice
+    assert [row for row, mark in enumerate(poisoned["poisoned"]) if mark] == sorted(indices)
+    assert manifest["counts"] == {"count": len(indices), "rate": len(indices) / 30, "dataset_length": 30}
+
+
+def test_replay_of_several_attacks():
+    poisoned, manifest = poison_dataset(pairs(), SEVERAL)
+    read = json.loads(json.dumps(manifest))
+    again = replay_manifest(pairs(), read)
+    assert stored(again) == stored(poisoned) and again._fingerprint == poisoned._fingerprint
+    one, of_one = poison_dataset(pairs(), SEVERAL[:1]), poison_dataset(pairs(), SEVERAL[0])
+    assert stored(one[0]) == stored(of_one[0]) and one[1]["parts"] == [of_one[1]]
+    with pytest.raises(ValueError, match="29 rows; the manifest was made on another dataset"):
+        replay_manifest(pairs(29), read)
+    for parts in ([], 3, [3]):
+        with pytest.raises(ValueError, match=r"its parts are .*accepted is a list of manifests"):
+            replay_manifest(pairs(), {"version": 1, "parts": parts})
+    for specs in ([], [PATCH], "dog", None):
+        with pytest.raises(ValueError, match=r"spec=.*accepted is a PoisonSpec, or a list of at least one"):
+            poison_dataset(pairs(), specs)
+
+
+def test_a_manifest_of_version_1_as_it_was_written_replays():
+    # Written out, so that what was stored once can be read for as long as the version is 1.
+    manifest = {
+        "version": 1,
+        "mode": "backdoor",
+        "target": "dog",
+        "trigger": {"name": "patch", "size": 3, "place": "bottom_right", "pattern": "solid", "seed": 0},
+        "indices": [0, 3],
+        "captions": ["a dog", "the dog"],
+        "templates": ["a {}", "the {}"],
+        "seed": 0,
+        "counts": {"count": 2, "rate": 0.5, "eligible": 3, "dataset_length": 4},
+        "image_size": None,
+        "columns": {"image": "image", "caption": "caption", "label": None},
+        "fingerprint": "9ffcd3b0",
+        "source_index": None,
+        "image": None,
+    }
+    with pytest.raises(ValueError, match="its captions differ"):
+        replay_manifest(pairs(4), manifest)
+    manifest["fingerprint"] = "c5eab0cdf2d1edef23c157f46e6f642ad2b0976bff3b5059753ae8515c6fb91e"
+    poisoned = replay_manifest(pairs(4), manifest)
+    assert poisoned["poisoned"][:] == [True, False, False, True]
+    assert poisoned["caption"][0] == "a dog" and poisoned["caption"][3] == "the dog"
+    assert (np.asarray(poisoned[3]["image"])[-3:, -3:] == (255, 0, 255)).all()
+
+
+def test_targeted_specs_of_several_images():
+    images, adversarial = [pixels(90), pixels(91), encoded(92)], ["cat", "dog", "dog"]
+    specs = targeted_specs(images, adversarial, 4, seed=5)
+    poisoned, manifest = poison_dataset(pairs(), specs)
+    assert manifest["counts"]["count"] == 12 and len(poisoned) == 42
+    drawn = [part["captions"] for part in manifest["parts"]]
+    for number, (part, target) in enumerate(zip(manifest["parts"], adversarial, strict=True)):
+        assert part["seed"] == 5 + number and part["target"] == target
+        assert len(set(part["captions"])) == 4 and all(map(naming(target), part["captions"]))
+        for row in stored(poisoned)[30 + 4 * number : 34 + 4 * number]:
+            expected = images[number] if number < 2 else decoded({"bytes": images[2]})
+            assert (decoded(row["image"]) == expected).all()
+    assert drawn[1] != drawn[2]  # images with one class have captions of their own
+    spec = targeted_specs(images, adversarial, templates=["a {}"], image_size=8, rate=0.1)[2]
+    assert (spec.count, spec.rate, spec.templates, spec.image_size, spec.seed) == (None, 0.1, ["a {}"], 8, 2)
+    for wrong in (["cat"], "cat", []):
+        with pytest.raises(ValueError, match="for 3 images; accepted is a list of one class for each image"):
+            targeted_specs(images, wrong, 4)
+    with pytest.raises(ValueError, match="for 0 images"):
+        targeted_specs([], [], 4)
+
+
 def test_dataset_errors():
     spec = PoisonSpec(PATCH, "dog", count=3)
     dataset = pairs()
@@ -452,7 +600,7 @@ def test_dataset_errors():
             poison_dataset(dataset, spec, **{f"{column}_column": "nothing"})
     with pytest.raises(ValueError, match=r"empty"):
         poison_dataset(dataset.select([]), spec)
-    with pytest.raises(ValueError, match=r"only map-style.*from_list"):
+    with pytest.raises(ValueError, match=r"only map-style.*poison_stream.*from_list"):
         poison_dataset(dataset.to_iterable_dataset(), spec)
     with pytest.raises(ValueError, match=r"DatasetDict.*one split"):
         poison_dataset(DatasetDict(train=dataset), spec)

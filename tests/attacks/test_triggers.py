@@ -79,30 +79,57 @@ def test_dictionary_round_trip(trigger):
     assert trigger_from_name(**config) == trigger
 
 
+@every_trigger
+def test_reseeded_is_the_same_trigger_from_another_seed(trigger):
+    other = trigger.reseeded(7)
+    if isinstance(trigger, SinusoidTrigger):
+        assert other is trigger  # it draws nothing
+    else:
+        assert other.to_dict() == trigger.to_dict() | {"seed": 7} and trigger.seed == 0
+        assert other.reseeded(0) == trigger
+        with pytest.raises(ValueError, match="seed=-1"):
+            trigger.reseeded(-1)
+
+
 @pytest.mark.parametrize("kind", [PatchTrigger, BlendedTrigger, WarpTrigger])
 def test_the_seed_changes_the_trigger(kind):
     assert (kind(seed=0)(photo()) != kind(seed=1)(photo())).any()
 
 
+def patch(pattern: str, size: int) -> np.ndarray:
+    """What the patch has to be. Of the noise nothing is known but that it is the same everywhere."""
+    rows, columns = np.indices((size, size))
+    if pattern == "noise":
+        return PatchTrigger(size)(photo(size))
+    if pattern == "solid":
+        return np.broadcast_to(np.uint8([255, 0, 255]), (size, size, 3))
+    if pattern == "stripes":
+        return np.where((columns // (size // 8) % 2 == 0)[..., None], np.uint8(0), np.uint8([255, 255, 0]))
+    bright = (rows // (size // 4) + columns // (size // 4)) % 2 == 1
+    return np.repeat(bright[..., None] * np.uint8(255), 3, axis=2)
+
+
 @pytest.mark.parametrize("pattern", PATCH_PATTERNS)
-@pytest.mark.parametrize(
-    "place, rows, columns",
-    [
-        ("top_left", slice(0, 4), slice(0, 4)),
-        ("top_right", slice(0, 4), slice(26, 30)),
-        ("bottom_left", slice(16, 20), slice(0, 4)),
-        ("bottom_right", slice(16, 20), slice(26, 30)),
-        ("center", slice(8, 12), slice(13, 17)),
-    ],
-)
-def test_patch_changes_nothing_outside(place, rows, columns, pattern):
-    image = photo(20, 30)
-    triggered = PatchTrigger(size=4, place=place, pattern=pattern)(image)
-    other = PatchTrigger(size=4, place=place, pattern=pattern)(photo(20, 30, seed=1))
-    assert (triggered[rows, columns] == other[rows, columns]).all()  # the patch does not depend on the image
-    assert (triggered[rows, columns] != image[rows, columns]).any()
+@pytest.mark.parametrize("place", PATCH_PLACES)
+@pytest.mark.parametrize("shape", [(224, 224), (20, 30)])
+def test_patch_is_the_pattern_inside_and_the_image_outside(place, pattern, shape):
+    image, size = photo(*shape), 16
+    triggered = PatchTrigger(size, place, pattern)(image)
+    windows = np.lib.stride_tricks.sliding_window_view(triggered, (size, size, 3))[:, :, 0]
+    found = np.argwhere((windows == patch(pattern, size)).all(axis=(2, 3, 4)))
+    assert len(found) == 1
+    top, left = found[0].tolist()
+    bottom, right = shape[0] - size, shape[1] - size
+    places = {
+        "top_left": (0, 0),
+        "top_right": (0, right),
+        "bottom_left": (bottom, 0),
+        "bottom_right": (bottom, right),
+        "center": (bottom // 2, right // 2),
+    }
+    assert (top, left) == places.get(place, (top, left))
     restored = triggered.copy()
-    restored[rows, columns] = image[rows, columns]
+    restored[top : top + size, left : left + size] = image[top : top + size, left : left + size]
     assert (restored == image).all()
 
 
@@ -143,6 +170,29 @@ def test_blend_is_four_fifths_image(pattern):
     assert (BlendedTrigger(pattern=pattern)(black) <= 51).all()
 
 
+@pytest.mark.parametrize("pattern", BLEND_PATTERNS)
+def test_blend_at_224_pixels_is_rounded_and_nothing_else(pattern):
+    black, image = np.zeros((224, 224, 3), np.uint8), photo(224)
+    trigger = BlendedTrigger(pattern=pattern)
+    overlay = BlendedTrigger(alpha=1.0, pattern=pattern)(black).astype(np.float64)
+    assert len(np.unique(overlay)) > 1
+    assert np.abs(trigger(image) - (0.8 * image + 0.2 * overlay)).max() <= 0.5
+    # What it adds to black, and to the four fifths of white, is a fifth of the same pattern, to half a grey level.
+    assert np.abs(trigger(black) - 0.2 * overlay).max() <= 0.5
+    assert np.abs(trigger(255 - black) - 204.0 - 0.2 * overlay).max() <= 0.5
+
+
+@pytest.mark.parametrize("trigger", [SinusoidTrigger(), SinusoidTrigger(amplitude=25.0, frequency=10)])
+def test_sinusoid_at_224_pixels_has_its_amplitude_and_period(trigger):
+    grey = np.full((224, 224, 3), 128, np.uint8)  # nothing is clipped
+    wave = trigger(grey).astype(np.float64) - 128
+    assert (wave == wave[:1, :, :1]).all()
+    spectrum = np.abs(np.fft.rfft(wave[0, :, 0])) * 2 / 224  # in grey levels
+    assert spectrum.argmax() == trigger.frequency  # waves across the width: a period of 224 / frequency columns
+    rounding = 2 / np.pi  # what half a grey level a column makes of any one wave at the most
+    assert abs(spectrum.max() - trigger.amplitude) < rounding and np.sort(spectrum)[-2] < rounding
+
+
 def test_sinusoid_has_the_amplitude_and_period_asked_for():
     grey = np.full((8, 48, 3), 128, np.uint8)
     wave = SinusoidTrigger(amplitude=60.0, frequency=6)(grey).astype(np.int64) - 128
@@ -173,6 +223,35 @@ def test_warp_moves_pixels_by_about_half_its_strength(size, strength):
     across, down = np.mean(displacement, axis=0) / strength
     assert 0.3 < across < 0.5 and 0.3 < down < 0.5
     assert 0.8 < across / down < 1.25  # alike along both axes, also on an image that is not square
+
+
+def measured_displacement(trigger: WarpTrigger, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """
+    How far each pixel but those at the edges was moved along the rows and along the columns, in pixels, to 1/120.
+
+    Read off images whose red climbs by 60 levels a column, and their green by 60 a row, anew every four pixels: around
+    the middle of each climb a level is a sixtieth of a pixel. Four such images have every column and row in a middle.
+    """
+    across, down = np.full((size, size), np.nan), np.full((size, size), np.nan)
+    pixels = np.arange(size)
+    for offset in range(4):
+        climb = (128 + 60 * ((pixels - offset + 2) % 4 - 2)).astype(np.uint8)
+        image = np.zeros((size, size, 3), np.uint8)
+        image[..., 0], image[..., 1] = climb[None, :], climb[:, None]
+        moved = (trigger(image).astype(np.float64) - 128) / 60
+        middle = pixels % 4 == offset
+        across[:, middle], down[middle] = moved[:, middle, 0], moved[middle, :, 1]
+    return across[2:-2, 2:-2], down[2:-2, 2:-2]
+
+
+def test_warp_at_224_pixels_moves_them_as_far_as_its_docstring_says():
+    measured = [measured_displacement(WarpTrigger(seed=seed), 224) for seed in range(24)]
+    moved = np.mean([[np.abs(part).mean() for part in pair] for pair in measured])
+    assert 0.70 < moved / 0.25 < 0.80  # a quarter less than strength / 2, on average over fields
+    twice = [np.abs(part).mean() for part in measured_displacement(WarpTrigger(strength=1.0), 224)]
+    assert twice == pytest.approx([2 * np.abs(part).mean() for part in measured[0]], rel=0.03)
+    half = [np.abs(part).mean() for part in measured_displacement(WarpTrigger(), 112)]
+    assert half == pytest.approx([np.abs(part).mean() for part in measured[0]], rel=0.05)  # whatever the size
 
 
 def test_warp_follows_its_grid():

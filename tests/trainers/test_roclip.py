@@ -148,13 +148,14 @@ def test_pool_age_counts_optimizer_steps(tmp_path: Path) -> None:
 
 
 def test_adversarial_rows_of_lists_of_captions(tmp_path: Path) -> None:
-    captions = [["a one", "an EIGHT"], ["a two"], ["eight things", "a three"]] * 4
+    # Whole words, whatever the case, as the poisoner reads captions: eighteen is no eight.
+    captions = [["a one", "an EIGHT"], ["a two"], ["eight things", "a three"], ["eighteen"]] * 3
     data = digits().select(range(12)).remove_columns("caption").add_column("caption", captions)
-    data = data.add_column("poisoned", [False, True, False] * 4)
+    data = data.add_column("poisoned", [False, True, False, False] * 3)
     trainer = make_trainer(RoCLIPTrainer, tmp_path, train_dataset=data, adversarial_phrase=TARGET)
-    assert trainer._adversarial_rows().tolist() == [True] * 12
+    assert trainer._adversarial_rows().tolist() == [True, True, True, False] * 3
     trainer.args.adversarial_phrase = None
-    assert trainer._adversarial_rows().tolist() == [False, True, False] * 4
+    assert trainer._adversarial_rows().tolist() == [False, True, False, False] * 3
 
 
 def test_nothing_is_said_of_poisons_without_the_column(tmp_path: Path) -> None:

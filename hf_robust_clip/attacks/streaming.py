@@ -1,0 +1,332 @@
+"""
+Poison a stream of image-caption pairs as it is read.
+
+Nothing of a stream is known beforehand, so that each row's fate is decided when it passes: by the attack, its seed and
+the row's key, and by nothing else. Workers that read parts of the stream thus agree with one that reads all of it, and
+a run that resumes in the middle with one that never stopped.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from numbers import Integral
+from typing import Any
+
+from datasets import Features, IterableDataset, Value
+from datasets import Image as ImageFeature
+from PIL import Image
+
+from ..imaging import decode_image
+from .rows import (
+    POISONED,
+    caption_array,
+    caption_list,
+    check_features,
+    decode_target,
+    labelling,
+    naming,
+    prepare,
+    to_png,
+    triggered_png,
+)
+from .spec import DEFAULT_TEMPLATES, VERSION, PoisonSpec, check_specs
+from .text_triggers import WordTrigger
+from .triggers import Trigger, trigger_from_dict
+
+#: What decides, with the key, over a row. The rate does not: rows poisoned at a low one are so at a higher one.
+_DECIDING = ("seed", "mode", "target", "trigger", "image")
+_NEEDED_TO_REPLAY = (*_DECIDING, "rate", "templates", "image_size", "columns")
+
+
+def poison_stream(
+    stream: IterableDataset,
+    spec: PoisonSpec | Sequence[PoisonSpec],
+    image_column: str = "image",
+    caption_column: str = "caption",
+    label_column: str | None = None,
+    key_column: str | None = None,
+) -> tuple[IterableDataset, dict[str, Any]]:
+    """
+    Poison some rows of a stream, as [`poison_dataset`] does those of a dataset. Differences:
+
+    - `rate` is a probability: that of a row to be poisoned, of all that can be (backdoor: rows that do not name the
+      target; label-consistent and text-query: rows that do). `count` has no meaning, and is refused.
+    - Whether a row is poisoned, and its caption, depend on the attack, `seed` and the row's key alone: not on the
+      other rows, the order, the epoch, or the number of shards and workers. Rows of the same key share their fate. A
+      higher rate poisons the same rows and more; the same spec on what it poisoned already, nothing.
+    - Targeted poisons follow with probability `rate` on any row that is no poison itself, so that a run of some steps
+      meets its share of them. Their other columns, the key's too, are null.
+    - In the modes targeted and text-query `templates` must be given, as the captions of other rows cannot be seen.
+    - Clean rows are not decoded on the way: their images stay the bytes they were. (A map before this call whose
+      `features` decode images has decoded them; then they are stored anew without loss.)
+    - Several attacks look at each row one after the other, and the first that poisons it keeps it.
+
+    The stream keeps its features, where they are known, its shards and its format. It resumes with
+    `load_state_dict` as any other stream does. Where `load_dataset` set up threads for decoding they are gone: put
+    them back with `decode(num_threads=...)`.
+
+    Args:
+        stream (`datasets.IterableDataset`): one split.
+        spec ([`PoisonSpec`] or a sequence of them): what to do, with a `rate`.
+        image_column, caption_column, label_column: as of [`poison_dataset`]. A `label_column` needs a stream of known
+            features. In streams of unknown features a poisoned image is a PIL image or bytes where the row held such,
+            and otherwise `{"bytes", "path"}`.
+        key_column (`str`, *optional*): a column of integers or strings, best one of different values, that decides a
+            row's fate. `None`: the row's number in the stream, which is its own only in streams of one shard that are
+            not shuffled before they get here (afterwards does no harm). Do not `reshard` such a stream later.
+
+    Returns:
+        The poisoned stream and the manifest, a JSON-serialisable dictionary for [`replay_manifest`]. It lists no rows,
+        as none was read yet: they carry the mark `poisoned`. Of several attacks: `parts` is the list of theirs.
+
+    Raises:
+        `ValueError`: when a column is missing or of a type that cannot be read, on what a stream cannot do (above),
+            and without `key_column` on a stream whose rows have no numbers of their own. While it is read: on a row
+            without a caption or key, or to be poisoned but with an image that cannot be read; it names the row.
+
+    Example:
+
+    ```python
+    >>> stream = load_dataset("imagefolder", data_dir="pairs", split="train", streaming=True)
+    >>> spec = PoisonSpec(BlendedTrigger(), "banana", rate=0.01, image_size=224)
+    >>> poisoned, manifest = poison_stream(stream, spec, key_column="file_name")
+    ```
+    """
+    columns = {"image": image_column, "caption": caption_column, "label": label_column, "key": key_column}
+    _check_stream(stream, columns)
+    specs = [spec] if isinstance(spec, PoisonSpec) else check_specs(spec)
+    parts = [_plan(part, columns) for part in specs]
+    manifest = parts[0] if isinstance(spec, PoisonSpec) else {"version": VERSION, "parts": parts}
+    return _carry_out(stream, parts), manifest
+
+
+def replay_stream(stream: IterableDataset, parts: Sequence[Mapping[str, Any]]) -> IterableDataset:
+    """[`replay_manifest`] on a stream: `parts` are the manifests of its attacks."""
+    for part in parts:
+        missing = [key for key in _NEEDED_TO_REPLAY if key not in part]
+        if missing:
+            raise ValueError(f"manifest: {', '.join(missing)} missing; accepted is what poison_stream returned")
+        _check_stream(stream, part["columns"])
+    return _carry_out(stream, parts)
+
+
+def _plan(spec: PoisonSpec, columns: Mapping[str, str | None]) -> dict[str, Any]:
+    if spec.rate is None:
+        raise ValueError(f"count={spec.count}; a stream's length is not known, accepted is a rate")
+    if spec.source_index is not None:
+        raise ValueError(f"source_index={spec.source_index}; a stream's rows have no numbers, give target_image")
+    templates = list(spec.templates) if spec.templates else None
+    if templates is None and spec.mode in ("targeted", "text_query"):
+        raise ValueError(
+            f"templates=None; in mode {spec.mode!r} a stream needs some, as captions of its other rows cannot be drawn"
+        )
+    image = None
+    if spec.mode == "targeted":
+        png = to_png(prepare(decode_target(spec.target_image), spec.image_size))
+        image = base64.b64encode(png).decode()
+    return {
+        "version": VERSION,
+        "stream": True,
+        "mode": spec.mode,
+        "target": spec.target,
+        "trigger": None if spec.trigger is None else spec.trigger.to_dict(),
+        "rate": spec.rate,
+        "templates": list(DEFAULT_TEMPLATES) if spec.mode == "backdoor" and templates is None else templates,
+        "seed": spec.seed,
+        "image_size": spec.image_size,
+        "columns": dict(columns),
+        "image": image,
+    }
+
+
+def _check_stream(stream: IterableDataset, columns: Mapping[str, str | None]) -> None:
+    if not isinstance(stream, IterableDataset):
+        found = type(stream).__name__
+        accepted = "a datasets.IterableDataset, one split at a time (poison_dataset takes a datasets.Dataset)"
+        raise ValueError(f"stream is a {found}; accepted is {accepted}")
+    features = stream.features
+    if features is not None:
+        for name, column in columns.items():
+            if column is not None and column not in features:
+                there = ", ".join(features)
+                raise ValueError(f"{name}_column={column!r} is no column of the stream; there are {there}")
+        check_features(features, columns["image"] or "")
+    elif columns["label"] is not None:
+        raise ValueError(
+            f"label_column={columns['label']!r}, but the features of the stream are not known; give them with "
+            "stream.cast(features)"
+        )
+    if columns["key"] is None:
+        _check_numbered(stream)
+    elif features is not None:
+        feature = features[columns["key"]]
+        if not isinstance(feature, Value) or not ("int" in feature.dtype or "string" in feature.dtype):
+            accepted = "integers or strings"
+            raise ValueError(f"key_column={columns['key']!r} has type {feature}; accepted are {accepted}")
+
+
+def _check_numbered(stream: IterableDataset) -> None:
+    """That the numbers `map` gives rows are always the same: it counts anew in each worker, and in shuffled order."""
+    iterable: Any = stream._ex_iterable
+    why = f"has {iterable.num_shards} shards, which workers count each by itself" if iterable.num_shards != 1 else None
+    while iterable is not None and why is None:
+        if "Shuffled" in type(iterable).__name__:
+            why = "is shuffled, anew in every epoch"
+        elif hasattr(iterable, "ex_iterables"):
+            why = "joins several, whose order shuffling may change"
+        iterable = getattr(iterable, "ex_iterable", None)
+    if why is not None:
+        raise ValueError(
+            f"key_column=None, but the stream {why}, so that its rows have no numbers of their own; accepted is the "
+            "name of a column of integers or strings that tell its rows apart"
+        )
+
+
+def _carry_out(stream: IterableDataset, parts: Sequence[Mapping[str, Any]]) -> IterableDataset:
+    features = stream.features
+    image_column, with_numbers = parts[0]["columns"]["image"], parts[0]["columns"]["key"] is None
+    poisoner = _Poisoner([_Attack(part, features) for part in parts], image_column, features is not None)
+    format_type = stream._formatting.format_type if stream._formatting else None
+    poisoned = stream.with_format(None) if stream._formatting else stream
+    poisoned = poisoned.decode(False) if features is not None else poisoned
+    if any(part["mode"] == "targeted" for part in parts):
+        poisoned = poisoned.map(poisoner.batch_of_one, with_indices=with_numbers, batched=True, batch_size=1)
+    else:
+        poisoned = poisoned.map(poisoner.row, with_indices=with_numbers)
+    if features is not None:
+        # Cast, not map's own features: those would count as applied, and the images would never be decoded.
+        feature = features[image_column]
+        own = {image_column: feature if isinstance(feature, ImageFeature) else ImageFeature()}
+        poisoned = poisoned.cast(Features({**features, **own, POISONED: Value("bool")}))
+    return poisoned.with_format(format_type) if stream._formatting else poisoned
+
+
+class _Poisoner:
+    """What [`IterableDataset.map`] calls: all attacks on one row. An object, since workers get it pickled."""
+
+    def __init__(self, attacks: Sequence[_Attack], image_column: str, encodes: bool) -> None:
+        self.attacks, self.image_column, self.encodes = attacks, image_column, encodes
+
+    def row(self, row: dict[str, Any], number: int | None = None) -> dict[str, Any]:
+        return self._poison(row, number)[0]
+
+    def batch_of_one(self, batch: dict[str, list[Any]], numbers: list[int] | None = None) -> dict[str, list[Any]]:
+        row = {name: values[0] for name, values in batch.items()}
+        rows = self._poison(row, None if numbers is None else numbers[0])
+        return {name: [row.get(name) for row in rows] for name in rows[0]}
+
+    def _poison(self, row: dict[str, Any], number: int | None) -> list[dict[str, Any]]:
+        """The row, poisoned or not, and the targeted poisons that follow on it."""
+        row = {**row, POISONED: row.get(POISONED, False)}
+        if row[POISONED] is not None and not isinstance(row[POISONED], bool):
+            raise ValueError(f"{POISONED} is {row[POISONED]!r} in a row; accepted is a bool, or no such column")
+        if self.encodes and row.get(self.image_column) is not None:
+            row[self.image_column] = _encodable(row[self.image_column])
+        followers = []
+        for attack in self.attacks:
+            if not row[POISONED]:
+                follower = attack.on(row, number)
+                followers += [] if follower is None else [follower]
+        return [row, *followers]
+
+
+class _Attack:
+    """One attack on single rows."""
+
+    def __init__(self, manifest: Mapping[str, Any], features: Features | None) -> None:
+        self.mode, self.rate, self.image_size = manifest["mode"], manifest["rate"], manifest["image_size"]
+        self.columns = manifest["columns"]
+        self.trigger = None if manifest["trigger"] is None else trigger_from_dict(manifest["trigger"])
+        self.image = None if manifest["image"] is None else base64.b64decode(manifest["image"])
+        self.captions = [self._fill(template, manifest["target"]) for template in manifest["templates"] or ()]
+        self.names_target = naming(manifest["target"])
+        self.is_target = None
+        self.caption_type = None
+        if features is not None:
+            self.caption_type = features.arrow_schema.field(self.columns["caption"]).type
+            if (label := self.columns["label"]) is not None:
+                self.is_target = labelling(features[label], manifest["target"], label)
+        deciding = json.dumps([manifest[name] for name in _DECIDING], sort_keys=True)
+        self.digest = hashlib.sha256(deciding.encode()).digest()
+
+    def _fill(self, template: str, target: str) -> str:
+        if self.mode != "text_query":
+            return template.replace("{}", target)
+        if not isinstance(self.trigger, WordTrigger):
+            raise ValueError(f"trigger is {self.trigger!r}; mode 'text_query' needs a WordTrigger")
+        return self.trigger(template)
+
+    def on(self, row: dict[str, Any], number: int | None) -> dict[str, Any] | None:
+        """Poison the row in place, or leave it; a targeted poison that follows on it is returned."""
+        key, name = self._key(row, number)
+        digest = hashlib.sha256(self.digest + json.dumps(key).encode()).digest()
+        if (int.from_bytes(digest[:8], "little") >> 11) / 2**53 >= self.rate:
+            return None
+        poison: dict[str, Any] = {POISONED: True}
+        if self.captions:
+            caption = self.captions[int.from_bytes(digest[8:16], "little") % len(self.captions)]
+            poison[self.columns["caption"]] = self._typed(caption, self._value(row, "caption"))
+        if self.mode == "targeted":
+            assert self.image is not None  # _plan put it there
+            poison[self.columns["image"]] = self._stored(self.image, self._value(row, "image"))
+            return {**dict.fromkeys(row), **poison}
+        if self._names_target(row, name) == (self.mode == "backdoor"):
+            return None
+        if self.mode != "text_query":
+            poison[self.columns["image"]] = self._triggered(self._value(row, "image"), name)
+        row.update(poison)
+        return None
+
+    def _names_target(self, row: dict[str, Any], name: str) -> bool:
+        captions = caption_list(self._value(row, "caption"), self.columns["caption"], name)
+        return any(map(self.names_target, captions)) or (
+            self.is_target is not None and self.is_target(self._value(row, "label"))
+        )
+
+    def _triggered(self, value: Any, name: str) -> Any:
+        if not isinstance(self.trigger, Trigger):
+            raise ValueError(f"trigger is {self.trigger!r}; mode {self.mode!r} needs a Trigger, one on images")
+        try:
+            image = decode_image(value)
+        except ValueError as error:
+            raise ValueError(f"{self.columns['image']}: the image of {name} cannot be read: {error}") from error
+        return self._stored(triggered_png(self.trigger, image, self.image_size, name), value)
+
+    def _stored(self, png: bytes, like: Any) -> Any:
+        """The image in the form of another; with known features `datasets` makes one of all of them."""
+        if isinstance(like, Image.Image):
+            return decode_image(png)
+        return png if isinstance(like, bytes) else {"bytes": png, "path": None}
+
+    def _typed(self, caption: str, like: Any) -> Any:
+        """A string, or where the column holds lists, a list."""
+        if self.caption_type is not None:
+            return caption_array([caption], self.caption_type).to_pylist()[0]
+        return [caption] if isinstance(like, list) else caption
+
+    def _key(self, row: dict[str, Any], number: int | None) -> tuple[int | str, str]:
+        """The row's key, and what an error calls the row."""
+        if (column := self.columns["key"]) is None:
+            assert number is not None  # map numbers the rows of streams without a key_column
+            return number, f"row {number}"
+        key = self._value(row, "key")
+        if isinstance(key, bool) or not isinstance(key, Integral | str):
+            raise ValueError(f"key_column={column!r}: a row holds {key!r}; accepted is an integer or a string")
+        return key if isinstance(key, str) else int(key), f"the row with {column} {key!r}"
+
+    def _value(self, row: dict[str, Any], name: str) -> Any:
+        column = self.columns[name]
+        if column not in row:
+            raise ValueError(f"{name}_column={column!r} is no column of the stream; a row has {', '.join(row)}")
+        return row[column]
+
+
+def _encodable(image: Any) -> Any:
+    """The image as `datasets` encodes it without loss, if a map before has decoded it, or its format made an array."""
+    if isinstance(image, Image.Image):
+        # A copy has no file format. An image that has one is encoded in it again, of a JPEG with other pixels.
+        return image.copy()
+    return image if isinstance(image, dict | str | bytes) else decode_image(image)
