@@ -34,6 +34,7 @@ test: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python benchmarks/step_cost.py --json benchmarks/results/step_cost.json
 	$(BIN)/python benchmarks/pool_lookup.py --json benchmarks/results/pool_lookup.json
+	$(BIN)/python benchmarks/evaluation_cost.py --json benchmarks/results/evaluation_cost.json
 
 clean:
 	rm -rf $(VENV) $(OUT) build *.egg-info .pytest_cache .ruff_cache .mypy_cache

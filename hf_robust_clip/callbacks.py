@@ -1,13 +1,29 @@
-"""Callbacks that the trainers install."""
+"""Callbacks that the trainers install, and those that users add."""
 
 from __future__ import annotations
 
+import math
+from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from .augment.images import ImageNormalization
+from .data.collator import CLIPDataCollator
+from .data.rows import BAD_ROWS, POISONED, ROW_INDEX, IndexedDataset
+from .evaluation.columns import check_columns, read_column
+from .evaluation.embedding import inference
+from .models import caption_padding, longest_caption
 
 if TYPE_CHECKING:
     from .trainers.base import CLIPTrainer
+
+_KINDS = ("clean", "poisoned")
+_QUANTILES = {"q05": 0.05, "q50": 0.5, "q95": 0.95}
 
 
 class TrainerHooks(TrainerCallback):
@@ -40,3 +56,171 @@ class TrainerHooks(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.trainer.on_train_end()
+
+
+@dataclass(frozen=True)
+class SimilarityRecord:
+    """
+    How similar image and caption of clean and of poisoned pairs were: cosines in [-1, 1], NaN without such pairs.
+
+    `epoch` and `step` of training; `{clean,poisoned}_similarity`, the mean, with the 5th, 50th and 95th percentiles
+    under `_q05`, `_q50` and `_q95`; `{clean,poisoned}_pairs`, how many pairs they are over.
+    """
+
+    epoch: float
+    step: int
+    clean_pairs: int
+    poisoned_pairs: int
+    clean_similarity: float = math.nan
+    clean_similarity_q05: float = math.nan
+    clean_similarity_q50: float = math.nan
+    clean_similarity_q95: float = math.nan
+    poisoned_similarity: float = math.nan
+    poisoned_similarity_q05: float = math.nan
+    poisoned_similarity_q50: float = math.nan
+    poisoned_similarity_q95: float = math.nan
+
+
+class PairSimilarityCallback(TrainerCallback):
+    """
+    Follows the similarity of clean and of poisoned pairs over training: of the same pairs each time, un-augmented, in
+    evaluation mode, before training and after each epoch.
+
+    Each figure becomes part of the trainer's `log_history`, and from there of its checkpoints. Training itself goes on
+    to the bit as it would without; but the time that it takes counts in the throughput that the trainer logs next.
+    In a distributed run every rank computes the same.
+
+    Args:
+        dataset (`datasets.Dataset` or other map-style dataset): Pairs, as for training.
+        image_column (`str`, defaults to `"image"`): Column with the image.
+        caption_column (`str`, defaults to `"caption"`): Column with the caption, or a list of captions of which the
+            first counts.
+        poisoned_column (`str`, defaults to `"poisoned"`): Boolean column that marks the poisoned pairs.
+        max_pairs (`int`, defaults to 1000): Most pairs of each kind, drawn where there are more; at least 1.
+        seed (`int`, defaults to 0): Of that draw.
+
+    Attributes:
+        records (`list[SimilarityRecord]`): One for each time; after resuming, those of the whole training.
+
+    Raises:
+        `ValueError`: If the dataset is empty or has no length, a column is missing, or a flag is not boolean. When
+            called, if a pair cannot be read; with `on_bad_row="skip"` among the trainer's arguments it is left out.
+
+    Example:
+
+    ```python
+    >>> similarities = PairSimilarityCallback(poisoned_pairs)
+    >>> trainer = RoCLIPTrainer(model, args, train_dataset=poisoned_pairs, callbacks=[similarities])
+    >>> trainer.train()
+    >>> [(record.epoch, record.clean_similarity, record.poisoned_similarity) for record in similarities.records]
+    [(0.0, 0.02, 0.01), (1.0, 0.31, 0.12), (2.0, 0.38, 0.15)]
+    ```
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        image_column: str = "image",
+        caption_column: str = "caption",
+        poisoned_column: str = POISONED,
+        max_pairs: int = 1000,
+        seed: int = 0,
+    ) -> None:
+        if not hasattr(dataset, "__len__"):
+            raise ValueError(
+                f"dataset is a {type(dataset).__name__} without a length; a fixed sample is drawn from a map-style one"
+            )
+        columns = {"image_column": image_column, "caption_column": caption_column, "poisoned_column": poisoned_column}
+        check_columns(dataset, columns, "pairs")
+        if isinstance(max_pairs, bool) or not isinstance(max_pairs, int) or max_pairs < 1:
+            raise ValueError(f"max_pairs={max_pairs!r} must be a whole number of at least 1")
+        self.dataset = dataset
+        self.image_column = image_column
+        self.caption_column = caption_column
+        flags = _flags(dataset, poisoned_column)
+        rng = np.random.default_rng(seed)
+        self._rows = {
+            kind: np.sort(rng.permutation(np.flatnonzero(flags == poisoned))[:max_pairs]).tolist()
+            for kind, poisoned in zip(_KINDS, (False, True), strict=True)
+        }
+        self.records: list[SimilarityRecord] = []
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.records = [_read(entry) for entry in state.log_history if _is_record(entry)]
+        # A checkpoint of an epoch's last step was saved before the end of that epoch.
+        if float(state.epoch or 0).is_integer():
+            self._record(args, state, **kwargs)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._record(args, state, **kwargs)
+
+    def _record(
+        self, args: TrainingArguments, state: TrainerState, model: Any, processing_class: Any, **kwargs: Any
+    ) -> None:
+        if any(record.step == state.global_step for record in self.records):
+            return
+        figures: dict[str, Any] = {}
+        for kind, rows in self._rows.items():
+            similarities = self._similarities(args, model, processing_class, rows)
+            figures[f"{kind}_pairs"] = len(similarities)
+            if len(similarities) > 0:
+                figures[f"{kind}_similarity"] = float(similarities.mean())
+                for name, share in _QUANTILES.items():
+                    figures[f"{kind}_similarity_{name}"] = float(np.quantile(similarities, share))
+        record = SimilarityRecord(float(state.epoch or 0), state.global_step, **figures)
+        self.records.append(record)
+        # JSON has no NaN.
+        state.log_history.append({name: value for name, value in asdict(record).items() if value == value})
+
+    def _similarities(
+        self, args: TrainingArguments, model: Any, processing_class: Any, rows: list[int]
+    ) -> NDArray[np.float64]:
+        """The cosine of each of these pairs that can be used."""
+        columns = (self.image_column, self.caption_column)
+        on_bad_row: Any = getattr(args, "on_bad_row", "raise")
+        dataset = IndexedDataset(self.dataset, *columns, on_bad_row=on_bad_row)
+        collator = CLIPDataCollator(
+            processing_class,
+            *columns,
+            max_length=getattr(args, "max_length", None) or longest_caption(model, processing_class.tokenizer),
+            padding=caption_padding(model),
+        ).for_evaluation()
+        parameter = next(model.parameters())
+        device, dtype = parameter.device, parameter.dtype
+        normalization = ImageNormalization(collator.preprocess.mean, collator.preprocess.std).to(device)
+        found = [torch.zeros(0)]
+        with inference(model):
+            for start in range(0, len(rows), args.eval_batch_size):
+                wanted = rows[start : start + args.eval_batch_size]
+                batch = collator(dataset.__getitems__(wanted))
+                # Where another row came in a row's place, that row cannot be used.
+                usable = batch.pop(ROW_INDEX) == torch.tensor(wanted)
+                inputs = {name: value.to(device) for name, value in batch.items() if name not in (POISONED, BAD_ROWS)}
+                inputs["pixel_values"] = normalization(inputs["pixel_values"]).to(dtype)
+                outputs = model(**inputs)
+                image_embeds = F.normalize(outputs.image_embeds.float(), dim=-1)
+                text_embeds = F.normalize(outputs.text_embeds.float(), dim=-1)
+                found.append((image_embeds * text_embeds).sum(dim=-1).cpu()[usable])
+        return torch.cat(found).double().numpy()
+
+
+def _flags(dataset: Any, column: str) -> NDArray[np.bool_]:
+    flags = []
+    for row, value in enumerate(read_column(dataset, column)):
+        flag = value.item() if hasattr(value, "item") and getattr(value, "ndim", 1) == 0 else value
+        if not isinstance(flag, bool):
+            raise ValueError(f"row {row}, column {column!r}: it must be boolean, but is {value!r}")
+        flags.append(flag)
+    return np.array(flags, dtype=bool)
+
+
+def _is_record(entry: dict[str, Any]) -> bool:
+    return "clean_pairs" in entry and "poisoned_pairs" in entry
+
+
+def _read(entry: dict[str, Any]) -> SimilarityRecord:
+    return SimilarityRecord(**{item.name: entry[item.name] for item in fields(SimilarityRecord) if item.name in entry})

@@ -47,6 +47,24 @@ class ImagePreprocessor:
         return pixels
 
     @property
+    def image_shape(self) -> tuple[int, int]:
+        """Height and width that a square image gets."""
+        # Tried, not read off its settings: processors of different families name them differently.
+        height, width = self([Image.new("RGB", (64, 64))]).shape[-2:]
+        return height, width
+
+    @property
+    def image_size(self) -> int:
+        """Side of the model's square images; `ValueError` where they are not square."""
+        height, width = self.image_shape
+        if height != width:
+            raise ValueError(
+                f"image_processor makes images of {height} x {width} pixels, height by width; only square ones have "
+                "an image_size"
+            )
+        return height
+
+    @property
     def mean(self) -> list[float]:
         """Per-channel mean that the model's pixels are normalised with, in [0, 1]; zeros where it uses none."""
         if not self.image_processor.do_normalize:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from PIL import Image
 from torch import nn
 
-from ..data.images import ImagePreprocessor
-from .embedding import Embedder, Trigger, apply_trigger
-from .zero_shot import DEFAULT_TEMPLATES, check_class_names, check_templates, class_embeddings, read_labels
+from .columns import read_labels
+from .embedding import Embedder
+from .measures import attack_success_rate, trigger_distance, triggered_accuracy
+from .pixels import ImageRequest, Trigger, check_trigger
+from .zero_shot import DEFAULT_TEMPLATES, check_class_names, check_templates, class_embeddings
 
 
 class AttackSuccessEvaluator:
@@ -23,7 +24,7 @@ class AttackSuccessEvaluator:
     Args:
         dataset (`datasets.Dataset` or sequence of mappings): Labelled images, without trigger.
         trigger (callable): uint8 array `(H, W, 3)` to the same, applied at the model's input resolution before
-            normalisation, such as [`BlendedTrigger`].
+            normalisation, such as [`BlendedTrigger`]. It runs in threads: a function of the pixels alone.
         target (`str`): The class that the attack aims at, one of `class_names`.
         class_names, templates, image_column, label_column: As of [`ZeroShotEvaluator`].
         prefix (`str`, *optional*): Put before the figures' names, for several attacks in one run: `"patch_"`.
@@ -72,23 +73,26 @@ class AttackSuccessEvaluator:
         self.prefix = prefix
 
     def check(self, processor: Any) -> None:
-        """Put the trigger on a blank image of the model's size, so that one that does not fit is refused early."""
-        apply_trigger(self.trigger, ImagePreprocessor(processor.image_processor)([Image.new("RGB", (64, 64))]))
+        """Refuse a trigger that does not fit the model's images, before any is embedded."""
+        check_trigger(self.trigger, processor)
 
     @property
     def attacked_images(self) -> int:
         """Number of images that the rates are over."""
         return int((self.labels != self.target).sum())
 
+    def image_requests(self) -> list[ImageRequest]:
+        """The image sets that it needs embedded."""
+        return [ImageRequest(self.dataset, self.image_column, trigger) for trigger in (None, self.trigger)]
+
     def __call__(self, model: nn.Module, processor: Any, embedder: Embedder | None = None) -> dict[str, float]:
-        embedder = embedder or Embedder(model, processor)
+        embedder = embedder or Embedder(model, processor, requests=self.image_requests())
         clean = embedder.embed_images(self.dataset, self.image_column)
         triggered = embedder.embed_images(self.dataset, self.image_column, self.trigger)
         classes = class_embeddings(embedder, self.class_names, self.templates)
-        attacked = self.labels != self.target
-        predictions = (triggered @ classes.T).argmax(dim=1)[attacked]
+        predictions, labels = (triggered @ classes.T).argmax(dim=1).numpy(), self.labels.numpy()
         return {
-            f"{self.prefix}attack_success_rate": (predictions == self.target).float().mean().item(),
-            f"{self.prefix}triggered_accuracy": (predictions == self.labels[attacked]).float().mean().item(),
-            f"{self.prefix}trigger_distance": (triggered - clean).norm(dim=1).mean().item(),
+            f"{self.prefix}attack_success_rate": attack_success_rate(predictions, labels, self.target),
+            f"{self.prefix}triggered_accuracy": triggered_accuracy(predictions, labels, self.target),
+            f"{self.prefix}trigger_distance": trigger_distance(clean.numpy(), triggered.numpy()),
         }

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from torch import nn
 from tqdm.auto import tqdm
 
 from ..augment.images import ImageNormalization
 from ..data.images import ImagePreprocessor
-from ..data.rows import undecoded
-from ..imaging import decode_image
+from ..distributed import rank
 from ..models import caption_padding, longest_caption
+from .pixels import ImageRequest, Trigger, pixel_batches
+from .sharing import share_batches
 
-Trigger = Callable[[np.ndarray], np.ndarray]
+_Key = tuple[int, str, Hashable]
 
 
 class Embedder:
@@ -31,18 +31,32 @@ class Embedder:
         model (`PreTrainedModel`): A dual encoder, on its device.
         processor (`ProcessorMixin`): Its image processor and tokenizer.
         batch_size (`int`, defaults to 64): Images, or texts, encoded at a time.
+        requests (iterable of [`~evaluation.pixels.ImageRequest`], *optional*): What will be asked for. Of a dataset,
+            everything requested is embedded in one pass, in which each image is decoded once.
+        across_ranks (`bool`, defaults to `False`): Share the work among the processes of the default group. Then all
+            of them must ask for the same, in the same order. Batches are what they are in one process, and go whole
+            to one rank or another, so that the embeddings are the same to the last bit.
     """
 
-    def __init__(self, model: Any, processor: Any, batch_size: int = 64) -> None:
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        batch_size: int = 64,
+        requests: Iterable[tuple[Any, str, Trigger | None]] = (),
+        across_ranks: bool = False,
+    ) -> None:
         self.model = model
         self.tokenizer = processor.tokenizer
         self.batch_size = batch_size
+        self.requests = [ImageRequest(*request) for request in requests]
+        self.across_ranks = across_ranks
         self.preprocess = ImagePreprocessor(processor.image_processor)
         parameter = next(model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
         self.normalization = ImageNormalization(self.preprocess.mean, self.preprocess.std).to(self.device)
         # Dataset and trigger are kept beside the embeddings, so that their ids cannot pass to others.
-        self._images: dict[tuple[int, str, Hashable], tuple[Any, Trigger | None, torch.Tensor]] = {}
+        self._images: dict[_Key, tuple[ImageRequest, torch.Tensor]] = {}
         self._texts: dict[tuple[str, ...], torch.Tensor] = {}
 
     def embed_images(self, dataset: Any, image_column: str = "image", trigger: Trigger | None = None) -> torch.Tensor:
@@ -53,7 +67,7 @@ class Embedder:
             dataset (`datasets.Dataset` or sequence of mappings): N rows.
             image_column (`str`): Any image that [`~imaging.decode_image`] takes.
             trigger (callable, *optional*): Takes and returns a uint8 array `(H, W, 3)`, at the model's input
-                resolution, before normalisation.
+                resolution, before normalisation. It runs in threads, so it must be a function of the pixels alone.
 
         Returns:
             `torch.Tensor` of shape `(N, D)`: float32, L2-normalised, on the CPU.
@@ -61,19 +75,15 @@ class Embedder:
         Raises:
             `ValueError`: If an image does not decode (it names the row), or the trigger returns something else.
         """
-        key = (id(dataset), image_column, trigger if isinstance(trigger, Hashable) else id(trigger))
-        if key not in self._images:
-            rows = undecoded(dataset, image_column, image_column)
-            starts = range(0, len(rows), self.batch_size)
-            description = "Embedding triggered images" if trigger is not None else "Embedding images"
-            embeds = []
-            with self._inference():
-                for start in tqdm(starts, desc=description, leave=False, disable=None):
-                    stop = min(start + self.batch_size, len(rows))
-                    images = [self._image(rows[i][image_column], i, image_column) for i in range(start, stop)]
-                    embeds.append(self._embed_pixels(images, trigger))
-            self._images[key] = (dataset, trigger, torch.cat(embeds))
-        return self._images[key][-1]
+        asked = ImageRequest(dataset, image_column, trigger)
+        if _key(asked) not in self._images:
+            wanted = {_key(asked): asked}
+            for planned in self.requests:
+                same_images = planned.dataset is dataset and planned.image_column == image_column
+                if same_images and _key(planned) not in self._images:
+                    wanted[_key(planned)] = planned
+            self._embed_requests(wanted)
+        return self._images[_key(asked)][-1]
 
     def embed_texts(self, texts: Sequence[str]) -> torch.Tensor:
         """
@@ -84,72 +94,68 @@ class Embedder:
         """
         key = tuple(texts)
         if key not in self._texts:
-            embeds = []
-            with self._inference():
-                for start in range(0, len(texts), self.batch_size):
-                    tokens = self.tokenizer(
-                        list(texts[start : start + self.batch_size]),
-                        padding=caption_padding(self.model),
-                        truncation=True,
-                        max_length=longest_caption(self.model, self.tokenizer),
-                        return_tensors="pt",
-                    )
-                    features = self.model.get_text_features(**tokens.to(self.device))
-                    embeds.append(_normalize(features))
-            self._texts[key] = torch.cat(embeds)
+            self._texts[key] = self._embed(
+                len(key), lambda batches: ([self._encode_texts(key[batch.start : batch.stop])] for batch in batches)
+            )[0]
         return self._texts[key]
 
-    def _image(self, value: Any, row: int, column: str) -> Image.Image:
-        try:
-            return decode_image(value)
-        except ValueError as error:
-            raise ValueError(f"row {row} of the evaluation images, column {column!r}: {error}") from error
+    def _embed_requests(self, wanted: dict[_Key, ImageRequest]) -> None:
+        """Embed images of one dataset and column, clean and triggered, in one pass."""
+        first = next(iter(wanted.values()))
+        triggers = [request.trigger for request in wanted.values()]
 
-    def _embed_pixels(self, images: Sequence[Image.Image], trigger: Trigger | None) -> torch.Tensor:
-        pixels = self.preprocess(images)  # (B, 3, H, W)
-        if trigger is not None:
-            pixels = apply_trigger(trigger, pixels)
+        def encoded(batches: Sequence[range]) -> Iterator[list[torch.Tensor]]:
+            pixels = pixel_batches(first.dataset, first.image_column, self.preprocess, triggers, batches)
+            hidden = True if self.across_ranks and rank() > 0 else None  # None: where there is no terminal
+            for variants in tqdm(pixels, "Embedding images", total=len(batches), leave=False, disable=hidden):
+                yield [self._encode_pixels(variant) for variant in variants]
+
+        embeds = self._embed(len(first.dataset), encoded)  # (V, N, D)
+        for (key, request), variant in zip(wanted.items(), embeds, strict=True):
+            self._images[key] = (request, variant)
+
+    def _embed(self, length: int, encode: Callable[[Sequence[range]], Iterator[list[torch.Tensor]]]) -> torch.Tensor:
+        """What `encode` makes of the batches of so many rows, `(V, N, D)`, in order."""
+        batches = [range(start, min(start + self.batch_size, length)) for start in range(0, length, self.batch_size)]
+
+        def embed(own: Sequence[range]) -> torch.Tensor:
+            with inference(self.model):
+                return torch.cat([torch.stack(variants) for variants in encode(own)], dim=1)
+
+        return share_batches(batches, embed, self.device).cpu() if self.across_ranks else embed(batches)
+
+    def _encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
         pixels = self.normalization(pixels.to(self.device)).to(self.dtype)
         return _normalize(self.model.get_image_features(pixel_values=pixels))
 
-    @contextmanager
-    def _inference(self) -> Iterator[None]:
-        # Module by module: a part that is kept in evaluation mode while the rest trains stays so.
-        training = [module for module in self.model.modules() if module.training]
-        self.model.eval()
-        try:
-            with torch.no_grad():
-                yield
-        finally:
-            for module in training:
-                module.training = True
-
-
-def apply_trigger(trigger: Trigger, pixels: torch.Tensor) -> torch.Tensor:
-    """
-    Put a trigger on a batch of images.
-
-    Args:
-        trigger (callable): uint8 array `(H, W, 3)` to the same.
-        pixels (`torch.Tensor` of shape `(B, 3, H, W)`): uint8.
-
-    Raises:
-        `ValueError`: If the trigger does not fit the images, or returns something else.
-    """
-    arrays = [_triggered(np.ascontiguousarray(image), trigger) for image in pixels.permute(0, 2, 3, 1).numpy()]
-    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
-
-
-def _triggered(pixels: np.ndarray, trigger: Trigger) -> np.ndarray:
-    triggered = trigger(pixels)
-    if not isinstance(triggered, np.ndarray) or triggered.dtype != np.uint8 or triggered.shape != pixels.shape:
-        found = (
-            f"{triggered.dtype} of shape {triggered.shape}"
-            if isinstance(triggered, np.ndarray)
-            else type(triggered).__name__
+    def _encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
+        tokens = self.tokenizer(
+            list(texts),
+            padding=caption_padding(self.model),
+            truncation=True,
+            max_length=longest_caption(self.model, self.tokenizer),
+            return_tensors="pt",
         )
-        raise ValueError(f"trigger must return a uint8 array of shape {pixels.shape}, as it was given, not {found}")
-    return triggered
+        return _normalize(self.model.get_text_features(**tokens.to(self.device)))
+
+
+@contextmanager
+def inference(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; afterwards every module is in the mode that it was in."""
+    # Module by module: a part that is kept in evaluation mode while the rest trains stays so.
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _key(request: ImageRequest) -> _Key:
+    trigger = request.trigger
+    return id(request.dataset), request.image_column, trigger if isinstance(trigger, Hashable) else id(trigger)
 
 
 def _normalize(features: Any) -> torch.Tensor:

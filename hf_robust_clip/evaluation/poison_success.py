@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from scipy.stats import binomtest
 from torch import nn
 
 from .embedding import Embedder
+from .measures import poison_success
+from .pixels import ImageRequest
 from .zero_shot import DEFAULT_TEMPLATES, check_class_names, check_templates, class_embeddings
 
 
@@ -57,15 +58,17 @@ class PoisonSuccessEvaluator:
         self.image_column = image_column
         self.prefix = prefix
 
+    def image_requests(self) -> list[ImageRequest]:
+        """The image sets that it needs embedded."""
+        return [ImageRequest(self.dataset, self.image_column)]
+
     def __call__(self, model: nn.Module, processor: Any, embedder: Embedder | None = None) -> dict[str, float]:
-        embedder = embedder or Embedder(model, processor)
+        embedder = embedder or Embedder(model, processor, requests=self.image_requests())
         images = embedder.embed_images(self.dataset, self.image_column)
         classes = class_embeddings(embedder, self.class_names, self.templates)
-        predictions = (images @ classes.T).argmax(dim=1).tolist()
-        hits = sum(predicted == aim for predicted, aim in zip(predictions, self.adversarial, strict=True))
-        interval = binomtest(hits, len(predictions)).proportion_ci(confidence_level=0.95, method="wilson")
+        success = poison_success((images @ classes.T).argmax(dim=1).numpy(), self.adversarial)
         return {
-            f"{self.prefix}poison_success_rate": hits / len(predictions),
-            f"{self.prefix}poison_success_rate_low": float(interval.low),
-            f"{self.prefix}poison_success_rate_high": float(interval.high),
+            f"{self.prefix}poison_success_rate": success.rate,
+            f"{self.prefix}poison_success_rate_low": success.low,
+            f"{self.prefix}poison_success_rate_high": success.high,
         }

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import datasets
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..data.rows import has_transform
+from .columns import read_labels
 from .embedding import Embedder
+from .measures import accuracy, balanced_accuracy, top_k_accuracy
+from .pixels import ImageRequest
 
 #: Prompts whose embeddings are averaged for each class; a short form of the ensemble of Radford et al. (2021).
 DEFAULT_TEMPLATES: tuple[str, ...] = (
@@ -71,19 +72,21 @@ class ZeroShotEvaluator:
         self.labels = read_labels(dataset, self.class_names, image_column, label_column)
         self.prefix = prefix
 
+    def image_requests(self) -> list[ImageRequest]:
+        """The image sets that it needs embedded."""
+        return [ImageRequest(self.dataset, self.image_column)]
+
     def __call__(self, model: nn.Module, processor: Any, embedder: Embedder | None = None) -> dict[str, float]:
-        embedder = embedder or Embedder(model, processor)
+        embedder = embedder or Embedder(model, processor, requests=self.image_requests())
         images = embedder.embed_images(self.dataset, self.image_column)
         scores = images @ class_embeddings(embedder, self.class_names, self.templates).T  # (N, C)
-        correct = (scores.argmax(dim=1) == self.labels).float()
-        by_class = [correct[self.labels == label].mean() for label in self.labels.unique()]
+        predictions, labels = scores.argmax(dim=1).numpy(), self.labels.numpy()
         figures = {
-            f"{self.prefix}_accuracy": correct.mean().item(),
-            f"{self.prefix}_balanced_accuracy": torch.stack(by_class).mean().item(),
+            f"{self.prefix}_accuracy": accuracy(predictions, labels),
+            f"{self.prefix}_balanced_accuracy": balanced_accuracy(predictions, labels),
         }
         if len(self.class_names) > 5:
-            top5 = (scores.topk(5, dim=1).indices == self.labels[:, None]).any(dim=1)
-            figures[f"{self.prefix}_top5_accuracy"] = top5.float().mean().item()
+            figures[f"{self.prefix}_top5_accuracy"] = top_k_accuracy(scores.numpy(), labels, 5)
         return figures
 
 
@@ -114,51 +117,3 @@ def check_templates(templates: Sequence[str]) -> list[str]:
     if not checked or not all(isinstance(template, str) and template.count("{}") == 1 for template in checked):
         raise ValueError(f"templates must be texts with one '{{}}' each for the class name, but is {checked!r}")
     return checked
-
-
-def read_labels(dataset: Any, class_names: Sequence[str], image_column: str, label_column: str) -> torch.Tensor:
-    """
-    Labels of a dataset as numbers of `class_names`.
-
-    Returns:
-        `torch.Tensor` of shape `(N,)`: int64.
-
-    Raises:
-        `ValueError`: If the dataset is empty, a column is missing, or a label is no class; names the row.
-    """
-    if len(dataset) == 0:
-        raise ValueError("dataset is empty; an evaluator needs labelled images")
-    plain = isinstance(dataset, datasets.Dataset) and not has_transform(dataset)
-    names = dataset.column_names if plain else list(dataset[0])
-    for argument, column in (("image_column", image_column), ("label_column", label_column)):
-        if column not in names:
-            raise ValueError(
-                f"{argument}={column!r} is not a column of dataset; its columns are {', '.join(map(repr, names))}"
-            )
-    if plain:
-        _check_order(dataset.features[label_column], class_names, label_column)
-        values = list(dataset.with_format(None)[label_column])
-    else:
-        values = [dataset[row][label_column] for row in range(len(dataset))]
-    numbers = {name: i for i, name in enumerate(class_names)}
-    labels = []
-    for row, value in enumerate(values):
-        # Scalars of numpy and torch have an item(); what is neither number nor name stays and is refused.
-        number: Any = numbers.get(value) if isinstance(value, str) else value
-        number = number.item() if hasattr(number, "item") and getattr(number, "ndim", 1) == 0 else number
-        if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < len(class_names):
-            raise ValueError(
-                f"row {row}, column {label_column!r}: {value!r} is no class; accepted are 0 to {len(class_names) - 1} "
-                f"and the names {', '.join(map(repr, class_names))}"
-            )
-        labels.append(number)
-    return torch.tensor(labels)
-
-
-def _check_order(feature: Any, class_names: Sequence[str], label_column: str) -> None:
-    names = feature.names if isinstance(feature, datasets.ClassLabel) else None
-    if names is not None and names != list(class_names) and sorted(names) == sorted(class_names):
-        raise ValueError(
-            f"class_names has the classes of column {label_column!r} in another order, so that their numbers differ; "
-            f"that column's order is {', '.join(map(repr, names))}"
-        )

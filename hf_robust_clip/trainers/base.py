@@ -82,7 +82,9 @@ class CLIPTrainer(Trainer):
             With an image processor and a tokenizer. By default the one saved beside `model`.
         evaluators (sequence of callables):
             Each `(model, processor, embedder) -> dict[str, float]`; what they return is part of every evaluation as
-            `eval_*`, and can be the `metric_for_best_model`.
+            `eval_*`, and can be the `metric_for_best_model`. They run on all ranks, and all ranks must ask the
+            embedder for the same. One with a method `image_requests() -> list[tuple]` of (dataset, image column,
+            trigger or `None`) has its images embedded in the same pass as those of the others.
         image_augmentation (`nn.Module`, callable or `str`, *optional*):
             Floats in [0, 1] `(B, 3, H, W)` to the same, on the device. A string names a preset, `"identity"` none.
             `None`: `args.image_preset`.
@@ -492,9 +494,20 @@ class CLIPTrainer(Trainer):
         return output
 
     def run_evaluators(self) -> dict[str, float]:
-        """Run the evaluators on the model as it is, sharing the embeddings that several of them need."""
+        """
+        Run the evaluators on the model as it is. Embeddings that several of them need are computed once, and the work
+        is shared among the ranks: call it on all of them.
+        """
         model = self.unwrapped_model
-        embedder = Embedder(model, self.processing_class, batch_size=self.args.eval_batch_size)
+        requesting = [evaluator for evaluator in self.evaluators if hasattr(evaluator, "image_requests")]
+        embedder = Embedder(
+            model,
+            self.processing_class,
+            batch_size=self.args.eval_batch_size,
+            requests=[request for evaluator in requesting for request in evaluator.image_requests()],
+            # Sharded parameters come together only while all ranks encode in step.
+            across_ranks=not (self.is_fsdp_enabled or self.is_deepspeed_enabled),
+        )
         figures: dict[str, float] = {}
         for evaluator in self.evaluators:
             found = evaluator(model, self.processing_class, embedder)

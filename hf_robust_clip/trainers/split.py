@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from sklearn.metrics import roc_auc_score
 
 from ..data.sampling import pack_mask, unpack_mask
+from ..evaluation.measures import split_quality
 from ..mixture import SimilarityMixture
 from .scoring import PairScores
 
@@ -18,7 +18,8 @@ BINS = 200
 
 class SplitRecord(NamedTuple):
     """
-    What an epoch's split was like. The last three are NaN unless the dataset has a `poisoned` column with a poison.
+    What an epoch's split was like. The last three are NaN unless the dataset has a `poisoned` column with a poison,
+    and the last one of an empty safe set.
 
     `epoch`, from 0; `safe_share` of the pairs, in [0, 1]; `similarity_threshold`, the least similarity of a safe pair
     (NaN without one); mean, variance and weight of the mixture's two components; `auroc` of telling clean from
@@ -101,11 +102,11 @@ class SplitHistory:
         )
         poisoned = scores.poisoned if scores.poisoned is not None else np.zeros(len(similarities), dtype=bool)
         if poisoned[usable].any() and not poisoned[usable].all():
-            inside = (safe & poisoned).sum()
+            quality = split_quality(safe, poisoned, similarities)
             record = record._replace(
-                auroc=float(roc_auc_score(~poisoned[usable], similarities[usable])),
-                poisons_in_safe_set=float(inside / poisoned.sum()),
-                safe_set_poison_rate=float(inside / max(count, 1)),
+                auroc=quality.auroc,
+                poisons_in_safe_set=quality.poison_share_in_safe_set,
+                safe_set_poison_rate=quality.safe_set_poison_rate,
             )
         self.safe = safe
         self.records.append(record)

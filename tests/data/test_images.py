@@ -542,6 +542,25 @@ def test_preprocessing_keeps_bytes_and_crops_as_the_image_processor_does(process
     )
 
 
+@pytest.mark.parametrize(
+    ("image_processor", "shape"),
+    [
+        (CLIPImageProcessor(size={"shortest_edge": 20}, crop_size={"height": 16, "width": 16}), (16, 16)),
+        (CLIPImageProcessor(size={"shortest_edge": 12}, do_center_crop=False), (12, 12)),
+        (SiglipImageProcessor(size={"height": 8, "width": 8}), (8, 8)),
+        (SiglipImageProcessor(size={"height": 16, "width": 8}), (16, 8)),
+    ],
+)
+def test_the_size_of_the_models_images(image_processor, shape: tuple[int, int]):
+    preprocess = ImagePreprocessor(image_processor)
+    assert preprocess.image_shape == shape
+    if shape[0] == shape[1]:
+        assert preprocess.image_size == shape[0]
+    else:
+        with pytest.raises(ValueError, match="image_processor makes images of 16 x 8 pixels"):
+            preprocess.image_size  # noqa: B018
+
+
 def test_an_image_processor_that_returns_floats_is_refused():
     class Floats:
         def __call__(self, images, **kwargs):

@@ -1,4 +1,4 @@
-"""Two processes of batch B train as one of batch 2B, and resume to the bit."""
+"""Two processes of batch B train as one of batch 2B, resume to the bit, and measure the same to the last digit."""
 
 from __future__ import annotations
 
@@ -13,10 +13,25 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 from accelerate.utils import gather_object
-from training import make_trainer
+from training import digits, make_trainer, poisoned_pairs, small_model
 
-from hf_robust_clip import CleanCLIPTrainer, CLIPTrainer, RoCLIPTrainer, SafeCLIPTrainer
+from hf_robust_clip import (
+    AttackSuccessEvaluator,
+    BlendedTrigger,
+    CleanCLIPTrainer,
+    CLIPTrainer,
+    LinearProbeEvaluator,
+    PairSimilarityCallback,
+    PatchTrigger,
+    RetrievalEvaluator,
+    RoCLIPTrainer,
+    SafeCLIPTrainer,
+    TextQueryEvaluator,
+    ZeroShotEvaluator,
+)
+from hf_robust_clip.data.digits import CAPTION_TEMPLATES, CLASS_NAMES, digit_processor
 from hf_robust_clip.data.sampling import unpack_mask
+from hf_robust_clip.evaluation.embedding import Embedder
 from hf_robust_clip.losses import cleanclip_loss, clip_loss, roclip_loss, safeclip_cross_loss, safeclip_unimodal_loss
 
 WORLD = 2
@@ -177,8 +192,63 @@ def test_trainers_in_two_processes(tmp_path: Path) -> None:
         for checkpointing in (False, True):
             assert report["matching_steps"][f"{matching}, {checkpointing}"] == [False, False, True, True]
     assert report["skipped_rows"] == [3, 17]
-    assert report["eval_rows"] == [0.0, 1.0]
+    assert report["figures_agree"] and report["similarities_agree"]
+    figures = one_process_figures(tmp_path / "one")
+    assert report["figures"] == figures and len(figures) > 30
+    assert report["similarities"] == 3
+    assert report["failures"] == [
+        "RuntimeError: rank 1 could not embed its share: ValueError: row 9 of the evaluation images, column 'image'",
+        "ValueError: row 9 of the evaluation images, column 'image'",
+    ]
     assert report["streamed_steps"] == 3
+
+
+def measuring_trainer(output: Path) -> CLIPTrainer:
+    """With evaluators of every kind; batches of 8 of 21, 20, 7 and 1 images."""
+    test, train = digits("test").select(range(21)), digits().select(range(20))
+    options: dict[str, Any] = {"class_names": CLASS_NAMES, "templates": CAPTION_TEMPLATES}
+    patch = PatchTrigger(size=3)
+    evaluators = [
+        ZeroShotEvaluator(test, **options),
+        AttackSuccessEvaluator(test, patch, "eight", **options),
+        AttackSuccessEvaluator(test, BlendedTrigger(), "eight", prefix="blended_", **options),
+        RetrievalEvaluator(test, trigger=patch, target="eight"),
+        TextQueryEvaluator(test, lambda caption: f"cf {caption}", "eight"),
+        LinearProbeEvaluator(train, test, CLASS_NAMES, patch, "eight"),
+        ZeroShotEvaluator(test.select(range(7)), prefix="few", **options),
+        ZeroShotEvaluator(test.select([3]), prefix="one", **options),
+        lambda model, processor, embedder: {"plain": embedder.embed_images(train).sum().item()},
+    ]
+    return make_trainer(CLIPTrainer, output, evaluators=evaluators, per_device_eval_batch_size=8)
+
+
+def one_process_figures(output: Path) -> dict[str, float]:
+    """With as many threads as each of the launched processes has."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        metrics = measuring_trainer(output).evaluate()
+    finally:
+        torch.set_num_threads(threads)
+    return without_times(metrics)
+
+
+def without_times(metrics: dict[str, float]) -> dict[str, float]:
+    return {name: value for name, value in metrics.items() if not name.endswith(("_runtime", "_time", "_per_second"))}
+
+
+def same_on_ranks(value: object) -> bool:
+    return len(set(gather_object([repr(value)]))) == 1
+
+
+def failure(broken_row: int) -> str:
+    """What a rank raises when an image cannot be read that one of them embeds."""
+    rows = [{"image": b"" if row == broken_row else digits()[row]["image"]} for row in range(21)]
+    try:
+        Embedder(small_model(), digit_processor(), batch_size=8, across_ranks=True).embed_images(rows)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}".rsplit(": the image", 1)[0]
+    return "none"
 
 
 def ranks_agree(trainer: CLIPTrainer) -> bool:
@@ -192,8 +262,8 @@ def ranks_agree(trainer: CLIPTrainer) -> bool:
 def script(output: Path) -> None:
     """What the launched processes do: everything that needs two of them, in one launch."""
     from recording import RecordedRoCLIP, RecordedSafeCLIP
-    from test_base import broken, evaluators
-    from training import assert_same_bits, digits, train_and_resume
+    from test_base import broken
+    from training import assert_same_bits, train_and_resume
 
     report: dict[str, Any] = {"resumed_equals_uninterrupted": {}, "ranks_agree": {}, "matching_steps": {}}
     main = int(os.environ["RANK"]) == 0
@@ -233,9 +303,15 @@ def script(output: Path) -> None:
     )
     trainer.train()
     report["skipped_rows"] = trainer.skipped_rows
-    test = digits("test").select(range(21))
-    metrics = make_trainer(CLIPTrainer, output / "eval", evaluators=evaluators(test)).evaluate()
-    report["eval_rows"] = [0.0, 1.0] if 0 <= metrics["eval_clean_accuracy"] <= 1 else []
+    report["figures"] = without_times(measuring_trainer(output / "eval").evaluate())
+    report["figures_agree"] = same_on_ranks(report["figures"])
+    report["failures"] = gather_object([failure(broken_row=9)])
+    pairs = poisoned_pairs(32)
+    followed = PairSimilarityCallback(pairs)
+    trainer = make_trainer(CLIPTrainer, output / "followed", train_dataset=pairs, callbacks=[followed], max_steps=4)
+    trainer.train()
+    report["similarities"] = len(followed.records)
+    report["similarities_agree"] = same_on_ranks(followed.records)
     stream = digits().select(range(64)).to_iterable_dataset(num_shards=2)
     trainer = make_trainer(CleanCLIPTrainer, output / "stream", train_dataset=stream, max_steps=3)
     trainer.train()

@@ -1,0 +1,144 @@
+"""
+The measures of predictions as `evaluate.Metric`, for code that is built on `evaluate`; constructed without a network.
+
+Predictions are kept in memory unless `num_process` says otherwise, so that metrics of the same name get into each
+other's way neither in threads nor in processes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import datasets
+import evaluate
+import numpy as np
+
+from . import measures
+
+_CLASSES = [
+    datasets.Features({"predictions": datasets.Value(kind), "references": datasets.Value(kind)})
+    for kind in ("string", "int64")
+]
+_CLASS_INPUTS = """
+Args:
+    predictions (list of `int` or `str`): Class numbers, or names.
+    references (list of `int` or `str`): {references}
+"""
+
+
+class _OfflineMetric(evaluate.Metric):
+    """Keeps what it is given in memory, unless several processes share it through files."""
+
+    def __init__(
+        self, config_name: str | None = None, keep_in_memory: bool | None = None, num_process: int = 1, **kwargs: Any
+    ) -> None:
+        if keep_in_memory is None:
+            keep_in_memory = num_process == 1
+        super().__init__(config_name, keep_in_memory=keep_in_memory, num_process=num_process, **kwargs)
+
+    def _build_data_dir(self) -> str:
+        # evaluate makes the folder even for what never writes to it, which fails where the cache is read-only.
+        return "" if self.keep_in_memory else super()._build_data_dir()
+
+
+class AccuracyMetric(_OfflineMetric):
+    """
+    Top-1 accuracy, and its mean over the classes that occur.
+
+    `compute(predictions=..., references=...)` returns `{"accuracy", "balanced_accuracy"}`, fractions in [0, 1].
+    """
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description="Top-1 accuracy, and its mean over the classes that occur in the references.",
+            citation="",
+            inputs_description=_CLASS_INPUTS.format(references="The true classes."),
+            features=_CLASSES,
+        )
+
+    def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
+        return {
+            "accuracy": measures.accuracy(predictions, references),
+            "balanced_accuracy": measures.balanced_accuracy(predictions, references),
+        }
+
+
+class AttackSuccessMetric(_OfflineMetric):
+    """
+    What a trigger does to a classification, over the images that are not of the target class.
+
+    `compute(predictions=..., references=..., target=...)`, with the predictions for triggered images, returns
+    `{"attack_success_rate", "triggered_accuracy"}`, fractions in [0, 1], NaN where every reference is the target.
+    """
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description="Share of triggered images not of the target class that are classified as it, or still right.",
+            citation="",
+            inputs_description=_CLASS_INPUTS.format(references="The true classes.")
+            + "    target (`int` or `str`): The class that the attack aims at.\n",
+            features=_CLASSES,
+        )
+
+    def _compute(self, predictions: Any, references: Any, target: int | str) -> dict[str, float]:
+        if isinstance(target, str) != isinstance(predictions[0], str):
+            raise ValueError(f"target={target!r} must be a class as predictions has them, such as {predictions[0]!r}")
+        return {
+            "attack_success_rate": measures.attack_success_rate(predictions, references, target),
+            "triggered_accuracy": measures.triggered_accuracy(predictions, references, target),
+        }
+
+
+class PoisonSuccessMetric(_OfflineMetric):
+    """
+    Whether a targeted poisoning gets its images classified as it aims.
+
+    `compute(predictions=..., references=...)`, the references being the adversarial classes, returns
+    `{"poison_success_rate", "poison_success_rate_low", "poison_success_rate_high"}`: the share and its 95% Wilson
+    interval, fractions in [0, 1].
+    """
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description="Share of poisoned images classified as their adversarial class, with its Wilson interval.",
+            citation="",
+            inputs_description=_CLASS_INPUTS.format(references="The adversarial classes."),
+            features=_CLASSES,
+        )
+
+    def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
+        success = measures.poison_success(predictions, references)
+        return {
+            "poison_success_rate": success.rate,
+            "poison_success_rate_low": success.low,
+            "poison_success_rate_high": success.high,
+        }
+
+
+class SplitQualityMetric(_OfflineMetric):
+    """
+    How well a split into safe and risky pairs keeps the poisons out.
+
+    `compute(predictions=..., references=..., threshold=0.5)`, with the flags or the probabilities of being safe and
+    whether each pair is poisoned, returns the fields of [`~evaluation.measures.SplitQuality`]. Of probabilities,
+    those of `threshold` and more are safe.
+    """
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description="How well a split into safe and risky pairs keeps the poisons out of the safe set.",
+            citation="",
+            inputs_description="""
+Args:
+    predictions (list of `bool` or `float`): Whether a pair is called safe, or the probability of it.
+    references (list of `bool`): Whether it is poisoned.
+    threshold (`float`, defaults to 0.5): Least probability of a safe pair.
+""",
+            features=datasets.Features(
+                {"predictions": datasets.Value("float64"), "references": datasets.Value("bool")}
+            ),
+        )
+
+    def _compute(self, predictions: Any, references: Any, threshold: float = 0.5) -> dict[str, float]:
+        scores = np.asarray(predictions)
+        return measures.split_quality(scores >= threshold, references, scores)._asdict()

@@ -1,0 +1,143 @@
+"""Images of a dataset as batches of pixels, clean and triggered, made in threads ahead of the model."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from typing import Any, NamedTuple
+
+import datasets
+import numpy as np
+import torch
+from PIL import Image
+
+from ..data.images import ImagePreprocessor
+from ..data.rows import has_transform, undecoded
+from ..imaging import decode_image
+
+Trigger = Callable[[np.ndarray], np.ndarray]
+
+_MOST_THREADS = 8
+# Rows may share one PIL image, and the first use of one that has not loaded its file is not safe in several threads.
+_PIL_LOCK = threading.Lock()
+
+
+class ImageRequest(NamedTuple):
+    """Images that an evaluator needs embedded: those of a dataset's column, with a trigger or as they are."""
+
+    dataset: Any
+    image_column: str = "image"
+    trigger: Trigger | None = None
+
+
+def pixel_batches(
+    dataset: Any,
+    image_column: str,
+    preprocess: ImagePreprocessor,
+    triggers: Sequence[Trigger | None],
+    batches: Sequence[range],
+) -> Iterator[list[torch.Tensor]]:
+    """
+    Decode and preprocess each image of a dataset once, and put every trigger on the same pixels.
+
+    Rows are read by the caller's thread; decoding, resizing and triggers run in others, one batch ahead of what was
+    asked for. The batches come in order, the same whatever the number of threads.
+
+    Args:
+        dataset (`datasets.Dataset` or sequence of mappings): Its rows.
+        image_column (`str`): Any image that [`~imaging.decode_image`] takes.
+        preprocess ([`~data.images.ImagePreprocessor`]): Of the model.
+        triggers (sequence): Functions of the pixels alone, since they run in threads; `None` stands for no trigger.
+        batches (sequence of `range`): Row numbers.
+
+    Yields:
+        `list[torch.Tensor]`: For each batch, one tensor `(B, 3, H, W)`, uint8, for each of `triggers`.
+
+    Raises:
+        `ValueError`: If an image does not decode (it names the row), or a trigger returns something else.
+    """
+    rows = undecoded(dataset, image_column, image_column)
+    threads = min(_MOST_THREADS, os.cpu_count() or 1)
+    prepare = partial(_prepare, column=image_column, preprocess=preprocess, triggers=triggers)
+    pool = ThreadPoolExecutor(threads)
+    try:
+        waiting: list[Future[list[torch.Tensor]]] = []
+        for batch in batches:
+            values = _read(rows, batch, image_column)
+            share = -(-len(batch) // threads)
+            starts = range(0, len(batch), share)
+            ahead = [pool.submit(prepare, values[i : i + share], batch[i : i + share]) for i in starts]
+            if waiting:
+                yield _joined(waiting)
+            waiting = ahead
+        if waiting:
+            yield _joined(waiting)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def apply_trigger(trigger: Trigger, pixels: torch.Tensor) -> torch.Tensor:
+    """
+    Put a trigger on a batch of images.
+
+    Args:
+        trigger (callable): uint8 array `(H, W, 3)` to the same.
+        pixels (`torch.Tensor` of shape `(B, 3, H, W)`): uint8.
+
+    Raises:
+        `ValueError`: If the trigger does not fit the images, or returns something else.
+    """
+    arrays = [_triggered(np.ascontiguousarray(image), trigger) for image in pixels.permute(0, 2, 3, 1).numpy()]
+    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
+
+
+def check_trigger(trigger: Trigger, processor: Any) -> None:
+    """`ValueError` if a trigger does not fit images of the size that a processor makes."""
+    height, width = ImagePreprocessor(processor.image_processor).image_shape
+    apply_trigger(trigger, torch.zeros((1, 3, height, width), dtype=torch.uint8))
+
+
+def _read(rows: Any, batch: range, column: str) -> list[Any]:
+    if isinstance(rows, datasets.Dataset) and not has_transform(rows):
+        return list(rows[batch.start : batch.stop][column])
+    return [rows[row][column] for row in batch]
+
+
+def _prepare(
+    values: Sequence[Any],
+    rows: Sequence[int],
+    column: str,
+    preprocess: ImagePreprocessor,
+    triggers: Sequence[Trigger | None],
+) -> list[torch.Tensor]:
+    pixels = preprocess([_decode(value, row, column) for value, row in zip(values, rows, strict=True)])
+    return [pixels if trigger is None else apply_trigger(trigger, pixels) for trigger in triggers]
+
+
+def _joined(parts: Sequence[Future[list[torch.Tensor]]]) -> list[torch.Tensor]:
+    return [torch.cat(variant) for variant in zip(*(part.result() for part in parts), strict=True)]
+
+
+def _decode(value: Any, row: int, column: str) -> Image.Image:
+    try:
+        if isinstance(value, Image.Image):
+            with _PIL_LOCK:
+                return decode_image(value)
+        return decode_image(value)
+    except ValueError as error:
+        raise ValueError(f"row {row} of the evaluation images, column {column!r}: {error}") from error
+
+
+def _triggered(pixels: np.ndarray, trigger: Trigger) -> np.ndarray:
+    triggered = trigger(pixels)
+    if not isinstance(triggered, np.ndarray) or triggered.dtype != np.uint8 or triggered.shape != pixels.shape:
+        found = (
+            f"{triggered.dtype} of shape {triggered.shape}"
+            if isinstance(triggered, np.ndarray)
+            else type(triggered).__name__
+        )
+        raise ValueError(f"trigger must return a uint8 array of shape {pixels.shape}, as it was given, not {found}")
+    return triggered
