@@ -1,0 +1,259 @@
+"""A cell of the grid: one model, trained as its row says on what an attack planted, and what was measured of it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import platform
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, concatenate_datasets
+from transformers import AutoModel, AutoProcessor, PrinterCallback, set_seed
+
+import hf_robust_clip
+from hf_robust_clip import (
+    CleanCLIPTrainer,
+    CleanCLIPTrainingArguments,
+    CLIPTrainer,
+    CLIPTrainingArguments,
+    ImageAugmentation,
+    PairSimilarityCallback,
+    RoCLIPTrainer,
+    RoCLIPTrainingArguments,
+    SafeCLIPTrainer,
+    SafeCLIPTrainingArguments,
+)
+from hf_robust_clip.cli.progress import quiet_libraries
+from hf_robust_clip.data.images import ImagePreprocessor
+from hf_robust_clip.data.rows import POISONED
+from hf_robust_clip.evaluation.embedding import Embedder
+
+from .attack import Planted, plant
+from .material import Material, load_material, start_model
+from .study import ROWS, Study, digest
+
+TRAINERS: dict[str, tuple[type[CLIPTrainer], type[CLIPTrainingArguments]]] = {
+    "clip": (CLIPTrainer, CLIPTrainingArguments),
+    "cleanclip": (CleanCLIPTrainer, CleanCLIPTrainingArguments),
+    "roclip": (RoCLIPTrainer, RoCLIPTrainingArguments),
+    "safeclip": (SafeCLIPTrainer, SafeCLIPTrainingArguments),
+}
+_DONE = "training.json"
+#: Fields of a study that decide how each of its models comes out.
+_DATA_AND_MODEL = (
+    *("target", "source", "model", "classes", "captions", "renderings", "train_per_class", "test_per_class"),
+    *("image_column", "caption_column", "label_column"),
+)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """
+    What is trained and measured.
+
+    Args:
+        study ([`Study`]): Gives everything that is not said here.
+        row (`str`): One of `ROWS`.
+        attack (`str`): Its name, as the results call it.
+        poisoning (mapping): The attack, as one of `Study.attacks`.
+        seed (`int`): Of the data, the attack, the untrained model and training.
+        arguments (mapping): Training arguments in place of the row's.
+        start (`Cell`, *optional*): Whose model it starts from.
+        left_poisons (`int`): Poisons left among the clean pairs, for rows that start from another's model.
+        augment (`bool`): Whether the row's augmentations of images and captions apply.
+        follow (`bool`): Whether the similarities of clean and poisoned pairs are recorded at each epoch.
+    """
+
+    study: Study
+    row: str
+    attack: str
+    poisoning: Mapping[str, Any]
+    seed: int
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    start: Cell | None = None
+    left_poisons: int = 0
+    augment: bool = True
+    follow: bool = False
+
+    def __post_init__(self) -> None:
+        if (ROWS[self.row].start is None) != (self.start is None):
+            raise ValueError(f"row {self.row!r} starts from {ROWS[self.row].start}, but start is {self.start}")
+
+    @property
+    def label(self) -> str:
+        """For people."""
+        extra = "".join(f", {name} {value}" for name, value in self.arguments.items())
+        return f"{self.row}, {self.attack}, seed {self.seed}{extra}"
+
+    def settings(self) -> dict[str, Any]:
+        """All that decides how its model comes out."""
+        study = self.study
+        arguments = study.row_arguments(self.row) | dict(self.arguments)
+        if not self.augment:
+            arguments["text_preset"] = "identity"
+        return {
+            "row": self.row,
+            "poisoning": dict(self.poisoning),
+            "seed": self.seed,
+            "arguments": arguments,
+            "image_augmentation": study.row_augmentation(self.row) if self.augment else None,
+            "left_poisons": self.left_poisons,
+            "follow": self.follow,
+            "start": self.start.key if self.start else None,
+            "study": {name: getattr(study, name) for name in _DATA_AND_MODEL},
+        }
+
+    @property
+    def key(self) -> str:
+        """The same for the same settings: of its model's folder, and of its result."""
+        return digest(self.settings())
+
+
+def run_cell(cell: Cell, data: Path | None, work: Path, threads: int) -> dict[str, Any]:
+    """
+    Train the cell's model, unless its folder holds it, and measure it.
+
+    Args:
+        cell ([`Cell`]): What to train.
+        data (`Path`, *optional*): The folder of the study's files.
+        work (`Path`): For the models.
+        threads (`int`): That torch may use.
+
+    Returns:
+        `dict`: `figures`, `counts`, `seconds` of training and of measuring, `course` of what was followed, and what is
+        needed to do it again; ready for JSON.
+    """
+    torch.set_num_threads(threads)
+    # What a trainer warns of, that matching collapsed or that a split separates nothing, the figures show.
+    logging.getLogger("hf_robust_clip").setLevel(logging.ERROR)
+    with quiet_libraries():
+        return _run(cell, data, work, threads)
+
+
+def _run(cell: Cell, data: Path | None, work: Path, threads: int) -> dict[str, Any]:
+    material = load_material(cell.study, data, cell.seed)
+    folder = work / cell.key
+    model, processor = _start(cell, material, work)
+    size = ImagePreprocessor(processor.image_processor).image_size
+    planted = plant(cell.study, cell.poisoning, material, size, cell.seed)
+    if not (folder / _DONE).is_file():
+        _train(cell, model, processor, material, planted, folder)
+    training = json.loads((folder / _DONE).read_text())
+    model = AutoModel.from_pretrained(folder).to(_device())
+    start = time.perf_counter()
+    requests = [request for evaluator in planted.evaluators for request in evaluator.image_requests()]
+    embedder = Embedder(model, processor, batch_size=256, requests=requests)
+    figures: dict[str, float] = {}
+    for evaluate in planted.evaluators:
+        figures |= evaluate(model, processor, embedder)
+    return {
+        "key": cell.key,
+        "row": cell.row,
+        "attack": cell.attack,
+        "seed": cell.seed,
+        "figures": {name: _finite(value) for name, value in figures.items()},
+        "success": planted.success,
+        "counts": planted.counts,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "seconds": training["seconds"],
+        "measuring_seconds": round(time.perf_counter() - start, 1),
+        "course": training["course"],
+        "settings": cell.settings(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {threads} thread(s)",
+        "versions": _versions(),
+    }
+
+
+def _start(cell: Cell, material: Material, work: Path) -> tuple[Any, Any]:
+    if cell.start is None:
+        return start_model(cell.study, material, cell.seed)
+    folder = work / cell.start.key
+    return AutoModel.from_pretrained(folder, dtype=torch.float32), AutoProcessor.from_pretrained(folder)
+
+
+def _train(cell: Cell, model: Any, processor: Any, material: Material, planted: Planted, folder: Path) -> None:
+    """Train and save model, processor and last of all the note that this is done."""
+    shutil.rmtree(folder, ignore_errors=True)
+    settings, study = cell.settings(), cell.study
+    trainer_class, arguments_class = TRAINERS[ROWS[cell.row].trainer]
+    arguments = {
+        "output_dir": str(folder),
+        "image_column": study.image_column,
+        "caption_column": study.caption_column,
+        "logging_strategy": "epoch",
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "seed": cell.seed,
+    }
+    augmentation = settings["image_augmentation"]
+    pairs = planted.pairs if cell.start is None else _clean_pairs(cell, material, planted)
+    set_seed(cell.seed)
+    trainer = trainer_class(
+        model,
+        arguments_class(**(arguments | settings["arguments"])),
+        train_dataset=pairs,
+        processing_class=processor,
+        image_augmentation="identity" if augmentation is None else ImageAugmentation(**augmentation),
+    )
+    trainer.remove_callback(PrinterCallback)
+    similarities = PairSimilarityCallback(planted.pairs, study.image_column, study.caption_column)
+    if cell.follow:
+        trainer.add_callback(similarities)
+    start = time.perf_counter()
+    trainer.train()
+    seconds = round(time.perf_counter() - start, 1)
+    course: dict[str, Any] = {"log": [_numbers(entry) for entry in trainer.state.log_history if "loss" in entry]}
+    if isinstance(trainer, SafeCLIPTrainer):
+        course["splits"] = [_numbers(record._asdict()) for record in trainer.splits.records]
+    if cell.follow:
+        course["similarities"] = [_numbers(asdict(record)) for record in similarities.records]
+    trainer.save_model(str(folder))
+    processor.save_pretrained(folder)
+    (folder / _DONE).write_text(json.dumps({"seconds": seconds, "course": course}))
+
+
+def _clean_pairs(cell: Cell, material: Material, planted: Planted) -> Dataset:
+    """What a model is fine-tuned on: clean pairs, and as many poisons as were left among them."""
+    poisoned = [row for row, mark in enumerate(planted.pairs[POISONED]) if mark]
+    if material.clean is None:
+        left = set(poisoned[cell.left_poisons :])
+        return planted.pairs.select([row for row in range(len(planted.pairs)) if row not in left])
+    if cell.left_poisons == 0:
+        return material.clean
+    clean = material.clean.add_column(POISONED, [False] * len(material.clean))
+    return concatenate_datasets([clean, planted.pairs.select(poisoned[: cell.left_poisons])])
+
+
+def with_learning_rate(cell: Cell, rate: float | None) -> Cell:
+    """The cell at a learning rate, where one was found for its row."""
+    return cell if rate is None else replace(cell, arguments={**cell.arguments, "learning_rate": rate})
+
+
+def _numbers(entry: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: _finite(float(value)) for name, value in entry.items() if isinstance(value, int | float)}
+
+
+def _finite(value: float) -> float | None:
+    return round(value, 6) if math.isfinite(value) else None
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _versions() -> dict[str, str]:
+    packages = ("torch", "transformers", "accelerate", "datasets")
+    return {
+        "hf_robust_clip": hf_robust_clip.__version__,
+        "python": platform.python_version(),
+        **{name: version(name) for name in packages},
+    }

@@ -1,0 +1,145 @@
+"""Cells in a bounded number of processes, each saved as it finishes, continued where they were interrupted."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+from .cell import Cell, run_cell
+
+
+class Results:
+    """
+    The file of results: cells by the key of their settings, written anew after each.
+
+    Args:
+        path (`Path`): A JSON file; read if it is there.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.content: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+        self.cells: dict[str, dict[str, Any]] = {cell["key"]: cell for cell in self.content.get("cells", [])}
+
+    def add(self, result: dict[str, Any]) -> None:
+        """Keep the result of a cell, and save."""
+        self.cells[result["key"]] = result
+        self.save()
+
+    def save(self, **values: Any) -> None:
+        """Write the file, in one step: an interruption leaves the old one or the new one. `values` are added to it."""
+        self.content |= values
+        self.content["cells"] = list(self.cells.values())
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_name(self.path.name + ".partial")
+        partial.write_text(json.dumps(self.content, indent=1) + "\n")
+        os.replace(partial, self.path)
+
+    def keep(self, cells: Sequence[Cell]) -> None:
+        """Drop results of cells that are not among these: of other settings than the study's now."""
+        keys = {cell.key for cell in cells}
+        self.cells = {key: result for key, result in self.cells.items() if key in keys}
+
+    def take_over(self, other: Results, cells: Sequence[Cell]) -> None:
+        """Results of these cells that are in another file."""
+        for cell in cells:
+            if cell.key in other.cells:
+                self.cells.setdefault(cell.key, other.cells[cell.key])
+
+    def of(self, cell: Cell) -> dict[str, Any]:
+        """The result of a cell."""
+        return self.cells[cell.key]
+
+
+def run_cells(
+    cells: Sequence[Cell], results: Results, data: Path | None, work: Path, processes: int, threads: int
+) -> None:
+    """
+    Run the cells that have no result yet, those first whose models others start from.
+
+    Args:
+        cells (sequence of [`Cell`]): In the order in which they are to run, as far as they can.
+        results ([`Results`]): Gets each result as it comes.
+        data (`Path`, *optional*): The folder of the study's files.
+        work (`Path`): For the models.
+        processes (`int`): Most at a time.
+        threads (`int`): Of each.
+
+    Raises:
+        `RuntimeError`: At the end, if a cell failed; the others have been run.
+    """
+    waiting = {cell.key: cell for cell in _with_starts(cells, results, work)}
+    total, done, failed = len(waiting), 0, []
+    if not total:
+        return
+    print(f"{total} of {len({cell.key for cell in cells})} cells to run, {processes} at a time", flush=True)
+    # Workers read it before torch starts its threads.
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    start = time.perf_counter()
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, mp_context=context) as pool:
+        running: dict[Future[dict[str, Any]], Cell] = {}
+        while waiting or running:
+            for key, cell in list(waiting.items()):
+                if len(running) < processes and _can_start(cell, waiting, running):
+                    running[pool.submit(run_cell, waiting.pop(key), data, work, threads)] = cell
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                cell = running.pop(future)
+                done += 1
+                minutes = (time.perf_counter() - start) / 60
+                try:
+                    results.add(future.result())
+                    print(f"[{done}/{total}, {minutes:.1f} min] {cell.label}: {summary(results.of(cell))}", flush=True)
+                except Exception:
+                    failed.append(cell)
+                    print(f"[{done}/{total}] {cell.label} FAILED\n{traceback.format_exc()}", flush=True)
+                    for key in [key for key, other in waiting.items() if _needs(other, cell)]:
+                        failed.append(waiting.pop(key))
+                        done += 1
+    if failed:
+        raise RuntimeError(f"{len(failed)} cells failed or could not start: " + "; ".join(c.label for c in failed))
+
+
+def summary(result: dict[str, Any]) -> str:
+    """A result on one line."""
+    figures = result["figures"]
+    return (
+        f"accuracy {figures['clean_accuracy']:.1%}, balanced {figures['clean_balanced_accuracy']:.1%}, "
+        f"attack {figures[result['success']]:.1%}, {result['seconds']:.0f} s"
+    )
+
+
+def _with_starts(cells: Sequence[Cell], results: Results, work: Path) -> Iterator[Cell]:
+    """The cells without a result, each after the one it starts from if that has no result or its model is gone."""
+    seen = set()
+    for cell in cells:
+        chain = [cell]
+        while (start := chain[-1].start) is not None:
+            chain.append(start)
+        pending = cell.key not in results.cells
+        for link in reversed(chain):
+            missing = link.key not in results.cells or not (work / link.key / "training.json").is_file()
+            wanted = pending if link is cell else pending and missing
+            if wanted and link.key not in seen:
+                seen.add(link.key)
+                yield link
+
+
+def _can_start(cell: Cell, waiting: dict[str, Cell], running: dict[Future[dict[str, Any]], Cell]) -> bool:
+    under_way = set(waiting) | {other.key for other in running.values()}
+    return cell.start is None or cell.start.key not in under_way
+
+
+def _needs(cell: Cell, other: Cell) -> bool:
+    while cell.start is not None:
+        cell = cell.start
+        if cell.key == other.key:
+            return True
+    return False

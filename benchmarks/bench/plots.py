@@ -1,0 +1,102 @@
+"""The plots of the checks."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+COLOURS = ("#2b6cb0", "#c05621", "#2f855a", "#6b46c1", "#b83280")
+
+
+def plot_figures(variants: Sequence[Mapping[str, Any]], title: str, axis: str, logarithmic: bool, path: Path) -> None:
+    """
+    Clean accuracy and attack success of the variants: against `x` where they have one, else as bars.
+
+    Args:
+        variants (sequence of mappings): With `label`, `line`, `x`, and the lists `accuracy` and `attack_success`.
+        title, axis (`str`): What the plot and its axis are called.
+        logarithmic (`bool`): Whether that axis is.
+        path (`Path`): Of the PNG file.
+    """
+    figure, panels = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
+    placed = [variant for variant in variants if variant["x"] is not None]
+    for panel, name, heading in zip(
+        panels, ("accuracy", "attack_success"), ("clean accuracy", "attack success"), strict=True
+    ):
+        panel.set_title(heading, fontsize=10)
+        if placed:
+            _lines(panel, variants, placed, name)
+            panel.set_xlabel(axis)
+            if logarithmic:
+                panel.set_xscale("log")
+        else:
+            _bars(panel, variants, name)
+        panel.set_ylim(-0.03, 1.03)
+        panel.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+        panel.grid(axis="y", alpha=0.3)
+    figure.suptitle(title, fontsize=11)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def plot_courses(variants: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
+    """
+    Mean similarity of clean and of poisoned pairs over the epochs, a panel a variant, with 5% to 95% of the pairs.
+
+    Args:
+        variants (sequence of mappings): With `label` and `course`, the records of one seed's
+            [`~hf_robust_clip.PairSimilarityCallback`].
+        title (`str`): What the plot is called.
+        path (`Path`): Of the PNG file.
+    """
+    figure, panels = plt.subplots(
+        1, len(variants), figsize=(3 * len(variants), 3.4), sharey=True, layout="constrained"
+    )
+    for panel, variant in zip(panels, variants, strict=True):
+        epochs = [record["epoch"] for record in variant["course"]]
+        for kind, colour in (("clean", COLOURS[0]), ("poisoned", COLOURS[1])):
+            mean, low, high = (
+                [record[f"{kind}_similarity{name}"] for record in variant["course"]] for name in ("", "_q05", "_q95")
+            )
+            panel.plot(epochs, mean, color=colour, label=f"{kind} pairs")
+            panel.fill_between(epochs, low, high, color=colour, alpha=0.15, linewidth=0)
+        panel.set_title(variant["label"], fontsize=10)
+        panel.set_xlabel("epoch")
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("similarity of image and caption")
+    panels[0].legend(fontsize=8)
+    figure.suptitle(title, fontsize=11)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _lines(panel: Any, variants: Sequence[Mapping[str, Any]], placed: Sequence[Mapping[str, Any]], name: str) -> None:
+    lines = list(dict.fromkeys(variant["line"] for variant in variants))
+    for line, colour in zip(lines, COLOURS, strict=False):
+        members = [variant for variant in placed if variant["line"] == line]
+        if members:
+            panel.plot(
+                [v["x"] for v in members], [statistics.mean(v[name]) for v in members], "o-", color=colour, label=line
+            )
+            for member in members:
+                panel.plot([member["x"]] * len(member[name]), member[name], ".", color=colour, alpha=0.5)
+        for variant in variants:
+            if variant["line"] == line and variant["x"] is None:
+                panel.axhline(statistics.mean(variant[name]), color=colour, linestyle="--", label=variant["label"])
+    panel.legend(fontsize=8)
+
+
+def _bars(panel: Any, variants: Sequence[Mapping[str, Any]], name: str) -> None:
+    places = range(len(variants))
+    panel.barh(places, [statistics.mean(variant[name]) for variant in variants], color=COLOURS[0])
+    for place, variant in zip(places, variants, strict=True):
+        panel.plot(variant[name], [place] * len(variant[name]), ".", color="black")
+    panel.set_yticks(places, [variant["label"] for variant in variants], fontsize=8)
+    panel.invert_yaxis()

@@ -1,0 +1,202 @@
+"""A study: a dataset, a model, attacks and recipes, as a description file says."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+STUDIES = Path(__file__).parents[1] / "studies"
+#: What the embedded dataset is called in place of files.
+DIGITS = "digits"
+
+
+@dataclass(frozen=True)
+class Row:
+    """
+    A row of the table: how a model comes about.
+
+    Args:
+        title (`str`): What the table calls it.
+        trainer (`str`): `clip`, `cleanclip`, `roclip` or `safeclip`.
+        start (`str`, *optional*): The row whose model it starts from, on clean pairs; `None`: from an untrained model,
+            or that of the study, on poisoned pairs.
+        control (`str`, *optional*): The row that differs from it in the method alone: its settings are this row's too,
+            but for those of its own.
+    """
+
+    title: str
+    trainer: str
+    start: str | None = None
+    control: str | None = None
+
+
+ROWS: dict[str, Row] = {
+    "undefended": Row("undefended", "clip"),
+    "plain": Row("plain fine-tuning", "clip", start="undefended"),
+    "cleanclip": Row("CleanCLIP", "cleanclip", start="undefended", control="plain"),
+    "augmentation": Row("augmentation alone", "clip"),
+    "roclip": Row("RoCLIP", "roclip", control="augmentation"),
+    "safeclip": Row("SafeCLIP", "safeclip", control="augmentation"),
+    "rebound": Row("plain fine-tuning after CleanCLIP", "clip", start="cleanclip", control="plain"),
+}
+#: The rows of the table; the last one above belongs to a check of its own.
+GRID = ("undefended", "plain", "cleanclip", "augmentation", "roclip", "safeclip")
+PHASES = ("all", "pretraining", "finetuning")
+MEASURES = ("zero_shot", "attack", "linear_probe", "retrieval")
+
+
+@dataclass(frozen=True)
+class Search:
+    """
+    The search for each row's learning rate, on an attack and seeds that the table does not report.
+
+    Args:
+        attack (mapping): As one of `Study.attacks`.
+        seeds (sequence of `int`): None of `Study.seeds`.
+        learning_rates (mapping): Of `pretraining` and `finetuning` to the rates tried.
+    """
+
+    attack: Mapping[str, Any]
+    seeds: Sequence[int]
+    learning_rates: Mapping[str, Sequence[float]]
+
+
+@dataclass(frozen=True)
+class Study:
+    """
+    A grid of rows, attacks and seeds on one dataset.
+
+    Args:
+        name (`str`): Of the result files.
+        target (`str`): The class that the attacks are for.
+        attacks (mapping): Of name to the fields of a [`~hf_robust_clip.PoisonSpec`], its trigger as a dictionary.
+            Mode `targeted` has `images` and `captions`, the number of images and of captions each.
+        arguments (mapping): Training arguments of `all` rows, of the `pretraining` and `finetuning` ones, and of rows
+            by name; the more special goes before, and a row has those of its control.
+        search ([`Search`]): For the learning rates.
+        source (`str` or mapping, defaults to `"digits"`): The embedded dataset, or the files `train` and `test` in the
+            folder of the data.
+        model (mapping): Arguments of [`~hf_robust_clip.data.scratch.build_model`], with `image_size` and `merges` of
+            the processor; or `id`, a checkpoint on the Hub or in a folder.
+        classes (mapping or sequence, *optional*): Of a class to the words that name it, for labels from captions; or
+            the names of those classes of `label_column` that are used. `None`: all classes.
+        prompts (sequence of `str`, *optional*): With one `{}` each, for zero-shot classification.
+        captions (sequence of `str`, *optional*): Templates of captions, for data with labels only.
+        image_augmentation (mapping): Of row to the arguments of [`~hf_robust_clip.ImageAugmentation`].
+        rows (sequence of `str`): Those of the table, of `ROWS`.
+        seeds (sequence of `int`): Those of the table.
+        measures (sequence of `str`): Of `MEASURES`.
+        renderings (`int`): Of each digit.
+        train_per_class, test_per_class (`int`, *optional*): Most photos of a class, the first ones.
+        image_column, caption_column, label_column (`str`): Of the files.
+        note (`str`): Printed above the table.
+    """
+
+    name: str
+    target: str
+    attacks: Mapping[str, Mapping[str, Any]]
+    arguments: Mapping[str, Mapping[str, Any]]
+    search: Search
+    source: str | Mapping[str, str] = DIGITS
+    model: Mapping[str, Any] = field(default_factory=dict)
+    classes: Mapping[str, Sequence[str]] | Sequence[str] | None = None
+    prompts: Sequence[str] | None = None
+    captions: Sequence[str] | None = None
+    image_augmentation: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    rows: Sequence[str] = GRID
+    seeds: Sequence[int] = (0, 1, 2)
+    measures: Sequence[str] = ("zero_shot", "attack")
+    renderings: int = 4
+    train_per_class: int | None = None
+    test_per_class: int | None = None
+    image_column: str = "image"
+    caption_column: str = "caption"
+    label_column: str = "label"
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        _check_names("rows", self.rows, ROWS)
+        _check_names("measures", self.measures, MEASURES)
+        _check_names("arguments", self.arguments, (*PHASES, *ROWS))
+        _check_names("image_augmentation", self.image_augmentation, tuple(ROWS))
+        _check_names("search.learning_rates", self.search.learning_rates, PHASES[1:])
+        if not self.attacks:
+            raise ValueError("attacks is empty; a study needs at least one")
+        common = sorted(set(self.seeds) & set(self.search.seeds))
+        if common:
+            raise ValueError(
+                f"search.seeds has {common[0]}, a seed of the table: what is reported must not be searched"
+            )
+        if self.search.attack in self.attacks.values():
+            raise ValueError("search.attack is one of attacks: what is reported must not be searched")
+        if self.source != DIGITS and not (isinstance(self.source, Mapping) and set(self.source) == {"train", "test"}):
+            raise ValueError(
+                f"source={self.source!r}; accepted are 'digits' and a mapping with the files train and test"
+            )
+
+    def row_arguments(self, row: str) -> dict[str, Any]:
+        """The training arguments of a row, those of its phase and its control included."""
+        control = ROWS[row].control
+        phase = "finetuning" if ROWS[row].start else "pretraining"
+        inherited = self.row_arguments(control) if control else {**self.arguments.get("all", {})}
+        return inherited | ({} if control else dict(self.arguments.get(phase, {}))) | dict(self.arguments.get(row, {}))
+
+    def row_augmentation(self, row: str) -> dict[str, Any] | None:
+        """The image augmentation of a row: its own or its control's."""
+        control = ROWS[row].control
+        own = self.image_augmentation.get(row)
+        return dict(own) if own is not None else self.row_augmentation(control) if control else None
+
+    def rates(self, row: str) -> list[float]:
+        """The learning rates that the search tries for a row."""
+        phase = "finetuning" if ROWS[row].start else "pretraining"
+        return [float(rate) for rate in self.search.learning_rates.get(phase, ())]
+
+
+def load_study(name: str) -> Study:
+    """
+    Read a study's description.
+
+    Args:
+        name (`str`): One of `benchmarks/studies`, without its ending, or the path of a YAML file.
+
+    Raises:
+        `ValueError`: If there is no such file, or it holds what is no field of a study.
+    """
+    path = Path(name) if Path(name).suffix in (".yaml", ".yml") else STUDIES / f"{name}.yaml"
+    if not path.is_file():
+        there = ", ".join(sorted(file.stem for file in STUDIES.glob("*.yaml")))
+        raise ValueError(f"--study {name!r}: no file {path}; accepted are {there}, or the path of a YAML file")
+    content = yaml.safe_load(path.read_text())
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}; accepted is a mapping with the fields of a study")
+    try:
+        _check_names("the study", content, [item.name for item in fields(Study)])
+        missing = [name for name in ("name", "target", "attacks", "arguments", "search") if name not in content]
+        if missing:
+            raise ValueError(f"{missing[0]} is missing")
+        _check_names("search", content["search"], [item.name for item in fields(Search)])
+        return Study(**{**content, "search": Search(**content["search"])})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def digest(settings: Any) -> str:
+    """A short name for settings: the same for the same ones."""
+    import hashlib
+
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _check_names(where: str, names: Any, accepted: Any) -> None:
+    for name in names:
+        if name not in accepted:
+            near = difflib.get_close_matches(str(name), list(accepted), n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"{where}: {name!r} is not accepted{hint} Accepted are {', '.join(accepted)}")

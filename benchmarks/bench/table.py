@@ -1,0 +1,113 @@
+"""The table that a study's results make, as Markdown."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .study import ROWS
+
+#: Figures of the papers and of others, on their data and models: beside ours, never among them.
+PUBLISHED = Path(__file__).parents[1] / "published.json"
+#: Below this success an attack did not take.
+TOOK = 0.5
+
+
+def markdown(content: Mapping[str, Any]) -> str:
+    """
+    The table of a file of results: for each attack its rows, means over seeds with the range in brackets.
+
+    Args:
+        content (mapping): What `benchmarks/results/defences/*.json` holds.
+    """
+    balanced = content["study"]["balanced"]
+    retrieval = any("image_to_text_recall_at_10" in cell["figures"] for cell in content["cells"])
+    probe = any("linear_probe_accuracy" in cell["figures"] for cell in content["cells"])
+    columns = ["attack, poisons", "model", "balanced accuracy" if balanced else "clean accuracy", "attack success"]
+    columns += (
+        ["right in spite of the trigger", "linear probe: accuracy, attack"]
+        if probe
+        else ["right in spite of the trigger"]
+    )
+    columns += ["photo to caption, caption to photo, R@10"] * retrieval + ["seconds"]
+    published = json.loads(PUBLISHED.read_text())
+    quoted = {row for entries in published.values() for row in entries}
+    columns += ["published attack success"] * bool(quoted)
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for attack in content["study"]["attacks"]:
+        took = True
+        for row in content["study"]["rows"]:
+            cells = [cell for cell in table_cells(content) if (cell["attack"], cell["row"]) == (attack, row)]
+            if not cells:
+                continue
+            success = cells[0]["success"]
+            if row == "undefended":
+                took = statistics.mean(_figures(cells, success)) >= TOOK
+            counts = cells[0]["counts"]
+            name = f"{attack}, {counts['poisons']} of {counts['pairs']}" if row == content["study"]["rows"][0] else ""
+            title = ROWS[row].title + (
+                "" if took or row != "undefended" else " (the attack did not take: proves nothing)"
+            )
+            accuracy = _figures(cells, "clean_balanced_accuracy" if balanced else "clean_accuracy")
+            line = [name, title, spread(accuracy), spread(_figures(cells, success))]
+            line.append(spread(_figures(cells, "triggered_accuracy")))
+            if probe:
+                figures = ("linear_probe_accuracy", "linear_probe_attack_success_rate")
+                line.append(", ".join(spread(_figures(cells, figure)) for figure in figures))
+            if retrieval:
+                figures = ("image_to_text_recall_at_10", "text_to_image_recall_at_10")
+                line.append(", ".join(spread(_figures(cells, figure)) for figure in figures))
+            line.append(f"{statistics.mean(cell['seconds'] for cell in cells):.0f}")
+            if quoted:
+                line.append(published.get(attack, {}).get(row, ""))
+            lines.append(f"| {' | '.join(line)} |")
+    return "\n".join(lines) + "\n"
+
+
+def caption(content: Mapping[str, Any]) -> str:
+    """What the table is of: data, counts, seeds, rates, device, versions."""
+    cells = table_cells(content)
+    study, first = content["study"], cells[0]
+    seeds = sorted({cell["seed"] for cell in cells})
+    attacked = sorted({cell["counts"]["attacked"] for cell in cells})
+    between = f"{attacked[0]}" if len(attacked) == 1 else f"{attacked[0]} to {attacked[-1]}"
+    chosen = ", ".join(f"{ROWS[row].title} {rate:g}" for row, rate in study["chosen"].items())
+    minutes = sum(cell["seconds"] + cell["measuring_seconds"] for cell in cells) / 60
+    devices = ", ".join(sorted({cell["device"] for cell in cells}))
+    versions = ", ".join(f"{name} {number}" for name, number in first["versions"].items())
+    lines = [
+        study["note"].strip(),
+        f"Target {study['target']!r}; {first['counts']['test_images']} test images, {between} of them attacked; a "
+        f"model of {first['parameters'] / 1e6:.1f}M parameters. {_seeds(seeds)}",
+        f"Learning rates found on another attack and other seeds ({study['search']}): {chosen or 'none searched'}.",
+        f"{len(cells)} cells, {minutes:.0f} minutes of training and measuring in all; {devices}; {versions}.",
+    ]
+    return "\n".join(line for line in lines if line) + "\n"
+
+
+def table_cells(content: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The cells of the table: not those of the search."""
+    wanted = set(content["study"]["table_keys"])
+    return [cell for cell in content["cells"] if cell["key"] in wanted]
+
+
+def spread(values: Sequence[float | None]) -> str:
+    """The mean, and in brackets the range where there are several; nothing where nothing was measured."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return ""
+    mean = f"{statistics.mean(known):.1%}"
+    return mean if len(known) == 1 else f"{mean} ({100 * min(known):.1f} to {100 * max(known):.1f})"
+
+
+def _figures(cells: Iterable[Mapping[str, Any]], name: str) -> list[float]:
+    return [cell["figures"][name] for cell in cells if cell["figures"].get(name) is not None]
+
+
+def _seeds(seeds: Sequence[int]) -> str:
+    if len(seeds) == 1:
+        return f"One seed, {seeds[0]}."
+    return f"Means over the seeds {', '.join(map(str, seeds))}, with the range in brackets."

@@ -1,0 +1,175 @@
+"""
+The table of defences: every row of a study under every attack and seed, with its controls.
+
+    python benchmarks/defence_table.py --study digits
+    python benchmarks/defence_table.py --study flickr8k --data FOLDER
+
+First each row's learning rate is searched, on an attack and seeds that the table does not report; then the table's
+cells run. Each is saved as it finishes in `benchmarks/results/defences/STUDY.json`; started again, the command goes on
+where it was interrupted. At the end it writes the table beside that file, as Markdown, and with `--readme` into
+README.md.
+
+The search takes, of a row's rates, the one with the largest clean accuracy less attack success; for the undefended
+model, whose user knows of no attack, the one with the largest clean accuracy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from bench.cell import Cell, with_learning_rate
+from bench.grid import Results, run_cells
+from bench.study import ROWS, Study, load_study
+from bench.table import caption, markdown
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "defences"
+README = ROOT / "README.md"
+
+
+def make_cell(
+    study: Study, row: str, attack: str, poisoning: Mapping[str, Any], seed: int, chosen: Mapping[str, float]
+) -> Cell:
+    """A cell of the table with the learning rates chosen, and those that it starts from."""
+    start = ROWS[row].start
+    before = make_cell(study, start, attack, poisoning, seed, chosen) if start else None
+    return with_learning_rate(Cell(study, row, attack, poisoning, seed, start=before), chosen.get(row))
+
+
+def search_cells(study: Study, row: str, chosen: Mapping[str, float]) -> dict[float, list[Cell]]:
+    """The cells of the search for a row's learning rate, by rate."""
+    return {
+        rate: [
+            make_cell(study, row, "search", study.search.attack, seed, {**chosen, row: rate})
+            for seed in study.search.seeds
+        ]
+        for rate in study.rates(row)
+    }
+
+
+def choose(study: Study, row: str, results: Results, chosen: Mapping[str, float]) -> float:
+    """The best of a row's learning rates."""
+
+    def score(cells: list[Cell]) -> float:
+        total = 0.0
+        for cell in cells:
+            result = results.of(cell)
+            total += result["figures"]["clean_balanced_accuracy"]
+            if row != "undefended":
+                total -= result["figures"][result["success"]]
+        return total
+
+    cells = search_cells(study, row, chosen)
+    return max(cells, key=lambda rate: score(cells[rate]))
+
+
+def search(study: Study, results: Results, **run: Any) -> dict[str, float]:
+    """The best learning rate of each row: the undefended one's first, since others start from its model."""
+    chosen: dict[str, float] = {}
+    for rows in (["undefended"], [row for row in study.rows if row != "undefended"]):
+        searched = [row for row in rows if study.rates(row)]
+        cells = [cell for row in searched for group in search_cells(study, row, chosen).values() for cell in group]
+        run_cells(cells, results, **run)
+        chosen |= {row: choose(study, row, results, chosen) for row in searched}
+    return chosen
+
+
+def table_cells(study: Study, chosen: Mapping[str, float]) -> list[Cell]:
+    """The cells of the table, the slow rows first, so that processes end together."""
+    slow = [
+        row for row in ("undefended", "safeclip", "roclip", "augmentation", "cleanclip", "plain") if row in study.rows
+    ]
+    return [
+        make_cell(study, row, attack, poisoning, seed, chosen)
+        for seed in study.seeds
+        for row in slow
+        for attack, poisoning in study.attacks.items()
+    ]
+
+
+def describe(study: Study, chosen: Mapping[str, float], cells: list[Cell]) -> dict[str, Any]:
+    """What the table needs to know of the study."""
+    seeds = ", ".join(map(str, study.search.seeds))
+    return {
+        "name": study.name,
+        "target": study.target,
+        "note": study.note,
+        "rows": list(study.rows),
+        "attacks": list(study.attacks),
+        "balanced": isinstance(study.classes, Mapping),
+        "search": f"{dict(study.search.attack)}, seeds {seeds}",
+        "chosen": dict(chosen),
+        "table_keys": [cell.key for cell in cells],
+    }
+
+
+def readme_marks(study: str) -> tuple[str, str]:
+    """What README.md has around the table of a study."""
+    return (
+        f"<!-- {study} defences: benchmarks/defence_table.py --study {study} --readme -->\n",
+        f"<!-- end of the {study} defences -->\n",
+    )
+
+
+def put_into_readme(study: str, content: Mapping[str, Any]) -> None:
+    """The table into README.md, between its marks."""
+    begin, end = readme_marks(study)
+    text = README.read_text()
+    if begin not in text or end not in text:
+        raise ValueError(
+            f"README.md has no place for the table of {study!r}: it needs the lines {begin!r} and {end!r}"
+        )
+    README.write_text(text.split(begin)[0] + begin + markdown(content) + end + text.split(end)[1])
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """What every command that runs cells takes."""
+    parser.add_argument("--data", type=Path, help="folder with the files that the study names")
+    parser.add_argument(
+        "--work", type=Path, default=ROOT / "bench-output", help="folder for the models (default: bench-output)"
+    )
+    parser.add_argument("--processes", type=int, default=2, help="cells at a time (default: 2)")
+    parser.add_argument(
+        "--threads", type=int, help="of each process (default: the machine's cores shared between the processes)"
+    )
+
+
+def run_arguments(options: argparse.Namespace) -> dict[str, Any]:
+    """Those arguments, for `run_cells`."""
+    threads = options.threads or max(1, (os.cpu_count() or 1) // options.processes)
+    return {"data": options.data, "work": options.work, "processes": options.processes, "threads": threads}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--study", default="digits", help="one of benchmarks/studies, or a YAML file (default: digits)"
+    )
+    parser.add_argument("--readme", action="store_true", help="put the table into README.md")
+    parser.add_argument("--table", action="store_true", help="run nothing: the table of the results there are")
+    add_run_arguments(parser)
+    options = parser.parse_args()
+    study = load_study(options.study)
+    results = Results(RESULTS / f"{study.name}.json")
+    if not options.table:
+        run, start = run_arguments(options), time.perf_counter()
+        chosen = search(study, results, **run)
+        searched = time.perf_counter()
+        cells = table_cells(study, chosen)
+        run_cells(cells, results, **run)
+        print(f"search {(searched - start) / 60:.1f} min, table {(time.perf_counter() - searched) / 60:.1f} min")
+        results.save(study=describe(study, chosen, cells))
+    text = caption(results.content) + "\n" + markdown(results.content)
+    results.path.with_suffix(".md").write_text(text)
+    print(text)
+    if options.readme:
+        put_into_readme(study.name, results.content)
+
+
+if __name__ == "__main__":
+    main()

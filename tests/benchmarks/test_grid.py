@@ -1,0 +1,160 @@
+"""Cells run once, in order, and go on where they were interrupted."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from bench.cell import Cell, run_cell
+from bench.checks import CHECKS, Setting
+from bench.grid import Results, run_cells
+from bench.study import ROWS, Search, Study
+from defence_table import choose, make_cell, search_cells, table_cells
+
+STUDY = Study(
+    name="tried",
+    target="six",
+    attacks={"patch": {"trigger": {"name": "patch", "size": 3}, "rate": 0.05}},
+    arguments={
+        "all": {"per_device_train_batch_size": 64, "num_train_epochs": 1, "learning_rate": 1e-3},
+        "roclip": {"pool_size": 64, "matching_start_epoch": 0},
+        "safeclip": {"unimodal_pool_size": 64, "warmup_unimodal_epochs": 1, "num_train_epochs": 3},
+    },
+    search=Search(
+        attack={"trigger": {"name": "blended"}, "rate": 0.05},
+        seeds=[7],
+        learning_rates={"pretraining": [1e-3, 2e-3], "finetuning": [1e-3]},
+    ),
+    model={"vision_width": 32, "vision_layers": 1, "text_width": 32, "text_layers": 1},
+    renderings=1,
+    seeds=(0,),
+    rows=("undefended", "plain"),
+)
+
+
+def cell(row: str, seed: int = 0, study: Study = STUDY) -> Cell:
+    return make_cell(study, row, "patch", study.attacks["patch"], seed, {})
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A grid of two cells, interrupted after the first and started again."""
+    folder = tmp_path_factory.mktemp("grid")
+    cells = [cell("plain"), cell("undefended")]
+    results = Results(folder / "results.json")
+    for part in (cells[1:], cells):
+        run_cells(part, results, data=None, work=folder / "work", processes=1, threads=1)
+    return folder
+
+
+def test_results_are_saved_as_they_come_and_read_back(folder: Path) -> None:
+    results = Results(folder / "results.json")
+    assert list(results.cells) == [cell("undefended").key, cell("plain").key]  # the one started from goes first
+    result = results.of(cell("plain"))
+    assert (result["row"], result["attack"], result["seed"]) == ("plain", "patch", 0)
+    assert result["counts"] == {"pairs": 1397, "poisons": 70, "test_images": 400, "attacked": 359}
+    assert 0 <= result["figures"]["attack_success_rate"] <= 1
+    assert not list(folder.glob("*.partial"))
+
+
+def test_nothing_is_run_twice(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (folder / "results.json").read_bytes()
+    run_cells([cell("undefended"), cell("plain")], Results(folder / "results.json"), None, folder / "work", 1, 1)
+    assert capsys.readouterr().out == ""
+    assert (folder / "results.json").read_bytes() == before
+
+
+def test_a_cell_gives_the_same_figures_again(folder: Path) -> None:
+    known = Results(folder / "results.json").of(cell("plain"))
+    work = folder / "again"
+    shutil.copytree(folder / "work" / cell("undefended").key, work / cell("undefended").key)
+    again = run_cell(cell("plain"), None, work, threads=1)
+    for name in ("figures", "counts", "settings", "key"):
+        assert again[name] == known[name]
+
+
+def test_every_row_trains_and_is_measured(tmp_path: Path, folder: Path) -> None:
+    measured = replace(STUDY, measures=("zero_shot", "attack", "linear_probe", "retrieval"))
+    for row in ("roclip", "safeclip"):
+        result = run_cell(replace(cell(row, study=measured), follow=True), None, tmp_path, threads=1)
+        assert {"clean_accuracy", "attack_success_rate", "linear_probe_accuracy"} <= set(result["figures"])
+        json.dumps(result, allow_nan=False)
+        first, *_, last = result["course"]["similarities"]
+        assert (first["epoch"], last["epoch"]) == (0, STUDY.row_arguments(row)["num_train_epochs"])
+    for row in ("cleanclip",):
+        shutil.copytree(folder / "work" / cell("undefended").key, tmp_path / cell("undefended").key)
+        assert run_cell(cell(row), None, tmp_path, threads=1)["row"] == row
+
+
+@pytest.mark.parametrize(
+    ("attack", "success"),
+    [
+        ({"mode": "targeted", "images": 4, "captions": 5}, "poison_success_rate"),
+        ({"mode": "label_consistent", "trigger": {"name": "patch", "size": 3}, "count": 20}, "attack_success_rate"),
+        ({"mode": "text_query", "trigger": {"name": "word"}, "count": 20}, "triggered_hit_rate_at_1"),
+    ],
+)
+def test_every_mode_of_attack_is_measured_by_its_success(attack: dict, success: str, tmp_path: Path) -> None:
+    tried = replace(STUDY, attacks={"tried": attack})
+    result = run_cell(make_cell(tried, "undefended", "tried", attack, 0, {}), None, tmp_path, threads=1)
+    assert result["success"] == success
+    assert 0 <= result["figures"][success] <= 1
+    assert result["counts"]["poisons"] == 20
+
+
+def test_a_cell_that_fails_is_reported_and_takes_those_that_need_it_along(tmp_path: Path) -> None:
+    broken = replace(STUDY, model={"patch_size": 5})
+    cells = [cell("undefended", study=broken), cell("plain", study=broken)]
+    results = Results(tmp_path / "results.json")
+    with pytest.raises(RuntimeError, match="2 cells failed or could not start: undefended, patch, seed 0; plain"):
+        run_cells(cells, results, None, tmp_path / "work", 1, 1)
+    assert not results.cells
+
+
+def test_keys_tell_settings_apart_and_nothing_else() -> None:
+    variants = [
+        cell("undefended"),
+        cell("undefended", seed=1),
+        cell("plain"),
+        cell("cleanclip"),
+        replace(cell("plain"), left_poisons=5),
+        replace(cell("undefended"), arguments={"learning_rate": 0.1}),
+        replace(cell("undefended"), poisoning={"trigger": {"name": "blended"}, "rate": 0.05}),
+        cell("undefended", study=replace(STUDY, renderings=2)),
+    ]
+    assert len({variant.key for variant in variants}) == len(variants)
+    assert cell("undefended", study=replace(STUDY, note="other words", seeds=(0, 1))).key == cell("undefended").key
+
+
+def test_the_table_has_every_row_attack_and_seed_once() -> None:
+    study = replace(STUDY, rows=tuple(row for row in ROWS if row != "rebound"), seeds=(0, 1, 2))
+    cells = table_cells(study, {})
+    assert len({cell.key for cell in cells}) == len(cells) == 6 * 1 * 3
+
+
+def test_the_search_takes_the_rate_with_the_most_accuracy_less_attack_success(tmp_path: Path) -> None:
+    results = Results(tmp_path / "results.json")
+    figures = {("undefended", 1e-3): (0.8, 0.1), ("undefended", 2e-3): (0.7, 0.9)}
+    figures |= {("augmentation", 1e-3): (0.9, 0.5), ("augmentation", 2e-3): (0.8, 0.1)}
+    for (row, rate), (accuracy, success) in figures.items():
+        for found in search_cells(STUDY, row, {})[rate]:
+            assert found.seed == 7
+            values = {"clean_balanced_accuracy": accuracy, "attack_success_rate": success}
+            results.cells[found.key] = {"figures": values, "success": "attack_success_rate"}
+    assert choose(STUDY, "undefended", results, {}) == 1e-3
+    assert choose(STUDY, "augmentation", results, {}) == 2e-3
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_variants_of_a_check_are_all_different(name: str) -> None:
+    setting = Setting(STUDY, "patch", (0, 1), {"cleanclip": 3e-3}, pairs=1397)
+    check = CHECKS[name](setting)
+    keys = [cell.key for variant in check.variants for cell in variant.cells]
+    assert len(set(keys)) == len(keys)
+    assert len({variant.label for variant in check.variants}) == len(check.variants)
+    assert all([cell.seed for cell in variant.cells] == [0, 1] for variant in check.variants)
+    cleaned = [cell for variant in check.variants for cell in variant.cells if cell.row == "cleanclip"]
+    assert all(cell.arguments["learning_rate"] == 3e-3 for cell in cleaned)

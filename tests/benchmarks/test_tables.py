@@ -1,0 +1,156 @@
+"""Tables and plots say what the results hold; the README's table is that of the committed ones."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bench.checks import CHECKS
+from bench.table import caption, markdown, spread, table_cells
+from defence_table import README, RESULTS, readme_marks
+from open_checks import RESULTS as CHECK_RESULTS
+from open_checks import markdown as check_markdown
+from PIL import Image
+
+COMMITTED = sorted(RESULTS.glob("*.json"))
+COMMITTED_CHECKS = sorted(CHECK_RESULTS.glob("*.json"))
+
+
+def a_cell(row: str, seed: int, accuracy: float, success: float, **figures: float) -> dict[str, Any]:
+    return {
+        "key": f"{row}-{seed}",
+        "row": row,
+        "attack": "patch",
+        "seed": seed,
+        "success": "attack_success_rate",
+        "figures": {
+            "clean_accuracy": accuracy,
+            "clean_balanced_accuracy": accuracy / 2,
+            "attack_success_rate": success,
+            "triggered_accuracy": 0.5,
+            **figures,
+        },
+        "counts": {"pairs": 1000, "poisons": 10, "test_images": 400, "attacked": 360 + seed},
+        "parameters": 500_000,
+        "seconds": 10.0 + seed,
+        "measuring_seconds": 1.0,
+        "device": "CPU, 1 thread(s)",
+        "versions": {"torch": "9.9"},
+    }
+
+
+def content(cells: list[dict[str, Any]], **changes: Any) -> dict[str, Any]:
+    study = {
+        "name": "tried",
+        "target": "six",
+        "note": "Some digits.",
+        "rows": ["undefended", "cleanclip"],
+        "attacks": ["patch"],
+        "balanced": False,
+        "search": "warp, seeds 7",
+        "chosen": {"cleanclip": 0.001},
+        "table_keys": [cell["key"] for cell in cells],
+    }
+    return {"study": {**study, **changes}, "cells": cells}
+
+
+def rows_of(table: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+
+
+def test_spread_gives_mean_and_range() -> None:
+    assert spread([0.25]) == "25.0%"
+    assert spread([0.1, 0.2, 0.6]) == "30.0% (10.0 to 60.0)"
+    assert spread([None, 0.5]) == "50.0%"
+    assert spread([]) == ""
+
+
+def test_a_row_has_means_and_ranges_over_seeds() -> None:
+    cells = [a_cell("undefended", seed, 0.9, 0.8 + seed / 10) for seed in (0, 1)]
+    cells += [a_cell("cleanclip", seed, 0.95, seed / 50) for seed in (0, 1)]
+    header, _, undefended, cleanclip = rows_of(markdown(content(cells)))
+    assert header[:4] == ["attack, poisons", "model", "clean accuracy", "attack success"]
+    assert undefended[:4] == ["patch, 10 of 1000", "undefended", "90.0% (90.0 to 90.0)", "85.0% (80.0 to 90.0)"]
+    assert cleanclip[:4] == ["", "CleanCLIP", "95.0% (95.0 to 95.0)", "1.0% (0.0 to 2.0)"]
+    assert header[-1] == "published attack success"
+    assert "82.7%" in undefended[-1]
+    assert "arXiv 2303.03323" in undefended[-1]
+    text = caption(content(cells))
+    assert "400 test images, 360 to 361 of them attacked" in text
+    assert "seeds 0, 1" in text
+
+
+def test_says_of_an_attack_that_did_not_take_that_it_proves_nothing() -> None:
+    cells = [a_cell("undefended", 0, 0.9, 0.49), a_cell("cleanclip", 0, 0.9, 0.01)]
+    assert rows_of(markdown(content(cells)))[2][1] == "undefended (the attack did not take: proves nothing)"
+    cells[0]["figures"]["attack_success_rate"] = 0.5
+    assert rows_of(markdown(content(cells)))[2][1] == "undefended"
+
+
+def test_cells_of_the_search_are_not_in_the_table() -> None:
+    cells = [a_cell("undefended", 0, 0.9, 0.9), a_cell("undefended", 7, 0.1, 0.1)]
+    results = content(cells, table_keys=["undefended-0"])
+    assert table_cells(results) == cells[:1]
+    assert rows_of(markdown(results))[2][2] == "90.0%"
+
+
+def test_columns_are_those_that_were_measured() -> None:
+    probed = a_cell("undefended", 0, 0.9, 0.9, linear_probe_accuracy=0.7, linear_probe_attack_success_rate=0.6)
+    found = a_cell("undefended", 0, 0.9, 0.9, image_to_text_recall_at_10=0.3, text_to_image_recall_at_10=0.2)
+    assert "70.0%, 60.0%" in rows_of(markdown(content([probed])))[2]
+    assert "30.0%, 20.0%" in rows_of(markdown(content([found])))[2]
+    header = rows_of(markdown(content([found], balanced=True)))[0]
+    assert "balanced accuracy" in header
+    assert not any("linear probe" in column for column in header)
+
+
+def test_plots_are_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from bench.plots import plot_courses, plot_figures
+
+    variants = [
+        {"label": f"pool of {x}", "line": "RoCLIP", "x": x, "accuracy": [0.9, 0.8], "attack_success": [0.1, 0.2]}
+        for x in (100, 1000)
+    ]
+    bar = {"label": "control", "line": "control", "x": None, "accuracy": [0.9], "attack_success": [0.3]}
+    plot_figures([*variants, bar], "lines", "pairs", True, tmp_path / "lines.png")
+    plot_figures([bar, {**bar, "label": "other"}], "bars", "", False, tmp_path / "bars.png")
+    record = {f"{kind}_similarity{key}": 0.5 for kind in ("clean", "poisoned") for key in ("", "_q05", "_q95")}
+    course = [{"epoch": epoch, **record} for epoch in range(3)]
+    plot_courses([{"label": "RoCLIP", "course": course}] * 2, "courses", tmp_path / "courses.png")
+    for name in ("lines", "bars", "courses"):
+        with Image.open(tmp_path / f"{name}.png") as image:
+            assert min(image.size) > 300
+            assert len(image.convert("RGB").getcolors(maxcolors=10**6) or ()) > 10
+
+
+def test_there_are_committed_results() -> None:
+    assert (RESULTS / "digits.json").is_file()
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
+def test_the_committed_tables_are_those_of_the_results(path: Path) -> None:
+    results = json.loads(path.read_text())
+    assert path.with_suffix(".md").read_text() == caption(results) + "\n" + markdown(results)
+    begin, end = readme_marks(path.stem)
+    readme = README.read_text()
+    if begin in readme:
+        assert begin + markdown(results) + end in readme
+    for cell in table_cells(results):
+        assert cell["device"]
+        assert cell["versions"]["torch"]
+        assert cell["counts"]["poisons"] > 0
+
+
+def test_the_readme_has_the_table_of_the_digits() -> None:
+    assert readme_marks("digits")[0] in README.read_text()
+
+
+@pytest.mark.parametrize("path", COMMITTED_CHECKS, ids=lambda path: path.stem)
+def test_the_committed_checks_are_those_of_the_results(path: Path) -> None:
+    results = json.loads(path.read_text())
+    assert results["check"] in CHECKS
+    assert path.with_suffix(".md").read_text() == check_markdown(results)
+    assert path.with_suffix(".png").is_file()
