@@ -80,14 +80,11 @@ def search(study: Study, results: Results, **run: Any) -> dict[str, float]:
 
 
 def table_cells(study: Study, chosen: Mapping[str, float]) -> list[Cell]:
-    """The cells of the table, the slow rows first, so that processes end together."""
-    slow = [
-        row for row in ("undefended", "safeclip", "roclip", "augmentation", "cleanclip", "plain") if row in study.rows
-    ]
+    """The cells of the table, seed by seed, so that an interrupted table is whole for the first ones."""
     return [
         make_cell(study, row, attack, poisoning, seed, chosen)
         for seed in study.seeds
-        for row in slow
+        for row in study.rows
         for attack, poisoning in study.attacks.items()
     ]
 
@@ -161,9 +158,11 @@ def main() -> None:
         chosen = search(study, results, **run)
         searched = time.perf_counter()
         cells = table_cells(study, chosen)
+        tried = [cell for row in chosen for group in search_cells(study, row, chosen).values() for cell in group]
+        results.keep([*tried, *cells])
+        results.save(study=describe(study, chosen, cells))
         run_cells(cells, results, **run)
         print(f"search {(searched - start) / 60:.1f} min, table {(time.perf_counter() - searched) / 60:.1f} min")
-        results.save(study=describe(study, chosen, cells))
     text = caption(results.content) + "\n" + markdown(results.content)
     results.path.with_suffix(".md").write_text(text)
     print(text)

@@ -12,7 +12,8 @@ from bench.cell import Cell, run_cell
 from bench.checks import CHECKS, Setting
 from bench.grid import Results, run_cells
 from bench.study import ROWS, Search, Study
-from defence_table import choose, make_cell, search_cells, table_cells
+from bench.table import caption, markdown
+from defence_table import choose, describe, make_cell, search_cells, table_cells
 
 STUDY = Study(
     name="tried",
@@ -60,6 +61,16 @@ def test_results_are_saved_as_they_come_and_read_back(folder: Path) -> None:
     assert not list(folder.glob("*.partial"))
 
 
+def test_a_table_is_made_of_them(folder: Path) -> None:
+    results = Results(folder / "results.json")
+    content = {**results.content, "study": describe(STUDY, {}, table_cells(STUDY, {}))}
+    rows = [line.split("|")[1:5] for line in markdown(content).splitlines()[2:]]
+    assert [row[1].split(" (")[0].strip() for row in rows] == ["undefended", "plain fine-tuning"]
+    figures = results.of(cell("plain"))["figures"]
+    assert rows[1][2].strip() == f"{figures['clean_accuracy']:.1%}"
+    assert "400 test images, 359 of them attacked" in caption(content)
+
+
 def test_nothing_is_run_twice(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = (folder / "results.json").read_bytes()
     run_cells([cell("undefended"), cell("plain")], Results(folder / "results.json"), None, folder / "work", 1, 1)
@@ -84,9 +95,11 @@ def test_every_row_trains_and_is_measured(tmp_path: Path, folder: Path) -> None:
         json.dumps(result, allow_nan=False)
         first, *_, last = result["course"]["similarities"]
         assert (first["epoch"], last["epoch"]) == (0, STUDY.row_arguments(row)["num_train_epochs"])
-    for row in ("cleanclip",):
-        shutil.copytree(folder / "work" / cell("undefended").key, tmp_path / cell("undefended").key)
-        assert run_cell(cell(row), None, tmp_path, threads=1)["row"] == row
+    shutil.copytree(folder / "work" / cell("undefended").key, tmp_path / cell("undefended").key)
+    cleaned = cell("cleanclip")
+    assert run_cell(cleaned, None, tmp_path, threads=1)["row"] == "cleanclip"
+    again = replace(Cell(STUDY, "rebound", "patch", STUDY.attacks["patch"], 0, start=cleaned), left_poisons=5)
+    assert run_cell(again, None, tmp_path, threads=1)["row"] == "rebound"
 
 
 @pytest.mark.parametrize(
