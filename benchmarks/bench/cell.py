@@ -107,14 +107,19 @@ class Cell:
             "image_augmentation": study.row_augmentation(self.row) if self.augment else None,
             "left_poisons": self.left_poisons,
             "follow": self.follow,
-            "start": self.start.key if self.start else None,
+            "start": self.start.model_key if self.start else None,
             "study": {name: getattr(study, name) for name in _DATA_AND_MODEL},
         }
 
     @property
-    def key(self) -> str:
-        """The same for the same settings: of its model's folder, and of its result."""
+    def model_key(self) -> str:
+        """What its model's folder is called: the same for the same settings."""
         return digest(self.settings())
+
+    @property
+    def key(self) -> str:
+        """Of its result: the same for the same model, measured by the same means."""
+        return digest([self.model_key, self.study.measures, self.study.prompts])
 
 
 def run_cell(cell: Cell, data: Path | None, work: Path, threads: int) -> dict[str, Any]:
@@ -140,7 +145,7 @@ def run_cell(cell: Cell, data: Path | None, work: Path, threads: int) -> dict[st
 
 def _run(cell: Cell, data: Path | None, work: Path, threads: int) -> dict[str, Any]:
     material = load_material(cell.study, data, cell.seed)
-    folder = work / cell.key
+    folder = work / cell.model_key
     model, processor = _start(cell, material, work)
     size = ImagePreprocessor(processor.image_processor).image_size
     planted = plant(cell.study, cell.poisoning, material, size, cell.seed)
@@ -175,7 +180,7 @@ def _run(cell: Cell, data: Path | None, work: Path, threads: int) -> dict[str, A
 def _start(cell: Cell, material: Material, work: Path) -> tuple[Any, Any]:
     if cell.start is None:
         return start_model(cell.study, material, cell.seed)
-    folder = work / cell.start.key
+    folder = work / cell.start.model_key
     return AutoModel.from_pretrained(folder, dtype=torch.float32), AutoProcessor.from_pretrained(folder)
 
 

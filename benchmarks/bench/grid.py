@@ -125,7 +125,7 @@ def _with_starts(cells: Sequence[Cell], results: Results, work: Path) -> Iterato
             chain.append(start)
         pending = cell.key not in results.cells
         for link in reversed(chain):
-            missing = link.key not in results.cells or not (work / link.key / "training.json").is_file()
+            missing = link.key not in results.cells or not (work / link.model_key / "training.json").is_file()
             wanted = pending if link is cell else pending and missing
             if wanted and link.key not in seen:
                 seen.add(link.key)

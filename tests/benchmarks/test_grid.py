@@ -81,7 +81,7 @@ def test_nothing_is_run_twice(folder: Path, capsys: pytest.CaptureFixture[str]) 
 def test_a_cell_gives_the_same_figures_again(folder: Path) -> None:
     known = Results(folder / "results.json").of(cell("plain"))
     work = folder / "again"
-    shutil.copytree(folder / "work" / cell("undefended").key, work / cell("undefended").key)
+    shutil.copytree(folder / "work" / cell("undefended").model_key, work / cell("undefended").model_key)
     again = run_cell(cell("plain"), None, work, threads=1)
     for name in ("figures", "counts", "settings", "key"):
         assert again[name] == known[name]
@@ -95,7 +95,7 @@ def test_every_row_trains_and_is_measured(tmp_path: Path, folder: Path) -> None:
         json.dumps(result, allow_nan=False)
         first, *_, last = result["course"]["similarities"]
         assert (first["epoch"], last["epoch"]) == (0, STUDY.row_arguments(row)["num_train_epochs"])
-    shutil.copytree(folder / "work" / cell("undefended").key, tmp_path / cell("undefended").key)
+    shutil.copytree(folder / "work" / cell("undefended").model_key, tmp_path / cell("undefended").model_key)
     cleaned = cell("cleanclip")
     assert run_cell(cleaned, None, tmp_path, threads=1)["row"] == "cleanclip"
     again = replace(Cell(STUDY, "rebound", "patch", STUDY.attacks["patch"], 0, start=cleaned), left_poisons=5)
@@ -139,6 +139,9 @@ def test_keys_tell_settings_apart_and_nothing_else() -> None:
         cell("undefended", study=replace(STUDY, renderings=2)),
     ]
     assert len({variant.key for variant in variants}) == len(variants)
+    asked = cell("undefended", study=replace(STUDY, prompts=["a {}"]))
+    assert asked.key != cell("undefended").key
+    assert asked.model_key == cell("undefended").model_key
     assert cell("undefended", study=replace(STUDY, note="other words", seeds=(0, 1))).key == cell("undefended").key
 
 
