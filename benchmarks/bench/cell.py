@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 import platform
 import shutil
@@ -31,7 +30,7 @@ from hf_robust_clip import (
     SafeCLIPTrainer,
     SafeCLIPTrainingArguments,
 )
-from hf_robust_clip.cli.progress import quiet_libraries
+from hf_robust_clip.cli.progress import quiet_libraries, quiet_trainers
 from hf_robust_clip.data.images import ImagePreprocessor
 from hf_robust_clip.data.rows import POISONED
 from hf_robust_clip.evaluation.embedding import Embedder
@@ -138,8 +137,7 @@ def run_cell(cell: Cell, data: Path | None, work: Path, threads: int) -> dict[st
     """
     torch.set_num_threads(threads)
     # What a trainer warns of, that matching collapsed or that a split separates nothing, the figures show.
-    logging.getLogger("hf_robust_clip").setLevel(logging.ERROR)
-    with quiet_libraries():
+    with quiet_libraries(), quiet_trainers():
         return _run(cell, data, work, threads)
 
 

@@ -8,7 +8,7 @@ import os
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,7 @@ def run_cells(
         results ([`Results`]): Gets each result as it comes.
         data (`Path`, *optional*): The folder of the study's files.
         work (`Path`): For the models.
-        processes (`int`): Most at a time.
+        processes (`int`): Most at a time; with 1 they run in this process.
         threads (`int`): Of each.
 
     Raises:
@@ -80,11 +80,8 @@ def run_cells(
     if not total:
         return
     print(f"{total} of {len({cell.key for cell in cells})} cells to run, {processes} at a time", flush=True)
-    # Workers read it before torch starts its threads.
-    os.environ["OMP_NUM_THREADS"] = str(threads)
     start = time.perf_counter()
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, mp_context=context) as pool:
+    with _executor(processes, threads) as pool:
         running: dict[Future[dict[str, Any]], Cell] = {}
         while waiting or running:
             for key, cell in list(waiting.items()):
@@ -105,6 +102,26 @@ def run_cells(
                         done += 1
     if failed:
         raise RuntimeError(f"{len(failed)} cells failed or could not start: " + "; ".join(c.label for c in failed))
+
+
+class _InThisProcess(Executor):
+    """Runs what it is given at once."""
+
+    def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        try:
+            future.set_result(fn(*args, **kwargs))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
+def _executor(processes: int, threads: int) -> Executor:
+    if processes == 1:
+        return _InThisProcess()
+    # Workers read it before torch starts its threads.
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    return ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"))
 
 
 def summary(result: dict[str, Any]) -> str:

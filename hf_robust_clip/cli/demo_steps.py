@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import platform
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -30,6 +27,7 @@ from ..trainers.safeclip import SafeCLIPTrainer
 from .demo import CLEAN_SEED_OFFSET, DEFENCES, MANIFEST, REPORT, RESULTS, TRIGGERS, Recipe
 from .demo_trainers import EVALUATION_BATCH, FINE_TUNED, make_trainer, matching_record, split_record
 from .output import say, write_json
+from .progress import quiet_trainers
 
 MEASURES = ("clean_accuracy", "attack_success_rate", "triggered_accuracy", "trigger_distance")
 FOLLOWED = ("clean_accuracy", "attack_success_rate")
@@ -144,7 +142,7 @@ class Demo:
             processing_class=self.processor,
             evaluators=self.evaluators,
         )
-        with _findings_warn():
+        with quiet_trainers():
             runtime = trainer.train().metrics["train_runtime"]
         trained = trainer.unwrapped_model
         trained.save_pretrained(self.folder / name)
@@ -247,15 +245,3 @@ class Demo:
             prefix for prefixes, model in PARTIAL_FIELDS.items() if model not in self.models for prefix in prefixes
         )
         return {name: value for name, value in asdict(self.recipe).items() if not name.startswith(unused)}
-
-
-@contextmanager
-def _findings_warn() -> Iterator[None]:
-    """Leave to the findings what a trainer warns of: that matching collapsed, that a split separates nothing."""
-    logger = logging.getLogger(f"{__package__.partition('.')[0]}.trainers")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

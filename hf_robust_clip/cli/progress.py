@@ -56,6 +56,18 @@ class TrainingBar(TrainerCallback):
 
 
 @contextmanager
+def quiet_trainers() -> Iterator[None]:
+    """Leave to the figures what the trainers warn of: that matching collapsed, that a split separates nothing."""
+    trainers = logging.get_logger("hf_robust_clip.trainers")
+    level = trainers.level
+    trainers.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        trainers.setLevel(level)
+
+
+@contextmanager
 def quiet_libraries() -> Iterator[None]:
     """Leave out what the libraries say about themselves; errors are still shown."""
     verbosity = logging.get_verbosity()

@@ -46,8 +46,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("grid")
     cells = [cell("plain"), cell("undefended")]
     results = Results(folder / "results.json")
-    for part in (cells[1:], cells):
-        run_cells(part, results, data=None, work=folder / "work", processes=1, threads=1)
+    for part, processes in ((cells[1:], 2), (cells, 1)):
+        run_cells(part, results, data=None, work=folder / "work", processes=processes, threads=1)
     return folder
 
 
@@ -119,8 +119,8 @@ def test_every_mode_of_attack_is_measured_by_its_success(attack: dict, success: 
 
 
 def test_a_cell_that_fails_is_reported_and_takes_those_that_need_it_along(tmp_path: Path) -> None:
-    broken = replace(STUDY, model={"patch_size": 5})
-    cells = [cell("undefended", study=broken), cell("plain", study=broken)]
+    too_large = {"trigger": {"name": "patch", "size": 17}, "rate": 0.05}
+    cells = [make_cell(STUDY, row, "patch", too_large, 0, {}) for row in ("undefended", "plain")]
     results = Results(tmp_path / "results.json")
     with pytest.raises(RuntimeError, match="2 cells failed or could not start: undefended, patch, seed 0; plain"):
         run_cells(cells, results, None, tmp_path / "work", 1, 1)
