@@ -91,6 +91,9 @@ def table_cells(study: Study, chosen: Mapping[str, float]) -> list[Cell]:
 
 def describe(study: Study, chosen: Mapping[str, float], cells: list[Cell]) -> dict[str, Any]:
     """What the table needs to know of the study."""
+    searched = dict(study.search.attack)
+    trigger = dict(searched.get("trigger", {}))
+    attack = " ".join([str(trigger.pop("name", searched.get("mode"))), *(f"{k}={v}" for k, v in trigger.items())])
     seeds = ", ".join(map(str, study.search.seeds))
     return {
         "name": study.name,
@@ -99,7 +102,7 @@ def describe(study: Study, chosen: Mapping[str, float], cells: list[Cell]) -> di
         "rows": list(study.rows),
         "attacks": list(study.attacks),
         "balanced": isinstance(study.classes, Mapping),
-        "search": f"{dict(study.search.attack)}, seeds {seeds}",
+        "search": f"{attack}; seed {seeds}",
         "chosen": dict(chosen),
         "table_keys": [cell.key for cell in cells],
     }
@@ -142,6 +145,19 @@ def run_arguments(options: argparse.Namespace) -> dict[str, Any]:
     return {"data": options.data, "work": options.work, "processes": options.processes, "threads": threads}
 
 
+def fill(study: Study, results: Results, **run: Any) -> None:
+    """Search the learning rates, and run the cells of the table that have no result yet."""
+    start = time.perf_counter()
+    chosen = search(study, results, **run)
+    searched = time.perf_counter()
+    cells = table_cells(study, chosen)
+    tried = [cell for row in chosen for group in search_cells(study, row, chosen).values() for cell in group]
+    results.keep([*tried, *cells])
+    results.save(study=describe(study, chosen, cells))
+    run_cells(cells, results, **run)
+    print(f"search {(searched - start) / 60:.1f} min, table {(time.perf_counter() - searched) / 60:.1f} min")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -153,16 +169,13 @@ def main() -> None:
     options = parser.parse_args()
     study = load_study(options.study)
     results = Results(RESULTS / f"{study.name}.json")
-    if not options.table:
-        run, start = run_arguments(options), time.perf_counter()
-        chosen = search(study, results, **run)
-        searched = time.perf_counter()
-        cells = table_cells(study, chosen)
-        tried = [cell for row in chosen for group in search_cells(study, row, chosen).values() for cell in group]
-        results.keep([*tried, *cells])
-        results.save(study=describe(study, chosen, cells))
-        run_cells(cells, results, **run)
-        print(f"search {(searched - start) / 60:.1f} min, table {(time.perf_counter() - searched) / 60:.1f} min")
+    if options.table:
+        chosen = results.content.get("study", {}).get("chosen")
+        if chosen is None:
+            parser.error(f"--table: {results.path} has no results of the study yet")
+        results.save(study=describe(study, chosen, table_cells(study, chosen)))
+    else:
+        fill(study, results, **run_arguments(options))
     text = caption(results.content) + "\n" + markdown(results.content)
     results.path.with_suffix(".md").write_text(text)
     print(text)

@@ -77,13 +77,16 @@ def caption(content: Mapping[str, Any]) -> str:
     chosen = ", ".join(f"{ROWS[row].title} {rate:g}" for row, rate in study["chosen"].items())
     minutes = sum(cell["seconds"] + cell["measuring_seconds"] for cell in cells) / 60
     devices = ", ".join(sorted({cell["device"] for cell in cells}))
+    counted = f"{len(cells)} cells"
+    if len(cells) < len(study["table_keys"]):
+        counted = f"{len(cells)} of {len(study['table_keys'])} cells so far"
     versions = ", ".join(f"{name} {number}" for name, number in first["versions"].items())
     lines = [
         study["note"].strip(),
         f"Target {study['target']!r}; {first['counts']['test_images']} test images, {between} of them attacked; a "
         f"model of {first['parameters'] / 1e6:.1f}M parameters. {_seeds(seeds)}",
-        f"Learning rates found on another attack and other seeds ({study['search']}): {chosen or 'none searched'}.",
-        f"{len(cells)} cells, {minutes:.0f} minutes of training and measuring in all; {devices}; {versions}.",
+        f"Learning rates found on another attack and seed ({study['search']}): {chosen or 'none searched'}.",
+        f"{counted}, {minutes:.0f} minutes of training and measuring in all; {devices}; {versions}.",
     ]
     return "\n".join(line for line in lines if line) + "\n"
 
