@@ -25,7 +25,7 @@ from typing import Any
 from bench.cell import Cell, with_learning_rate
 from bench.grid import Results, run_cells
 from bench.study import ROWS, Study, load_study
-from bench.table import caption, markdown
+from bench.table import page
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "defences"
@@ -124,7 +124,7 @@ def put_into_readme(study: str, content: Mapping[str, Any]) -> None:
         raise ValueError(
             f"README.md has no place for the table of {study!r}: it needs the lines {begin!r} and {end!r}"
         )
-    README.write_text(text.split(begin)[0] + begin + markdown(content) + end + text.split(end)[1])
+    README.write_text(text.split(begin)[0] + begin + "\n" + page(content) + end + text.split(end)[1])
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -176,7 +176,7 @@ def main() -> None:
         results.save(study=describe(study, chosen, table_cells(study, chosen)))
     else:
         fill(study, results, **run_arguments(options))
-    text = caption(results.content) + "\n" + markdown(results.content)
+    text = page(results.content)
     results.path.with_suffix(".md").write_text(text)
     print(text)
     if options.readme:

@@ -16,6 +16,11 @@ PUBLISHED = Path(__file__).parents[1] / "published.json"
 TOOK = 0.5
 
 
+def page(content: Mapping[str, Any]) -> str:
+    """The table with what it is of: data, counts, seeds, rates, device, versions."""
+    return f"{_caption(content)}\n{markdown(content)}"
+
+
 def markdown(content: Mapping[str, Any]) -> str:
     """
     The table of a file of results: for each attack its rows, means over seeds with the range in brackets.
@@ -67,8 +72,22 @@ def markdown(content: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def caption(content: Mapping[str, Any]) -> str:
-    """What the table is of: data, counts, seeds, rates, device, versions."""
+def table_cells(content: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The cells of the table: not those of the search."""
+    wanted = set(content["study"]["table_keys"])
+    return [cell for cell in content["cells"] if cell["key"] in wanted]
+
+
+def spread(values: Sequence[float | None]) -> str:
+    """The mean, and in brackets the range where there are several; nothing where nothing was measured."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return ""
+    mean = f"{statistics.mean(known):.1%}"
+    return mean if len(known) == 1 else f"{mean} ({100 * min(known):.1f} to {100 * max(known):.1f})"
+
+
+def _caption(content: Mapping[str, Any]) -> str:
     cells = table_cells(content)
     study, first = content["study"], cells[0]
     seeds = sorted({cell["seed"] for cell in cells})
@@ -89,21 +108,6 @@ def caption(content: Mapping[str, Any]) -> str:
         f"{counted}, {minutes:.0f} minutes of training and measuring in all; {devices}; {versions}.",
     ]
     return "\n".join(line for line in lines if line) + "\n"
-
-
-def table_cells(content: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The cells of the table: not those of the search."""
-    wanted = set(content["study"]["table_keys"])
-    return [cell for cell in content["cells"] if cell["key"] in wanted]
-
-
-def spread(values: Sequence[float | None]) -> str:
-    """The mean, and in brackets the range where there are several; nothing where nothing was measured."""
-    known = [value for value in values if value is not None]
-    if not known:
-        return ""
-    mean = f"{statistics.mean(known):.1%}"
-    return mean if len(known) == 1 else f"{mean} ({100 * min(known):.1f} to {100 * max(known):.1f})"
 
 
 def _figures(cells: Iterable[Mapping[str, Any]], name: str) -> list[float]:

@@ -12,7 +12,7 @@ from bench.cell import Cell, run_cell
 from bench.checks import CHECKS, Setting
 from bench.grid import Results, run_cells
 from bench.study import ROWS, Search, Study
-from bench.table import caption, markdown
+from bench.table import page
 from defence_table import choose, describe, make_cell, search_cells, table_cells
 
 STUDY = Study(
@@ -64,11 +64,11 @@ def test_results_are_saved_as_they_come_and_read_back(folder: Path) -> None:
 def test_a_table_is_made_of_them(folder: Path) -> None:
     results = Results(folder / "results.json")
     content = {**results.content, "study": describe(STUDY, {}, table_cells(STUDY, {}))}
-    rows = [line.split("|")[1:5] for line in markdown(content).splitlines()[2:]]
+    rows = [line.split("|")[1:5] for line in page(content).splitlines() if line.startswith("|")][2:]
     assert [row[1].split(" (")[0].strip() for row in rows] == ["undefended", "plain fine-tuning"]
     figures = results.of(cell("plain"))["figures"]
     assert rows[1][2].strip() == f"{figures['clean_accuracy']:.1%}"
-    assert "400 test images, 359 of them attacked" in caption(content)
+    assert "400 test images, 359 of them attacked" in page(content)
 
 
 def test_nothing_is_run_twice(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

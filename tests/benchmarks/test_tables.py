@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from bench.checks import CHECKS
-from bench.table import caption, markdown, spread, table_cells
+from bench.table import markdown, page, spread, table_cells
 from defence_table import README, RESULTS, readme_marks
 from open_checks import RESULTS as CHECK_RESULTS
 from open_checks import markdown as check_markdown
@@ -77,7 +77,7 @@ def test_a_row_has_means_and_ranges_over_seeds() -> None:
     assert header[-1] == "published attack success"
     assert "82.7%" in undefended[-1]
     assert "arXiv 2303.03323" in undefended[-1]
-    text = caption(content(cells))
+    text = page(content(cells))
     assert "400 test images, 360 to 361 of them attacked" in text
     assert "seeds 0, 1" in text
 
@@ -133,11 +133,11 @@ def test_there_are_committed_results() -> None:
 @pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
 def test_the_committed_tables_are_those_of_the_results(path: Path) -> None:
     results = json.loads(path.read_text())
-    assert path.with_suffix(".md").read_text() == caption(results) + "\n" + markdown(results)
+    assert path.with_suffix(".md").read_text() == page(results)
     begin, end = readme_marks(path.stem)
     readme = README.read_text()
     if begin in readme:
-        assert begin + markdown(results) + end in readme
+        assert begin + "\n" + page(results) + end in readme
     for cell in table_cells(results):
         assert cell["device"]
         assert cell["versions"]["torch"]
