@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -73,9 +74,13 @@ def markdown(content: Mapping[str, Any]) -> str:
 
 
 def table_cells(content: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The cells of the table: not those of the search."""
-    wanted = set(content["study"]["table_keys"])
-    return [cell for cell in content["cells"] if cell["key"] in wanted]
+    """The cells of the table, not those of the search: of the seeds that are whole, or as long as none is, of all."""
+    study = content["study"]
+    wanted = set(study["table_keys"])
+    cells = [cell for cell in content["cells"] if cell["key"] in wanted]
+    seeds = Counter(cell["seed"] for cell in cells)
+    whole = {seed for seed, count in seeds.items() if count == len(study["rows"]) * len(study["attacks"])}
+    return [cell for cell in cells if cell["seed"] in whole or not whole]
 
 
 def spread(values: Sequence[float | None]) -> str:

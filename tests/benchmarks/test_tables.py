@@ -96,6 +96,15 @@ def test_cells_of_the_search_are_not_in_the_table() -> None:
     assert rows_of(markdown(results))[2][2] == "90.0%"
 
 
+def test_a_seed_counts_once_it_is_whole() -> None:
+    whole = [a_cell("undefended", 0, 0.9, 0.9), a_cell("cleanclip", 0, 0.9, 0.1)]
+    begun = [a_cell("undefended", 1, 0.8, 0.8)]
+    keys = [*(cell["key"] for cell in (*whole, *begun)), "cleanclip-1"]
+    assert table_cells(content([*whole, *begun], table_keys=keys)) == whole
+    assert "2 of 4 cells so far" in page(content([*whole, *begun], table_keys=keys))
+    assert table_cells(content(begun, table_keys=keys)) == begun
+
+
 def test_columns_are_those_that_were_measured() -> None:
     probed = a_cell("undefended", 0, 0.9, 0.9, linear_probe_accuracy=0.7, linear_probe_attack_success_rate=0.6)
     found = a_cell("undefended", 0, 0.9, 0.9, image_to_text_recall_at_10=0.3, text_to_image_recall_at_10=0.2)
