@@ -134,7 +134,7 @@ def summary(result: dict[str, Any]) -> str:
 
 
 def _with_starts(cells: Sequence[Cell], results: Results, work: Path) -> Iterator[Cell]:
-    """The cells without a result, each after the one it starts from if that has no result or its model is gone."""
+    """The cells without a result, each after the one it starts from if that has no model yet."""
     seen = set()
     for cell in cells:
         chain = [cell]
@@ -142,7 +142,7 @@ def _with_starts(cells: Sequence[Cell], results: Results, work: Path) -> Iterato
             chain.append(start)
         pending = cell.key not in results.cells
         for link in reversed(chain):
-            missing = link.key not in results.cells or not (work / link.model_key / "training.json").is_file()
+            missing = not (work / link.model_key / "training.json").is_file()
             wanted = pending if link is cell else pending and missing
             if wanted and link.key not in seen:
                 seen.add(link.key)

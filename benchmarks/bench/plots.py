@@ -38,9 +38,10 @@ def plot_figures(variants: Sequence[Mapping[str, Any]], title: str, axis: str, l
                 panel.set_xscale("log")
         else:
             _bars(panel, variants, name)
-        panel.set_ylim(-0.03, 1.03)
-        panel.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-        panel.grid(axis="y", alpha=0.3)
+        figures, limits = (panel.yaxis, panel.set_ylim) if placed else (panel.xaxis, panel.set_xlim)
+        limits(-0.03, 1.03)
+        figures.set_major_formatter(lambda value, _: f"{value:.0%}")
+        panel.grid(axis="y" if placed else "x", alpha=0.3)
     figure.suptitle(title, fontsize=11)
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -99,4 +100,4 @@ def _bars(panel: Any, variants: Sequence[Mapping[str, Any]], name: str) -> None:
     for place, variant in zip(places, variants, strict=True):
         panel.plot(variant[name], [place] * len(variant[name]), ".", color="black")
     panel.set_yticks(places, [variant["label"] for variant in variants], fontsize=8)
-    panel.invert_yaxis()
+    panel.set_ylim(len(variants) - 0.4, -0.6)  # the first one on top
