@@ -21,6 +21,7 @@ from hf_robust_clip import (
 )
 from hf_robust_clip.attacks.poisoning import targeted_specs
 from hf_robust_clip.attacks.triggers import trigger_from_dict
+from hf_robust_clip.data.loading import label_by_captions
 
 from .material import Material
 from .study import Study
@@ -113,7 +114,5 @@ def _probe_images(study: Study, material: Material) -> Dataset:
     """Labelled training photos, without poisons: a probe is fitted by whoever uses the model."""
     if material.label_column is not None:
         return material.clean if material.clean is not None else material.pairs
-    from hf_robust_clip.data.loading import label_by_captions
-
     assert isinstance(study.classes, Mapping)
     return label_by_captions(material.pairs, study.classes, study.caption_column, label_column=study.label_column)

@@ -34,6 +34,7 @@ from hf_robust_clip.cli.progress import quiet_libraries, quiet_trainers
 from hf_robust_clip.data.images import ImagePreprocessor
 from hf_robust_clip.data.rows import POISONED
 from hf_robust_clip.evaluation.embedding import Embedder
+from hf_robust_clip.evaluation.running import run_evaluators
 
 from .attack import Planted, plant
 from .material import Material, load_material, start_model
@@ -85,6 +86,15 @@ class Cell:
     def __post_init__(self) -> None:
         if (ROWS[self.row].start is None) != (self.start is None):
             raise ValueError(f"row {self.row!r} starts from {ROWS[self.row].start}, but start is {self.start}")
+
+    @property
+    def starts(self) -> list[Cell]:
+        """The cells whose models it needs, the nearest first."""
+        return [] if self.start is None else [self.start, *self.start.starts]
+
+    def is_trained(self, work: Path) -> bool:
+        """Whether its folder holds its model."""
+        return (work / self.model_key / _DONE).is_file()
 
     @property
     def label(self) -> str:
@@ -147,16 +157,12 @@ def _run(cell: Cell, data: Path | None, work: Path, threads: int) -> dict[str, A
     model, processor = _start(cell, material, work)
     size = ImagePreprocessor(processor.image_processor).image_size
     planted = plant(cell.study, cell.poisoning, material, size, cell.seed)
-    if not (folder / _DONE).is_file():
+    if not cell.is_trained(work):
         _train(cell, model, processor, material, planted, folder)
     training = json.loads((folder / _DONE).read_text())
     model = AutoModel.from_pretrained(folder).to(_device())
     start = time.perf_counter()
-    requests = [request for evaluator in planted.evaluators for request in evaluator.image_requests()]
-    embedder = Embedder(model, processor, batch_size=256, requests=requests)
-    figures: dict[str, float] = {}
-    for evaluate in planted.evaluators:
-        figures |= evaluate(model, processor, embedder)
+    figures = run_evaluators(planted.evaluators, processor, Embedder(model, processor, batch_size=256))
     return {
         "key": cell.key,
         "row": cell.row,
@@ -208,8 +214,9 @@ def _train(cell: Cell, model: Any, processor: Any, material: Material, planted: 
         image_augmentation="identity" if augmentation is None else ImageAugmentation(**augmentation),
     )
     trainer.remove_callback(PrinterCallback)
-    similarities = PairSimilarityCallback(planted.pairs, study.image_column, study.caption_column)
+    similarities = None
     if cell.follow:
+        similarities = PairSimilarityCallback(planted.pairs, study.image_column, study.caption_column)
         trainer.add_callback(similarities)
     start = time.perf_counter()
     trainer.train()
@@ -217,7 +224,7 @@ def _train(cell: Cell, model: Any, processor: Any, material: Material, planted: 
     course: dict[str, Any] = {"log": [_numbers(entry) for entry in trainer.state.log_history if "loss" in entry]}
     if isinstance(trainer, SafeCLIPTrainer):
         course["splits"] = [_numbers(record._asdict()) for record in trainer.splits.records]
-    if cell.follow:
+    if similarities is not None:
         course["similarities"] = [_numbers(asdict(record)) for record in similarities.records]
     trainer.save_model(str(folder))
     processor.save_pretrained(folder)

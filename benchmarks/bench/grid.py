@@ -97,7 +97,9 @@ def run_cells(
                 except Exception:
                     failed.append(cell)
                     print(f"[{done}/{total}] {cell.label} FAILED\n{traceback.format_exc()}", flush=True)
-                    for key in [key for key, other in waiting.items() if _needs(other, cell)]:
+                    for key in [
+                        key for key, other in waiting.items() if cell.key in {start.key for start in other.starts}
+                    ]:
                         failed.append(waiting.pop(key))
                         done += 1
     if failed:
@@ -137,14 +139,10 @@ def _with_starts(cells: Sequence[Cell], results: Results, work: Path) -> Iterato
     """The cells without a result, each after the one it starts from if that has no model yet."""
     seen = set()
     for cell in cells:
-        chain = [cell]
-        while (start := chain[-1].start) is not None:
-            chain.append(start)
-        pending = cell.key not in results.cells
-        for link in reversed(chain):
-            missing = not (work / link.model_key / "training.json").is_file()
-            wanted = pending if link is cell else pending and missing
-            if wanted and link.key not in seen:
+        if cell.key in results.cells:
+            continue
+        for link in [*(start for start in reversed(cell.starts) if not start.is_trained(work)), cell]:
+            if link.key not in seen:
                 seen.add(link.key)
                 yield link
 
@@ -152,11 +150,3 @@ def _with_starts(cells: Sequence[Cell], results: Results, work: Path) -> Iterato
 def _can_start(cell: Cell, waiting: dict[str, Cell], running: dict[Future[dict[str, Any]], Cell]) -> bool:
     under_way = set(waiting) | {other.key for other in running.values()}
     return cell.start is None or cell.start.key not in under_way
-
-
-def _needs(cell: Cell, other: Cell) -> bool:
-    while cell.start is not None:
-        cell = cell.start
-        if cell.key == other.key:
-            return True
-    return False

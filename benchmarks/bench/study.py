@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -189,8 +190,6 @@ def load_study(name: str) -> Study:
 
 def digest(settings: Any) -> str:
     """A short name for settings: the same for the same ones."""
-    import hashlib
-
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 

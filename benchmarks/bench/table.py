@@ -33,20 +33,17 @@ def markdown(content: Mapping[str, Any]) -> str:
     retrieval = any("image_to_text_recall_at_10" in cell["figures"] for cell in content["cells"])
     probe = any("linear_probe_accuracy" in cell["figures"] for cell in content["cells"])
     columns = ["attack, poisons", "model", "balanced accuracy" if balanced else "clean accuracy", "attack success"]
-    columns += (
-        ["right in spite of the trigger", "linear probe: accuracy, attack"]
-        if probe
-        else ["right in spite of the trigger"]
-    )
-    columns += ["photo to caption, caption to photo, R@10"] * retrieval + ["seconds"]
+    columns += ["right in spite of the trigger"]
+    columns += ["linear probe: accuracy, attack"] * probe
+    columns += ["photo to caption, caption to photo, R@10"] * retrieval
+    columns += ["seconds", "published attack success"]
     published = json.loads(PUBLISHED.read_text())
-    quoted = {row for entries in published.values() for row in entries}
-    columns += ["published attack success"] * bool(quoted)
+    shown = table_cells(content)
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for attack in content["study"]["attacks"]:
         took = True
         for row in content["study"]["rows"]:
-            cells = [cell for cell in table_cells(content) if (cell["attack"], cell["row"]) == (attack, row)]
+            cells = [cell for cell in shown if (cell["attack"], cell["row"]) == (attack, row)]
             if not cells:
                 continue
             success = cells[0]["success"]
@@ -67,8 +64,7 @@ def markdown(content: Mapping[str, Any]) -> str:
                 figures = ("image_to_text_recall_at_10", "text_to_image_recall_at_10")
                 line.append(", ".join(spread(_figures(cells, figure)) for figure in figures))
             line.append(f"{statistics.mean(cell['seconds'] for cell in cells):.0f}")
-            if quoted:
-                line.append(published.get(attack, {}).get(row, ""))
+            line.append(published.get(attack, {}).get(row, ""))
             lines.append(f"| {' | '.join(line)} |")
     return "\n".join(lines) + "\n"
 

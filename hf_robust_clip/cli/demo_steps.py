@@ -19,6 +19,7 @@ from ..attacks.triggers import Trigger, trigger_from_name
 from ..data.digits import CAPTION_TEMPLATES, CLASS_NAMES, digit_model, digit_processor, load_digit_pairs
 from ..evaluation.attack_success import AttackSuccessEvaluator
 from ..evaluation.embedding import Embedder
+from ..evaluation.running import run_evaluators
 from ..evaluation.zero_shot import ZeroShotEvaluator, class_embeddings
 from ..report import Example, MatchedPair, ModelEmbeddings, Pictures, PoisonedPair, matching_course, split_course
 from ..trainers.base import CLIPTrainer, Evaluator
@@ -189,9 +190,7 @@ class Demo:
         ]
 
     def _measure(self, name: str, embedder: Embedder) -> None:
-        figures: dict[str, float] = {}
-        for evaluate in self.evaluators:
-            figures.update(evaluate(embedder.model, self.processor, embedder))
+        figures = run_evaluators(self.evaluators, self.processor, embedder)
         self.figures[name] = {measure: figures[measure] for measure in MEASURES}
         clean = embedder.embed_images(self.test)
         triggered = embedder.embed_images(self.test, trigger=self.trigger)

@@ -31,6 +31,7 @@ from ..data.rows import (
     undecoded,
 )
 from ..evaluation.embedding import Embedder
+from ..evaluation.running import run_evaluators
 from ..losses import clip_loss
 from ..models import caption_padding, check_processor, load_dual_encoder, load_processor, longest_caption
 from ..seeding import derive_seed, forked_rng
@@ -498,26 +499,14 @@ class CLIPTrainer(Trainer):
         Run the evaluators on the model as it is. Embeddings that several of them need are computed once, and the work
         is shared among the ranks: call it on all of them.
         """
-        model = self.unwrapped_model
-        requesting = [evaluator for evaluator in self.evaluators if hasattr(evaluator, "image_requests")]
         embedder = Embedder(
-            model,
+            self.unwrapped_model,
             self.processing_class,
             batch_size=self.args.eval_batch_size,
-            requests=[request for evaluator in requesting for request in evaluator.image_requests()],
             # Sharded parameters come together only while all ranks encode in step.
             across_ranks=not (self.is_fsdp_enabled or self.is_deepspeed_enabled),
         )
-        figures: dict[str, float] = {}
-        for evaluator in self.evaluators:
-            found = evaluator(model, self.processing_class, embedder)
-            twice = sorted(figures.keys() & found.keys())
-            if twice:
-                raise ValueError(
-                    f"two evaluators report {', '.join(twice)}: give one of them a prefix, for example prefix='patch_'"
-                )
-            figures.update(found)
-        return figures
+        return run_evaluators(self.evaluators, self.processing_class, embedder)
 
     # ---- Checkpoints ----
 

@@ -1,0 +1,42 @@
+"""Several evaluators on one model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from .embedding import Embedder
+from .pixels import ImageRequest
+
+
+def run_evaluators(
+    evaluators: Sequence[Callable[..., dict[str, float]]], processor: Any, embedder: Embedder
+) -> dict[str, float]:
+    """
+    Run evaluators on an embedder's model, in turn. Embeddings that several of them need are computed once; for those
+    with a method `image_requests`, in one pass over each dataset.
+
+    Args:
+        evaluators (sequence of callables): Each `(model, processor, embedder) -> dict[str, float]`.
+        processor (`ProcessorMixin`): That of the model.
+        embedder ([`~evaluation.embedding.Embedder`]): Of the model as it is; what is requested of it grows.
+
+    Returns:
+        `dict[str, float]`: The figures of all of them.
+
+    Raises:
+        `ValueError`: If two of them report a figure of the same name.
+    """
+    for evaluator in evaluators:
+        if hasattr(evaluator, "image_requests"):
+            embedder.requests += [ImageRequest(*request) for request in evaluator.image_requests()]
+    figures: dict[str, float] = {}
+    for evaluator in evaluators:
+        found = evaluator(embedder.model, processor, embedder)
+        twice = sorted(figures.keys() & found.keys())
+        if twice:
+            raise ValueError(
+                f"two evaluators report {', '.join(twice)}: give one of them a prefix, for example prefix='patch_'"
+            )
+        figures.update(found)
+    return figures
