@@ -26,7 +26,7 @@ from ..trainers.base import CLIPTrainer, Evaluator
 from ..trainers.roclip import RoCLIPTrainer
 from ..trainers.safeclip import SafeCLIPTrainer
 from .demo import CLEAN_SEED_OFFSET, DEFENCES, MANIFEST, REPORT, RESULTS, TRIGGERS, Recipe
-from .demo_trainers import EVALUATION_BATCH, FINE_TUNED, make_trainer, matching_record, split_record
+from .demo_trainers import EVALUATION_BATCH, FINE_TUNED, make_trainer, matching_record
 from .output import say, write_json
 from .progress import quiet_trainers
 
@@ -171,7 +171,7 @@ class Demo:
             self.matches = self._match(trainer, embedder, pairs)
             say(f"  {matching_course(self.records['matching'], self.recipe.target)}")
         elif isinstance(trainer, SafeCLIPTrainer):
-            self.records["splits"] = split_record(trainer.splits)
+            self.records["splits"] = trainer.splits.to_list()
             say(f"  {split_course(self.records['splits'])}")
 
     def _match(self, trainer: RoCLIPTrainer, embedder: Embedder, pairs: Dataset) -> list[MatchedPair]:

@@ -19,7 +19,6 @@ from ..trainers.base import CLIPTrainer
 from ..trainers.cleanclip import CleanCLIPTrainer
 from ..trainers.roclip import RoCLIPTrainer
 from ..trainers.safeclip import SafeCLIPTrainer
-from ..trainers.split import SplitHistory
 from .demo import Recipe
 from .progress import TrainingBar
 
@@ -136,21 +135,6 @@ def matching_record(log_history: list[dict[str, float]]) -> list[dict[str, Any]]
         }
         for entry in log_history
         if "loss" in entry
-    ]
-
-
-def split_record(splits: SplitHistory) -> list[dict[str, Any]]:
-    """
-    SafeCLIP's splits: the fields of their [`~trainers.split.SplitRecord`], and `histogram`: how many clean and how
-    many poisoned pairs have a similarity in each of equal parts of [-1, 1].
-    """
-    return [
-        {
-            **{name: _finite(value) for name, value in record._asdict().items()},
-            "epoch": int(record.epoch),
-            "histogram": dict(zip(("clean", "poisoned"), histogram.tolist(), strict=True)),
-        }
-        for record, histogram in zip(splits.records, splits.histograms, strict=True)
     ]
 
 

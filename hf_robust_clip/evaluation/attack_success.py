@@ -85,6 +85,19 @@ class AttackSuccessEvaluator:
         """The image sets that it needs embedded."""
         return [ImageRequest(self.dataset, self.image_column, trigger) for trigger in (None, self.trigger)]
 
+    def describe(self) -> dict[str, Any]:
+        """What it measures, on what, and the names of its figures."""
+        figures = ("attack_success_rate", "triggered_accuracy", "trigger_distance")
+        return {
+            "measure": "attack success",
+            "figures": [f"{self.prefix}{name}" for name in figures],
+            "images": self.attacked_images,
+            "classes": self.class_names,
+            "templates": self.templates,
+            "trigger": self.trigger,
+            "target": self.class_names[self.target],
+        }
+
     def __call__(self, model: nn.Module, processor: Any, embedder: Embedder | None = None) -> dict[str, float]:
         embedder = embedder or Embedder(model, processor, requests=self.image_requests())
         clean = embedder.embed_images(self.dataset, self.image_column)

@@ -99,6 +99,19 @@ class LinearProbeEvaluator:
         measured = [ImageRequest(self.dataset, self.image_column, trigger) for trigger in triggers]
         return [ImageRequest(self.train_dataset, self.image_column), *measured]
 
+    def describe(self) -> dict[str, Any]:
+        """What it measures, on what, and the names of its figures."""
+        attacked = self.target is not None
+        names = ("accuracy", "attack_success_rate", "triggered_accuracy") if attacked else ("accuracy",)
+        described = {
+            "measure": "linear probe",
+            "figures": [f"{self.prefix}linear_probe_{name}" for name in names],
+            "images": len(self.labels),
+            "classes": self.class_names,
+        }
+        attack = {"trigger": self.trigger, "target": self.class_names[self.target]} if self.target is not None else {}
+        return {**described, **attack}
+
     def __call__(self, model: nn.Module, processor: Any, embedder: Embedder | None = None) -> dict[str, float]:
         embedder = embedder or Embedder(model, processor, requests=self.image_requests())
         features = embedder.embed_images(self.train_dataset, self.image_column).double().numpy()

@@ -62,6 +62,17 @@ class PoisonSuccessEvaluator:
         """The image sets that it needs embedded."""
         return [ImageRequest(self.dataset, self.image_column)]
 
+    def describe(self) -> dict[str, Any]:
+        """What it measures, on what, and the names of its figures."""
+        figures = ("poison_success_rate", "poison_success_rate_low", "poison_success_rate_high")
+        return {
+            "measure": "targeted poisoning",
+            "figures": [f"{self.prefix}{name}" for name in figures],
+            "images": len(self.adversarial),
+            "classes": self.class_names,
+            "templates": self.templates,
+        }
+
     def __call__(self, model: nn.Module, processor: Any, embedder: Embedder | None = None) -> dict[str, float]:
         embedder = embedder or Embedder(model, processor, requests=self.image_requests())
         images = embedder.embed_images(self.dataset, self.image_column)

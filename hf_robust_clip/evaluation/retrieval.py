@@ -72,6 +72,7 @@ class RetrievalEvaluator:
         self.ks = check_ks(ks)
         check_attack(trigger, target)
         self.trigger = trigger
+        self.target = target
         captions = read_captions(dataset, image_column, caption_column)
         self.captions, self._owned = index_captions(captions)
         if target is not None:
@@ -99,6 +100,25 @@ class RetrievalEvaluator:
         """The image sets that it needs embedded."""
         triggers = [None] if self.trigger is None else [None, self.trigger]
         return [ImageRequest(self.dataset, self.image_column, trigger) for trigger in triggers]
+
+    def describe(self) -> dict[str, Any]:
+        """What it measures, on what, and the names of its figures."""
+        triggers = ("",) if self.trigger is None else ("", "triggered_")
+        figures = [
+            f"{self.prefix}{trigger}{way}_{figure}"
+            for trigger in triggers
+            for way in ("image_to_text", "text_to_image")
+            for figure in (*(f"recall_at_{k}" for k in self.ks), "median_rank")
+        ]
+        if self.trigger is None:
+            return {"measure": "retrieval", "figures": figures, "images": len(self.dataset)}
+        return {
+            "measure": "retrieval",
+            "figures": figures + [f"{self.prefix}{name}top{k}_names_target" for name in triggers for k in self.ks],
+            "images": len(self.dataset),
+            "trigger": self.trigger,
+            "target": self.target,
+        }
 
     def __call__(self, model: nn.Module, processor: Any, embedder: Embedder | None = None) -> dict[str, float]:
         embedder = embedder or Embedder(model, processor, requests=self.image_requests())

@@ -70,6 +70,7 @@ class TextQueryEvaluator:
     ) -> None:
         self.dataset = dataset
         self.trigger = trigger
+        self.target = target
         self.image_column = image_column
         self.ks = check_ks(ks)
         captions, owned = index_captions(read_captions(dataset, image_column, caption_column))
@@ -96,6 +97,22 @@ class TextQueryEvaluator:
     def image_requests(self) -> list[ImageRequest]:
         """The image sets that it needs embedded."""
         return [ImageRequest(self.dataset, self.image_column)]
+
+    def describe(self) -> dict[str, Any]:
+        """What it measures, on what, and the names of its figures."""
+        figures = [
+            f"{self.prefix}{name}{measure}_at_{k}"
+            for name in ("", "triggered_")
+            for measure in ("hit_rate", "recall")
+            for k in self.ks
+        ]
+        return {
+            "measure": "text queries",
+            "figures": figures,
+            "queries": self.attacked_queries,
+            "trigger": self.trigger,
+            "target": self.target,
+        }
 
     def __call__(self, model: nn.Module, processor: Any, embedder: Embedder | None = None) -> dict[str, float]:
         embedder = embedder or Embedder(model, processor, requests=self.image_requests())

@@ -76,6 +76,17 @@ class ZeroShotEvaluator:
         """The image sets that it needs embedded."""
         return [ImageRequest(self.dataset, self.image_column)]
 
+    def describe(self) -> dict[str, Any]:
+        """What it measures, on what, and the names of its figures."""
+        top5 = ("top5_accuracy",) if len(self.class_names) > 5 else ()
+        return {
+            "measure": "zero-shot classification",
+            "figures": [f"{self.prefix}_{name}" for name in ("accuracy", "balanced_accuracy", *top5)],
+            "images": len(self.labels),
+            "classes": self.class_names,
+            "templates": self.templates,
+        }
+
     def __call__(self, model: nn.Module, processor: Any, embedder: Embedder | None = None) -> dict[str, float]:
         embedder = embedder or Embedder(model, processor, requests=self.image_requests())
         images = embedder.embed_images(self.dataset, self.image_column)

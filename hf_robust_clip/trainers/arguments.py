@@ -39,6 +39,9 @@ class CLIPTrainingArguments(TrainingArguments):
             The trainer's `text_augmentation` goes before it.
         gather_across_devices (`bool`, defaults to `True`): Whether the rows of all processes are negatives.
         max_logit_scale (`float`, defaults to 100): Upper bound of `exp(logit_scale)`, at least 1; the lower is 1.
+        merge_adapters (`bool`, defaults to `False`): With `peft_config`: whether `save_model` and `push_to_hub` write
+            the whole model with the adapters merged in, which loads without PEFT and without the model that training
+            started from, instead of the adapters alone. Checkpoints hold the adapters either way.
         on_bad_row (`str`, defaults to `"raise"`): What to do about an image that does not decode or a caption that is
             no string: `"raise"`, or `"skip"`: train on the next usable row instead, and list the rows at the end.
     """
@@ -61,6 +64,9 @@ class CLIPTrainingArguments(TrainingArguments):
     )
     gather_across_devices: bool = field(default=True, metadata={"help": "Use the rows of all processes as negatives."})
     max_logit_scale: float = field(default=100.0, metadata={"help": "Upper bound of exp(logit_scale), at least 1."})
+    merge_adapters: bool = field(
+        default=False, metadata={"help": "With adapters: save and push the model with them merged in."}
+    )
     on_bad_row: str = field(
         default="raise", metadata={"help": "What to do about an unusable row: 'raise', or 'skip' and list it."}
     )

@@ -34,7 +34,16 @@ from ..evaluation.embedding import Embedder
 from ..evaluation.running import run_evaluators
 from ..losses import clip_loss
 from ..models import caption_padding, check_processor, load_dual_encoder, load_processor, longest_caption
+from ..record import RUN_FILE, RunRecord
 from ..seeding import derive_seed, forked_rng
+from .adapters import (
+    add_adapters,
+    check_adapters,
+    complete_adapter_file,
+    has_adapters,
+    merged,
+    remove_adapter_files,
+)
 from .arguments import CLIPTrainingArguments
 from .checks import (
     check_arguments,
@@ -43,6 +52,7 @@ from .checks import (
     resolve_text_augmentation,
     warn_of_half_precision,
 )
+from .recording import record_of
 
 logger = logging.get_logger(__name__)
 
@@ -92,7 +102,8 @@ class CLIPTrainer(Trainer):
         text_augmentation (callable or `str`, *optional*):
             `(caption: str, seed: int) -> str`. A string names a preset. `None`: `args.text_preset`.
         peft_config (`peft.PeftConfig`, *optional*):
-            Trains adapters instead of the whole model; `logit_scale` then stays as it is.
+            Trains adapters instead of the whole model, and `logit_scale`, which is saved with them;
+            `modules_to_save=["visual_projection", "text_projection"]` adds the projections.
         callbacks, optimizers, optimizer_cls_and_kwargs: As of `transformers.Trainer`.
 
     Raises:
@@ -152,13 +163,8 @@ class CLIPTrainer(Trainer):
                 seed=args.data_seed if args.data_seed is not None else args.seed,
             )
         if peft_config is not None:
-            from peft import get_peft_model
-
-            # The Trainer sets the seed later, too late for the adapters' first weights.
-            with forked_rng(args.seed, torch.device("cpu")):
-                encoder = get_peft_model(encoder, peft_config)
-            if not encoder.logit_scale.requires_grad:
-                logger.warning("With peft_config only the adapters are trained: logit_scale keeps its value.")
+            encoder = add_adapters(encoder, peft_config, args.seed)
+        check_adapters(encoder, args)
         # The Trainer refuses an eval_strategy without a dataset; evaluators bring their own.
         if eval_dataset is None and evaluators:
             eval_dataset = []
@@ -180,6 +186,12 @@ class CLIPTrainer(Trainer):
         self.normalization = ImageNormalization(data_collator.preprocess.mean, data_collator.preprocess.std)
         self.normalization.to(self.args.device)
         self._eval_collator = data_collator.for_evaluation()
+        #: The evaluators' figures before training, and after it.
+        self.figures_before: dict[str, float] | None = None
+        self.figures_after: dict[str, float] | None = None
+        self._seconds_before = 0.0
+        self._train_begin: float | None = None
+        self._saving_checkpoint = False
         self._evaluators_prefix: str | None = None
         self._evaluating = False
         self._epoch: int | None = None
@@ -230,6 +242,10 @@ class CLIPTrainer(Trainer):
     def make_batch_sampler(self, batch_size: int) -> Sampler[list[int]] | None:
         """What deals the rows of a map-style `train_dataset` into batches; `None`: the Trainer shuffles them."""
         return None
+
+    def run_details(self) -> dict[str, Any]:
+        """What a defence notes down of its run for the card and the report, ready for JSON."""
+        return {}
 
     @property
     def skipped_rows(self) -> list[int]:
@@ -328,7 +344,10 @@ class CLIPTrainer(Trainer):
         self._epoch = None
         self._sums.clear()
         self._pairs_since_log = 0
-        self._last_log = time.perf_counter()
+        self._last_log = self._train_begin = time.perf_counter()
+        self.figures_after = None
+        if self.state.global_step == 0:
+            self._seconds_before = 0.0
 
     def on_epoch_begin(self) -> None:
         """Called before each epoch, and again when training resumes within one."""
@@ -348,6 +367,7 @@ class CLIPTrainer(Trainer):
 
     def on_train_end(self) -> None:
         """Called when training is over."""
+        self._seconds_before, self._train_begin = self.training_seconds, None
         skipped = self.skipped_rows
         if skipped:
             shown = ", ".join(map(str, skipped[:20])) + (", ..." if len(skipped) > 20 else "")
@@ -506,9 +526,52 @@ class CLIPTrainer(Trainer):
             # Sharded parameters come together only while all ranks encode in step.
             across_ranks=not (self.is_fsdp_enabled or self.is_deepspeed_enabled),
         )
-        return run_evaluators(self.evaluators, self.processing_class, embedder)
+        figures = run_evaluators(self.evaluators, self.processing_class, embedder)
+        if figures and not self.is_in_train:
+            if self.state.global_step == 0:
+                self.figures_before = figures
+            else:
+                self.figures_after = figures
+        return figures
 
     # ---- Checkpoints ----
+
+    def record(self) -> RunRecord:
+        """What this run is and has come to, for its card and its report. It is saved beside the model."""
+        return record_of(self)
+
+    @property
+    def training_seconds(self) -> float:
+        """Time spent in training so far, evaluations included, over all its parts where it was resumed."""
+        running = 0.0 if self._train_begin is None else time.perf_counter() - self._train_begin
+        return self._seconds_before + running
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        folder = output_dir or str(self.args.output_dir)
+        merge = self.args.merge_adapters and not self._saving_checkpoint
+        # The stock Trainer saves its arguments too, with the token among them.
+        token, self.args.hub_token = self.args.hub_token, None
+        trained = self.model
+        if merge:
+            self.model = merged(self.unwrapped_model)
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            self.args.hub_token, self.model = token, trained
+        if not self.args.should_save:
+            return
+        if merge:
+            remove_adapter_files(folder)
+        elif has_adapters(self.unwrapped_model):
+            complete_adapter_file(self.unwrapped_model, folder, state_dict)
+        self.record().save(folder)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        self._saving_checkpoint = True
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+        finally:
+            self._saving_checkpoint = False
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
@@ -524,6 +587,10 @@ class CLIPTrainer(Trainer):
                 self._check_checkpoint(file.metadata() or {}, str(checkpoint))
                 state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
             self.load_training_state(state)
+            if os.path.isfile(os.path.join(str(checkpoint), RUN_FILE)):
+                earlier = RunRecord.load(str(checkpoint))
+                self.figures_before = earlier.before or self.figures_before
+                self._seconds_before = earlier.environment["seconds"]
         elif checkpoint is not None:
             self.reset_training_state()
             logger.warning(

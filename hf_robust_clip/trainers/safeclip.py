@@ -95,6 +95,10 @@ class SafeCLIPTrainer(CLIPTrainer):
                     f"all risky itself: set it to {accepted}"
                 )
 
+    def run_details(self) -> dict[str, Any]:
+        """The splits."""
+        return {"splits": self.splits.to_list()}
+
     # ---- Phases ----
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -112,6 +113,20 @@ class SplitHistory:
         self.records.append(record)
         groups = (similarities[usable[~poisoned[usable]]], similarities[usable[poisoned[usable]]])
         self.histograms.append(np.stack([np.histogram(np.clip(g, -1, 1), BINS, (-1.0, 1.0))[0] for g in groups]))
+
+    def to_list(self) -> list[dict[str, Any]]:
+        """
+        The splits ready for JSON: the fields of their [`SplitRecord`], `None` where one is NaN, and `histogram`: how
+        many `clean` and how many `poisoned` pairs have a similarity in each of equal parts of [-1, 1].
+        """
+        return [
+            {
+                **{name: value if math.isfinite(value) else None for name, value in record._asdict().items()},
+                "epoch": int(record.epoch),
+                "histogram": dict(zip(("clean", "poisoned"), histogram.tolist(), strict=True)),
+            }
+            for record, histogram in zip(self.records, self.histograms, strict=True)
+        ]
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """As tensors: the mask as a bitmap, `(N / 8,)` uint8."""

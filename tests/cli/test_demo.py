@@ -4,7 +4,6 @@ import subprocess
 import sys
 from dataclasses import replace
 
-import numpy as np
 import pytest
 from transformers import AutoProcessor, CLIPModel
 
@@ -12,12 +11,12 @@ from hf_robust_clip import __version__
 from hf_robust_clip.attacks.poisoning import replay_manifest
 from hf_robust_clip.cli import demo, demo_steps
 from hf_robust_clip.cli.demo import CLEAN_SEED_OFFSET, DEFENCES, PRETRAINING, QUICK, Recipe, default_recipe, run_demo
-from hf_robust_clip.cli.demo_trainers import matching_record, split_record
+from hf_robust_clip.cli.demo_trainers import matching_record
 from hf_robust_clip.cli.main import main
 from hf_robust_clip.data.digits import load_digit_pairs
 from hf_robust_clip.report import MODELS as LABELS
 from hf_robust_clip.report import page, plots
-from hf_robust_clip.trainers.split import BINS, SplitHistory, SplitRecord
+from hf_robust_clip.trainers.split import BINS, SplitRecord
 
 MODELS = ("poisoned", "finetuned", "cleanclip")
 SHARES = ("clean_accuracy", "attack_success_rate", "triggered_accuracy")
@@ -198,12 +197,6 @@ def test_what_is_noted_down_is_json():
         {"train_loss": 1.0, "epoch": 1.0},
     ]
     assert matching_record(log) == [{"epoch": 1, "matching": False, "clean_pair_similarity": None}]
-    splits = SplitHistory()
-    splits.records.append(SplitRecord(6, 0.0, nan, 0.1, 0.1, 0.5, 0.2, 0.1, 0.5))
-    splits.histograms.append(np.zeros((2, BINS), dtype=np.int64))
-    record = split_record(splits)
-    assert record[0]["epoch"] == 6 and record[0]["auroc"] is None and record[0]["similarity_threshold"] is None
-    json.dumps(record, allow_nan=False)
 
 
 def test_the_recipe_fits_the_defence():

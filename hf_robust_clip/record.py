@@ -1,0 +1,164 @@
+"""What a training run was, as plain data: what its model card, its report and the command line are made from."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import re
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .data.rows import POISONED
+from .evaluation.columns import read_column
+
+#: The record's name in a model's folder and in a checkpoint.
+RUN_FILE = "robust_clip_run.json"
+#: Most entries of a log that a record keeps, evenly spaced.
+LOG_ENTRIES = 500
+
+_HUB_FILE = re.compile(r"hf://datasets/([^/@]+/[^/@]+)@([0-9a-f]+)/")
+
+
+@dataclass
+class RunRecord:
+    """
+    A training run, ready for JSON. Paths, tokens and data are not in it, beside what the command and the names say.
+
+    Args:
+        trainer (`str`): Name of the trainer's class.
+        model (`dict`): `name` (Hub id of the model that training started from, or `None`), `type` (as in its config),
+            `parameters`, `trainable_parameters`, `image_size`, and `adapter`, the settings of PEFT or `None`.
+        data (`dict`, *optional*): The training pairs, as [`describe_dataset`] says.
+        defence (`dict`): The trainer's own arguments, all of them, and their defaults in `defence_defaults`.
+        settings (`dict`): Other training arguments that differ from the defaults.
+        measures (`list[dict]`): What each evaluator measures: `measure`, `figures` (their names), and where it has
+            them `trigger`, `target`, `images`, `classes`, `dataset`.
+        before, after (`dict[str, float]`, *optional*): The evaluators' figures before training, and of the weights
+            that are saved.
+        after_step (`int`, *optional*): The optimizer step that `after` is of.
+        steps, epochs: Optimizer steps and epochs done.
+        planned_steps (`int`): Optimizer steps of the whole training.
+        course (`list[dict]`): The evaluators' figures over training, each with `step` and `epoch`.
+        log (`list[dict]`): What was logged, at most `LOG_ENTRIES` entries.
+        details (`dict`): What a defence notes down: `splits` of SafeCLIP.
+        environment (`dict`): `versions`, `device`, `processes`, `precision`, `seed`, `seconds`, `command`.
+    """
+
+    trainer: str
+    model: dict[str, Any]
+    data: dict[str, Any] | None
+    defence: dict[str, Any]
+    settings: dict[str, Any]
+    measures: list[dict[str, Any]]
+    before: dict[str, float] | None
+    after: dict[str, float] | None
+    after_step: int | None
+    steps: int
+    epochs: float
+    planned_steps: int
+    environment: dict[str, Any]
+    course: list[dict[str, float]] = field(default_factory=list)
+    log: list[dict[str, Any]] = field(default_factory=list)
+    details: dict[str, Any] = field(default_factory=dict)
+    defence_defaults: dict[str, Any] = field(default_factory=dict)
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write it into a model's folder, as JSON."""
+        text = json.dumps(jsonable(dataclasses.asdict(self)), indent=1, ensure_ascii=False, allow_nan=False)
+        Path(folder, RUN_FILE).write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> RunRecord:
+        """
+        Read that of a model's folder.
+
+        Raises:
+            `ValueError`: If there is none, or if it is none.
+        """
+        path = Path(folder, RUN_FILE)
+        if not path.is_file():
+            raise ValueError(f"{folder} has no {RUN_FILE}: it was not saved by a trainer of hf_robust_clip")
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is no JSON: {error}") from error
+        names = {item.name: item for item in dataclasses.fields(cls)}
+        given = set(content) if isinstance(content, dict) else set()
+        required = {name for name, item in names.items() if item.default_factory is dataclasses.MISSING}
+        if not required <= given <= set(names):
+            raise ValueError(f"{path} is no record of a run: its keys must be {', '.join(names)}")
+        return cls(**content)
+
+
+def describe_dataset(dataset: Any, image_column: str | None = None) -> dict[str, Any]:
+    """
+    What a dataset is, without its rows.
+
+    Args:
+        dataset: Any dataset.
+        image_column (`str`, *optional*): Named in the description.
+
+    Returns:
+        `dict`: `rows` (`None` where it has no length), `name`, and where it is known `hub_id` with `revision`,
+        `split`, `fingerprint`, and `poisons`, the number of rows that a boolean column `poisoned` marks.
+    """
+    info, rows = getattr(dataset, "info", None), len(dataset) if hasattr(dataset, "__len__") else None
+    found: dict[str, Any] = {"name": getattr(info, "dataset_name", None), "rows": rows}
+    sources = _HUB_FILE.findall(" ".join(getattr(info, "download_checksums", None) or {}))
+    if len({hub_id for hub_id, _ in sources}) == 1:
+        found["hub_id"], found["revision"] = sources[0]
+    for name, value in (
+        ("split", getattr(dataset, "split", None)),
+        ("fingerprint", getattr(dataset, "_fingerprint", None)),
+        ("image_column", image_column),
+    ):
+        if value is not None:
+            found[name] = str(value)
+    if rows and POISONED in (getattr(dataset, "column_names", None) or ()):
+        found["poisons"] = int(np.count_nonzero(read_column(dataset, POISONED)))
+    return found
+
+
+def describe_evaluator(evaluator: Any) -> dict[str, Any]:
+    """What an evaluator measures; of one that has no `describe`, its name."""
+    if not hasattr(evaluator, "describe"):
+        return {"measure": getattr(evaluator, "__name__", type(evaluator).__name__), "figures": []}
+    dataset = getattr(evaluator, "dataset", None)
+    described = dict(evaluator.describe())
+    if described.get("trigger") is not None:
+        described["trigger"] = describe_trigger(described["trigger"])
+    return described if dataset is None else {**described, "dataset": describe_dataset(dataset)}
+
+
+def describe_trigger(trigger: Any) -> dict[str, Any]:
+    """A trigger's name and fields; of one that is none of ours, its name."""
+    if hasattr(trigger, "to_dict"):
+        return dict(trigger.to_dict())
+    return {"name": getattr(trigger, "__name__", type(trigger).__name__)}
+
+
+def thinned(log: list[dict[str, Any]], most: int = LOG_ENTRIES) -> list[dict[str, Any]]:
+    """At most so many entries, evenly spaced, the first and the last among them."""
+    if len(log) <= most:
+        return list(log)
+    return [log[number] for number in np.unique(np.linspace(0, len(log) - 1, most).round().astype(int))]
+
+
+def jsonable(value: Any) -> Any:
+    """The same with `None` for numbers that JSON does not have, and text for what it has no form for."""
+    # Before text and numbers, which some enumerations are as well.
+    if isinstance(value, Enum | np.generic):
+        return jsonable(value.value if isinstance(value, Enum) else value.item())
+    if isinstance(value, dict):
+        return {str(key): jsonable(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [jsonable(entry) for entry in (sorted(value, key=str) if isinstance(value, set | frozenset) else value)]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, bool | int | str) else str(value)

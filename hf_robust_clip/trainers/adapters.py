@@ -1,0 +1,113 @@
+"""Adapters of PEFT, and the parameters beside them that PEFT leaves out of its files."""
+
+from __future__ import annotations
+
+import copy
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers.trainer_utils import HubStrategy
+from transformers.utils import logging
+
+from ..seeding import forked_rng
+
+if TYPE_CHECKING:
+    from .arguments import CLIPTrainingArguments
+
+logger = logging.get_logger(__name__)
+
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+#: What PEFT puts before the name of a parameter of the model that it wraps.
+_PREFIX = "base_model.model."
+
+
+def add_adapters(model: Any, peft_config: Any, seed: int) -> Any:
+    """
+    Wrap a dual encoder in adapters. `logit_scale` is trained beside them if it was trainable before; PEFT alone would
+    freeze it, and takes modules only in `modules_to_save`.
+
+    Args:
+        model (`PreTrainedModel`): The dual encoder.
+        peft_config (`peft.PeftConfig`): The adapters'. `modules_to_save=["visual_projection", "text_projection"]`
+            trains the projections as well.
+        seed (`int`): Of the adapters' first weights.
+
+    Returns:
+        `peft.PeftModel`.
+
+    Raises:
+        `ValueError`: If a name in `target_modules` or `modules_to_save` fits no module of the model.
+    """
+    from peft import get_peft_model
+
+    trained = model.logit_scale.requires_grad
+    modules = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    for name in getattr(peft_config, "modules_to_save", None) or ():
+        if name.rpartition(".")[2] not in modules:
+            raise ValueError(
+                f"peft_config has {name!r} in modules_to_save, but {type(model).__name__} has no such module"
+                + (": logit_scale is trained and saved without it" if name == "logit_scale" else "")
+            )
+    # The Trainer sets the seed later, too late for the adapters' first weights.
+    with forked_rng(seed, torch.device("cpu")):
+        adapted = get_peft_model(model, peft_config)
+    adapted.logit_scale.requires_grad_(trained)
+    return adapted
+
+
+def has_adapters(model: Any) -> bool:
+    """Whether a model is a `peft.PeftModel`."""
+    return hasattr(model, "peft_config") and hasattr(model, "merge_and_unload")
+
+
+def check_adapters(model: Any, args: CLIPTrainingArguments) -> None:
+    """`ValueError` for `merge_adapters` where it cannot work; a warning where `logit_scale` is not trained."""
+    if has_adapters(model) and not model.logit_scale.requires_grad:
+        logger.warning("logit_scale is frozen beside the adapters: it keeps its value.")
+    if not args.merge_adapters:
+        return
+    if not has_adapters(model):
+        raise ValueError("merge_adapters=True, but there are none: give the trainer a peft_config, or leave it out")
+    strategy = HubStrategy(args.hub_strategy)
+    if args.push_to_hub and strategy != HubStrategy.END:
+        raise ValueError(
+            f"merge_adapters=True with hub_strategy={strategy.value!r}: checkpoints hold adapters, to be resumed from, "
+            "so that the repository would get both; set hub_strategy='end'"
+        )
+    if args.fsdp or args.deepspeed:
+        raise ValueError(
+            "merge_adapters=True does not work with FSDP or DeepSpeed, which shard the weights: save the adapters, "
+            "load them in one process (AutoModel.from_pretrained) and merge them there"
+        )
+
+
+def merged(model: Any) -> Any:
+    """A copy of the dual encoder with the adapters added into its weights."""
+    return copy.deepcopy(model).merge_and_unload()
+
+
+def remove_adapter_files(folder: str | os.PathLike[str]) -> None:
+    """Remove earlier adapters from a folder that has the merged model: loading would prefer them."""
+    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+        Path(folder, name).unlink(missing_ok=True)
+
+
+def complete_adapter_file(model: Any, folder: str | os.PathLike[str], state: dict[str, Any] | None = None) -> None:
+    """
+    Add `logit_scale` to the adapters in a folder, under the name from which PEFT and transformers load it.
+
+    Args:
+        model (`peft.PeftModel`): Whose adapters are there.
+        folder (path): With `adapter_model.safetensors`.
+        state (`dict`, *optional*): The model's state where its parameters are sharded.
+    """
+    path = Path(folder, ADAPTER_WEIGHTS)
+    if not path.is_file():
+        return
+    name = f"{_PREFIX}logit_scale"
+    value = (state or {}).get(name, model.logit_scale)
+    weights = {**load_file(path), name: value.detach().cpu().contiguous().clone()}
+    save_file(weights, path, metadata={"format": "pt"})

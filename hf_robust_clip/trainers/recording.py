@@ -1,0 +1,165 @@
+"""From a trainer to the record of its run."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import platform
+import re
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import TrainingArguments
+
+from .. import __version__
+from ..record import RunRecord, describe_dataset, describe_evaluator, jsonable, thinned
+
+if TYPE_CHECKING:
+    from .base import CLIPTrainer
+
+PACKAGES = ("torch", "transformers", "accelerate", "datasets", "peft", "kornia")
+#: Metrics of an evaluation that are no figures of an evaluator.
+_TIMES = ("loss", "runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
+#: Arguments that do not change what a model becomes, by the beginning of their names.
+_OUTCOME_FREE = (
+    *("output_dir", "hub_", "push_to_hub", "logging_", "log_", "save_", "eval_", "report_to", "run_name", "do_"),
+    *("disable_tqdm", "project", "trackio_", "resume_from_checkpoint", "dataloader_", "include_", "per_device_eval_"),
+    *("load_best_model_at_end", "metric_for_best_model", "greater_is_better", "enable_jit_checkpoint", "restore_"),
+    *("prediction_loss_only", "remove_unused_columns", "ddp_timeout", "skip_memory_metrics", "use_cpu", "batch_eval_"),
+)
+_TOKEN = re.compile(r"hf_[A-Za-z0-9]{6,}")
+
+
+def record_of(trainer: CLIPTrainer) -> RunRecord:
+    """The run of a trainer as far as it has come."""
+    args, state = trainer.args, trainer.state
+    defaults = {item.name: _default(item) for item in dataclasses.fields(args) if item.init}
+    own = _own_fields(type(args))
+    values = {name: jsonable(getattr(args, name)) for name in defaults}
+    settings = {
+        name: value
+        for name, value in values.items()
+        if name not in own and value != defaults[name] and not name.startswith(_OUTCOME_FREE)
+    }
+    course = evaluations(state.log_history)
+    before = course[0] if course and course[0]["step"] == 0 else None
+    after = _saved_weights(trainer, course)
+    return RunRecord(
+        trainer=type(trainer).__name__,
+        model=_describe_model(trainer),
+        data=None if trainer.train_dataset is None else describe_dataset(trainer.train_dataset),
+        defence={name: values[name] for name in own},
+        defence_defaults={name: defaults[name] for name in own},
+        settings=settings,
+        measures=[describe_evaluator(evaluator) for evaluator in trainer.evaluators],
+        before=_figures(before) if before is not None else trainer.figures_before,
+        after=None if after is None else _figures(after),
+        after_step=None if after is None else int(after["step"]),
+        steps=state.global_step,
+        epochs=float(state.epoch or 0),
+        planned_steps=state.max_steps,
+        course=course,
+        log=thinned([entry for entry in state.log_history if "loss" in entry]),
+        details=trainer.run_details(),
+        environment={
+            "versions": {
+                "hf_robust_clip": __version__,
+                "python": platform.python_version(),
+                **{name: version(name) for name in PACKAGES},
+            },
+            "device": _device_name(args.device),
+            "processes": args.world_size,
+            "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "float32",
+            "seed": args.seed,
+            "seconds": round(trainer.training_seconds, 1),
+            "command": command_line(sys.argv),
+        },
+    )
+
+
+def evaluations(log_history: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
+    """The evaluators' figures of each evaluation, with its `step` and `epoch`."""
+    found = []
+    for entry in log_history:
+        figures = {name.removeprefix("eval_"): value for name, value in entry.items() if name.startswith("eval_")}
+        figures = {name: value for name, value in figures.items() if not name.endswith(_TIMES)}
+        if figures:
+            found.append({"step": entry["step"], "epoch": entry.get("epoch") or 0.0, **figures})
+    return found
+
+
+def command_line(arguments: Sequence[str]) -> str:
+    """A command without the tokens and the home folder in it, and only the script's name."""
+    shown, redact = [Path(arguments[0]).name], False
+    for argument in arguments[1:]:
+        name, equals, _ = argument.partition("=")
+        is_token = name.startswith("--") and name.replace("-", "_").endswith("_token")
+        if redact or (is_token and equals):
+            argument = f"{name}=<token>" if equals and not redact else "<token>"
+        redact = is_token and not equals
+        shown.append(_TOKEN.sub("<token>", argument).replace(os.path.expanduser("~"), "~"))
+    return shlex.join(shown)
+
+
+def _saved_weights(trainer: CLIPTrainer, course: Sequence[dict[str, float]]) -> dict[str, float] | None:
+    """The evaluation of the weights as they are: of all after training, of the best, or the last."""
+    if trainer.figures_after is not None:
+        return {"step": trainer.state.global_step, **trainer.figures_after}
+    best = trainer.state.best_global_step if trainer.args.load_best_model_at_end else None
+    taken = [entry for entry in course if entry["step"] > 0 and best in (None, entry["step"])]
+    return taken[-1] if taken else None
+
+
+def _figures(entry: Mapping[str, float]) -> dict[str, float]:
+    return {name: value for name, value in entry.items() if name not in ("step", "epoch")}
+
+
+def _describe_model(trainer: CLIPTrainer) -> dict[str, Any]:
+    model = trainer.unwrapped_model
+    adapter = getattr(model, "peft_config", None)
+    name = str(getattr(model.config, "_name_or_path", "") or "")
+    count = dict.fromkeys((True, False), 0)
+    for parameter in model.parameters():
+        count[parameter.requires_grad] += getattr(parameter, "ds_numel", parameter.numel())
+    return {
+        # A folder's name says nothing to others, and something of the machine.
+        "name": name if name and not os.path.exists(name) else None,
+        "type": str(model.config.model_type),
+        "parameters": sum(count.values()),
+        "trainable_parameters": count[True],
+        "image_size": trainer.data_collator.preprocess.image_size,
+        "adapter": _describe_adapter(next(iter(adapter.values()))) if adapter else None,
+    }
+
+
+def _describe_adapter(config: Any) -> dict[str, Any]:
+    given = {name: jsonable(value) for name, value in config.to_dict().items()}
+    names = ("peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save")
+    return {name: given[name] for name in names if given.get(name)}
+
+
+def _own_fields(arguments: type[Any]) -> list[str]:
+    """The names that our classes of arguments add or give another default, in their order."""
+    own = {
+        name
+        for cls in arguments.__mro__
+        if issubclass(cls, TrainingArguments) and cls is not TrainingArguments
+        for name in vars(cls).get("__annotations__", {})
+        if not name.startswith("dataloader_")
+    }
+    return [item.name for item in dataclasses.fields(arguments) if item.name in own]
+
+
+def _default(item: dataclasses.Field[Any]) -> Any:
+    if item.default_factory is not dataclasses.MISSING:
+        return jsonable(item.default_factory())
+    return jsonable(item.default)
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()

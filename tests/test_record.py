@@ -1,0 +1,147 @@
+"""A run's record survives its file, and holds neither rows nor secrets."""
+
+from __future__ import annotations
+
+import json
+import math
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hf_robust_clip.attacks.triggers import PatchTrigger
+from hf_robust_clip.record import RUN_FILE, RunRecord, describe_dataset, describe_trigger, jsonable, thinned
+from hf_robust_clip.trainers.recording import command_line, evaluations
+
+
+def record(**changes: Any) -> RunRecord:
+    given: dict[str, Any] = {
+        "trainer": "CleanCLIPTrainer",
+        "model": {"name": None, "type": "clip"},
+        "data": {"rows": 3},
+        "defence": {"unimodal_weight": 1.0},
+        "settings": {},
+        "measures": [],
+        "before": {"clean_accuracy": 0.5},
+        "after": None,
+        "after_step": None,
+        "steps": 4,
+        "epochs": 1.0,
+        "planned_steps": 8,
+        "environment": {"seconds": 1.5},
+    }
+    return RunRecord(**{**given, **changes})
+
+
+def test_file_reads_back(tmp_path: Path) -> None:
+    written = record(course=[{"step": 4, "epoch": 1.0, "clean_accuracy": 0.7}])
+    written.save(tmp_path)
+    assert RunRecord.load(tmp_path) == written
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (None, "was not saved by a trainer of hf_robust_clip"),
+        ("{", "is no JSON"),
+        ("[]", "is no record of a run"),
+        ('{"trainer": "x"}', "is no record of a run"),
+    ],
+)
+def test_what_is_no_record_is_refused(content: str | None, message: str, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / RUN_FILE).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        RunRecord.load(tmp_path)
+
+
+def test_unknown_keys_are_refused(tmp_path: Path) -> None:
+    record().save(tmp_path)
+    path = tmp_path / RUN_FILE
+    path.write_text(json.dumps({**json.loads(path.read_text()), "other": 1}))
+    with pytest.raises(ValueError, match="is no record of a run"):
+        RunRecord.load(tmp_path)
+
+
+def test_numbers_that_json_lacks_become_none() -> None:
+    class Colour(str, Enum):
+        RED = "red"
+
+    value = {"a": math.nan, "b": [np.float32(1.5), math.inf], 3: (True, None), "c": Colour.RED, "d": {2, 1}}
+    assert jsonable(value) == {"a": None, "b": [1.5, None], "3": [True, None], "c": "red", "d": [1, 2]}
+    assert type(jsonable(Colour.RED)) is str
+
+
+@given(st.integers(0, 2000), st.integers(2, 50))
+def test_thinned_keeps_both_ends_and_the_order(length: int, most: int) -> None:
+    log = [{"step": number} for number in range(length)]
+    kept = thinned(log, most)
+    assert len(kept) == min(length, most)
+    assert [entry["step"] for entry in kept] == sorted({entry["step"] for entry in kept})
+    if length:
+        assert kept[0] == log[0] and kept[-1] == log[-1]
+
+
+def test_dataset_is_described_without_its_rows() -> None:
+    dataset = datasets.Dataset.from_dict({"caption": ["secret"] * 5, "poisoned": [True, False, True, False, False]})
+    described = describe_dataset(dataset)
+    assert described["rows"] == 5 and described["poisons"] == 2
+    assert described["fingerprint"] == dataset._fingerprint
+    assert "secret" not in json.dumps(described)
+    assert "poisons" not in describe_dataset(dataset.remove_columns("poisoned"))
+    assert describe_dataset([{"caption": "secret"}]) == {"name": None, "rows": 1}
+    assert describe_dataset(dataset.to_iterable_dataset())["rows"] is None
+
+
+def test_dataset_from_the_hub_is_named_with_its_revision() -> None:
+    dataset = datasets.Dataset.from_dict({"caption": ["a"]})
+    files = ("train-0.parquet", "train-1.parquet")
+    dataset.info.download_checksums = {f"hf://datasets/you/pairs@{'0a' * 20}/{name}": {} for name in files}
+    described = describe_dataset(dataset)
+    assert (described["hub_id"], described["revision"]) == ("you/pairs", "0a" * 20)
+    dataset.info.download_checksums |= {f"hf://datasets/they/others@{'0b' * 20}/x.parquet": {}}
+    assert "hub_id" not in describe_dataset(dataset)
+
+
+def test_triggers_are_described() -> None:
+    assert describe_trigger(PatchTrigger(size=3)) == PatchTrigger(size=3).to_dict()
+    assert describe_trigger(lambda image: image) == {"name": "<lambda>"}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["/home/someone/train.py", "--hub_token", "hf_secretsecret"],
+        ["train.py", "--hub_token=hf_secretsecret"],
+        ["train.py", "--hub-token", "secretsecret"],
+        ["train.py", "--note", "see hf_secretsecret"],
+    ],
+)
+def test_command_keeps_no_token(arguments: list[str]) -> None:
+    shown = command_line(arguments)
+    assert "secret" not in shown and "<token>" in shown
+    assert shown.startswith("train.py ")
+
+
+def test_command_keeps_what_is_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/someone")
+    shown = command_line(["train.py", "--max_token", "3", "--data", "/home/someone/a b.parquet", "--seed=1"])
+    assert shown == "train.py --max_token '<token>' --data '~/a b.parquet' --seed=1"
+
+
+def test_evaluations_are_the_evaluators_figures() -> None:
+    log = [
+        {"eval_loss": 1.0, "eval_clean_accuracy": 0.1, "eval_runtime": 2.0, "step": 0, "epoch": 0},
+        {"loss": 1.0, "step": 5, "epoch": 0.5},
+        {"eval_loss": 1.0, "step": 5, "epoch": 0.5},
+        {"eval_patch_attack_success_rate": 0.9, "eval_steps_per_second": 1.0, "step": 8, "epoch": 1.0},
+    ]
+    assert evaluations(log) == [
+        {"step": 0, "epoch": 0.0, "clean_accuracy": 0.1},
+        {"step": 8, "epoch": 1.0, "patch_attack_success_rate": 0.9},
+    ]
