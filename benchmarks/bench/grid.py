@@ -79,7 +79,8 @@ def run_cells(
     total, done, failed = len(waiting), 0, []
     if not total:
         return
-    print(f"{total} of {len({cell.key for cell in cells})} cells to run, {processes} at a time", flush=True)
+    wanted = len({cell.key for cell in cells} | set(waiting))
+    print(f"{total} of {wanted} cells to run, {processes} at a time", flush=True)
     start = time.perf_counter()
     with _executor(processes, threads) as pool:
         running: dict[Future[dict[str, Any]], Cell] = {}

@@ -74,8 +74,8 @@ def check_adapters(model: Any, args: CLIPTrainingArguments) -> None:
     strategy = HubStrategy(args.hub_strategy)
     if args.push_to_hub and strategy != HubStrategy.END:
         raise ValueError(
-            f"merge_adapters=True with hub_strategy={strategy.value!r}: checkpoints hold adapters, to be resumed from, "
-            "so that the repository would get both; set hub_strategy='end'"
+            f"merge_adapters=True with hub_strategy={strategy.value!r}: checkpoints hold adapters, to be resumed "
+            "from, so that the repository would get both; set hub_strategy='end'"
         )
     if args.fsdp or args.deepspeed:
         raise ValueError(
