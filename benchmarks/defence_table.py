@@ -6,8 +6,8 @@ The table of defences: every row of a study under every attack and seed, with it
 
 First each row's learning rate is searched, on an attack and seeds that the table does not report; then the table's
 cells run. Each is saved as it finishes in `benchmarks/results/defences/STUDY.json`; started again, the command goes on
-where it was interrupted. At the end it writes the table beside that file, as Markdown, and with `--readme` into
-README.md.
+where it was interrupted. At the end it writes the table beside that file, as Markdown and as a picture, and with
+`--readme` in short into README.md.
 
 The search takes, of a row's rates, the one with the largest clean accuracy less attack success; for the undefended
 model, whose user knows of no attack, the one with the largest clean accuracy.
@@ -24,8 +24,9 @@ from typing import Any
 
 from bench.cell import Cell, with_learning_rate
 from bench.grid import Results, run_cells
+from bench.plots import plot_table
 from bench.study import ROWS, Study, load_study
-from bench.table import page
+from bench.table import page, summary, table_figures
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "defences"
@@ -117,14 +118,14 @@ def readme_marks(study: str) -> tuple[str, str]:
 
 
 def put_into_readme(study: str, content: Mapping[str, Any]) -> None:
-    """The table into README.md, between its marks."""
+    """The table in short into README.md, between its marks."""
     begin, end = readme_marks(study)
     text = README.read_text()
     if begin not in text or end not in text:
         raise ValueError(
             f"README.md has no place for the table of {study!r}: it needs the lines {begin!r} and {end!r}"
         )
-    README.write_text(text.split(begin)[0] + begin + "\n" + page(content) + end + text.split(end)[1])
+    README.write_text(text.split(begin)[0] + begin + "\n" + summary(content) + end + text.split(end)[1])
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -178,6 +179,8 @@ def main() -> None:
         fill(study, results, **run_arguments(options))
     text = page(results.content)
     results.path.with_suffix(".md").write_text(text)
+    titles = {row: ROWS[row].title for row in study.rows}
+    plot_table(table_figures(results.content), titles, results.path.with_suffix(".png"))
     print(text)
     if options.readme:
         put_into_readme(study.name, results.content)

@@ -1,4 +1,4 @@
-"""The plots of the checks."""
+"""The plots of the tables and of the checks."""
 
 from __future__ import annotations
 
@@ -45,6 +45,46 @@ def plot_figures(variants: Sequence[Mapping[str, Any]], title: str, axis: str, l
     figure.suptitle(title, fontsize=11)
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def plot_table(
+    figures: Mapping[tuple[str, str], tuple[Sequence[float], Sequence[float]]], titles: Mapping[str, str], path: Path
+) -> None:
+    """
+    Attack success and accuracy of each row of a table, a panel an attack: means as bars, seeds as dots.
+
+    Args:
+        figures (mapping): Of (attack, row) to its accuracies and attack successes, one a seed.
+        titles (mapping): Of row to what it is called, in order.
+        path (`Path`): Of the PNG file.
+    """
+    attacks = list(dict.fromkeys(attack for attack, _ in figures))
+    plot, panels = plt.subplots(
+        1, len(attacks), figsize=(1.6 + 2.6 * len(attacks), 1.1 + 0.5 * len(titles)), sharey=True, layout="constrained"
+    )
+    for panel, attack in zip([panels] if len(attacks) == 1 else panels, attacks, strict=True):
+        for place, row in enumerate(titles):
+            if (attack, row) not in figures:
+                continue
+            for number, (values, colour, label) in enumerate(
+                zip(figures[attack, row], COLOURS, ("clean accuracy", "attack success"), strict=False)
+            ):
+                height = place - 0.2 + 0.4 * number
+                panel.barh(
+                    height, statistics.mean(values), height=0.36, color=colour, label=label if place == 0 else None
+                )
+                panel.plot(values, [height] * len(values), ".", color="black", markersize=4)
+        panel.set_title(attack, fontsize=10)
+        panel.set_xlim(0, 1.03)
+        panel.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+        panel.set_xticks([0, 0.5, 1])
+        panel.grid(axis="x", alpha=0.3)
+        panel.set_yticks(range(len(titles)), titles.values(), fontsize=9)
+        panel.set_ylim(len(titles) - 0.5, -0.5)  # the first one on top
+    handles, labels = (panels if len(attacks) == 1 else panels[0]).get_legend_handles_labels()
+    plot.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    plot.savefig(path, dpi=110, metadata={"Software": None})
+    plt.close(plot)
 
 
 def plot_courses(variants: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:

@@ -22,6 +22,37 @@ def page(content: Mapping[str, Any]) -> str:
     return f"{_caption(content)}\n{markdown(content)}"
 
 
+def summary(content: Mapping[str, Any]) -> str:
+    """The same in short: a line an attack, and of each row the means of accuracy and attack success."""
+    rows = content["study"]["rows"]
+    found = table_figures(content)
+    lines = [f"| attack | {' | '.join(ROWS[row].title for row in rows)} |", "|---" * (len(rows) + 1) + "|"]
+    for attack in dict.fromkeys(attack for attack, _ in found):
+        means = [[statistics.mean(figures) for figures in found.get((attack, row), ())] for row in rows]
+        lines.append(f"| {attack} | {' | '.join(', '.join(f'{mean:.1%}' for mean in pair) for pair in means)} |")
+    name = f"benchmarks/results/defences/{content['study']['name']}"
+    measure = "balanced accuracy" if content["study"]["balanced"] else "clean accuracy"
+    return (
+        "\n".join(_caption(content).splitlines()[:2]).replace(", with the range in brackets", "")
+        + f"\nOf each model {measure} and attack success; everything else is in [{name}.md]({name}.md).\n\n"
+        + "\n".join(lines)
+        + f"\n\n![Accuracy and attack success of each model under each attack, seeds as dots.]({name}.png)\n"
+    )
+
+
+def table_figures(content: Mapping[str, Any]) -> dict[tuple[str, str], tuple[list[float], list[float]]]:
+    """Of each attack and row the accuracies and the attack successes, one a seed, in the table's order."""
+    study, shown = content["study"], table_cells(content)
+    found = {}
+    for attack in study["attacks"]:
+        for row in study["rows"]:
+            cells = [cell for cell in shown if (cell["attack"], cell["row"]) == (attack, row)]
+            if cells:
+                accuracy = _figures(cells, "clean_balanced_accuracy" if study["balanced"] else "clean_accuracy")
+                found[attack, row] = accuracy, _figures(cells, cells[0]["success"])
+    return found
+
+
 def markdown(content: Mapping[str, Any]) -> str:
     """
     The table of a file of results: for each attack its rows, means over seeds with the range in brackets.

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from bench.checks import CHECKS
-from bench.table import markdown, page, spread, table_cells
+from bench.table import markdown, page, spread, summary, table_cells, table_figures
 from defence_table import README, RESULTS, readme_marks
 from open_checks import RESULTS as CHECK_RESULTS
 from open_checks import markdown as check_markdown
@@ -105,6 +105,18 @@ def test_a_seed_counts_once_it_is_whole() -> None:
     assert table_cells(content(begun, table_keys=keys)) == begun
 
 
+def test_in_short_a_line_has_the_means_of_an_attack() -> None:
+    cells = [a_cell("undefended", seed, 0.9, 0.8 + seed / 10) for seed in (0, 1)] + [a_cell("cleanclip", 0, 0.95, 0)]
+    keys = [*(cell["key"] for cell in cells), "cleanclip-1"]
+    only_first = content(cells, table_keys=keys)
+    assert table_figures(content(cells[:2]))["patch", "undefended"] == ([0.9, 0.9], [0.8, 0.9])
+    lines = summary(only_first).splitlines()
+    header = lines.index("| attack | undefended | CleanCLIP |")
+    assert lines[header + 2] == "| patch | 90.0%, 80.0% | 95.0%, 0.0% |"
+    assert "| patch | 90.0%, 80.0% |  |" in summary(content(cells[:1])).splitlines()
+    assert "brackets" not in summary(content(cells))
+
+
 def test_columns_are_those_that_were_measured() -> None:
     probed = a_cell("undefended", 0, 0.9, 0.9, linear_probe_accuracy=0.7, linear_probe_attack_success_rate=0.6)
     found = a_cell("undefended", 0, 0.9, 0.9, image_to_text_recall_at_10=0.3, text_to_image_recall_at_10=0.2)
@@ -117,7 +129,7 @@ def test_columns_are_those_that_were_measured() -> None:
 
 def test_plots_are_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    from bench.plots import plot_courses, plot_figures
+    from bench.plots import plot_courses, plot_figures, plot_table
 
     variants = [
         {"label": f"pool of {x}", "line": "RoCLIP", "x": x, "accuracy": [0.9, 0.8], "attack_success": [0.1, 0.2]}
@@ -129,9 +141,11 @@ def test_plots_are_drawn(tmp_path: Path) -> None:
     record = {f"{kind}_similarity{key}": 0.5 for kind in ("clean", "poisoned") for key in ("", "_q05", "_q95")}
     course = [{"epoch": epoch, **record} for epoch in range(3)]
     plot_courses([{"label": "RoCLIP", "course": course}] * 2, "courses", tmp_path / "courses.png")
-    for name in ("lines", "bars", "courses"):
+    table = {("patch", "undefended"): ([0.9, 0.8], [1.0, 0.9]), ("warp", "cleanclip"): ([0.9], [0.1])}
+    plot_table(table, {"undefended": "undefended", "cleanclip": "CleanCLIP"}, tmp_path / "table.png")
+    for name in ("lines", "bars", "courses", "table"):
         with Image.open(tmp_path / f"{name}.png") as image:
-            assert min(image.size) > 300
+            assert min(image.size) > 200
             assert len(image.convert("RGB").getcolors(maxcolors=10**6) or ()) > 10
 
 
@@ -143,10 +157,11 @@ def test_there_are_committed_results() -> None:
 def test_the_committed_tables_are_those_of_the_results(path: Path) -> None:
     results = json.loads(path.read_text())
     assert path.with_suffix(".md").read_text() == page(results)
+    assert path.with_suffix(".png").is_file()
     begin, end = readme_marks(path.stem)
     readme = README.read_text()
     if begin in readme:
-        assert begin + "\n" + page(results) + end in readme
+        assert begin + "\n" + summary(results) + end in readme
     for cell in table_cells(results):
         assert cell["device"]
         assert cell["versions"]["torch"]
