@@ -32,7 +32,8 @@ class RunRecord:
 
     Args:
         trainer (`str`): Name of the trainer's class.
-        model (`dict`): `name` (Hub id of the model that training started from, or `None`), `type` (as in its config),
+        model (`dict`): `name` (Hub id of the model that training started from, or `None`), `revision` (the commit that
+            it was loaded from, or `None`), `source` (`"hub"`, `"folder"` or `"memory"`), `type` (as in its config),
             `parameters`, `trainable_parameters`, `image_size`, and `adapter`, the settings of PEFT or `None`.
         data (`dict`, *optional*): The training pairs, as [`describe_dataset`] says.
         defence (`dict`): The trainer's own arguments, all of them, and their defaults in `defence_defaults`.
@@ -47,6 +48,8 @@ class RunRecord:
         course (`list[dict]`): The evaluators' figures over training, each with `step` and `epoch`.
         log (`list[dict]`): What was logged, at most `LOG_ENTRIES` entries.
         details (`dict`): What a defence notes down: `splits` of SafeCLIP.
+        method (`str`): The class of this package that the trainer is or derives from.
+        augmentation (`dict`): What augmented `images` and `captions`, whatever the presets say; `None` for nothing.
         environment (`dict`): `versions`, `device`, `processes`, `precision`, `seed`, `seconds`, `command`.
     """
 
@@ -67,6 +70,8 @@ class RunRecord:
     log: list[dict[str, Any]] = field(default_factory=list)
     details: dict[str, Any] = field(default_factory=dict)
     defence_defaults: dict[str, Any] = field(default_factory=dict)
+    method: str = ""
+    augmentation: dict[str, str | None] = field(default_factory=dict)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write it into a model's folder, as JSON."""

@@ -15,12 +15,13 @@ PACKAGE = Path(hf_robust_clip.__file__).parent
 
 #: From the ground up: a module imports from its own floor and from those below.
 FLOORS: tuple[frozenset[str], ...] = (
-    frozenset({"losses", "distributed", "pool", "lookup", "mixture", "imaging", "seeding", "augment"}),
+    frozenset({"losses", "distributed", "pool", "lookup", "mixture", "imaging", "seeding", "augment", "files"}),
     frozenset({"attacks"}),
     frozenset({"models", "data", "evaluation"}),
+    frozenset({"record"}),
     frozenset({"callbacks", "cards", "report"}),
     frozenset({"trainers"}),
-    frozenset({"cli"}),
+    frozenset({"cli", "__main__"}),
 )
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 

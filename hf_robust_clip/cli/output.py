@@ -1,13 +1,30 @@
-"""What sub-commands write: folders, files and lines on the terminal."""
+"""What sub-commands write: folders, files and lines on the terminal; and what they say of wrong usage."""
 
 from __future__ import annotations
 
 import json
-import os
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from ..files import write_text
+
+
+class UsageError(ValueError):
+    """Arguments, or the files that they name, do not allow what was asked. It ends a command with exit code 2."""
+
+
+@contextmanager
+def usage_errors(flag: str = "") -> Iterator[None]:
+    """A `ValueError` raised inside is the fault of an argument, which the message starts with."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except ValueError as error:
+        raise UsageError(f"{flag}: {error}" if flag else str(error)) from error
 
 
 def prepare_output_dir(folder: Path, files: Iterable[str] = (), folders: Iterable[str] = ()) -> None:
@@ -19,32 +36,22 @@ def prepare_output_dir(folder: Path, files: Iterable[str] = (), folders: Iterabl
         files, folders (iterable of `str`): Names that will be written there.
 
     Raises:
-        `ValueError`: If it is a file or cannot be written to, or if there is a folder of a file's name or the reverse.
+        `UsageError`: If it is a file or cannot be written to, or if there is a folder of a file's name or the reverse.
     """
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--output-dir: {folder} is a file; give the name of a folder")
+        raise UsageError(f"--output-dir: {folder} is a file; give the name of a folder")
     for name in files:
         if (folder / name).is_dir():
-            raise ValueError(f"--output-dir: {folder / name} is a folder, where a file is to be written")
+            raise UsageError(f"--output-dir: {folder / name} is a folder, where a file is to be written")
     for name in folders:
         if (folder / name).exists() and not (folder / name).is_dir():
-            raise ValueError(f"--output-dir: {folder / name} is a file, where a folder is to be written")
+            raise UsageError(f"--output-dir: {folder / name} is a file, where a folder is to be written")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise ValueError(f"--output-dir: {folder} cannot be written to: {error.strerror or error}") from error
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file in one move: a reader finds the whole of it, or what was there before."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+        raise UsageError(f"--output-dir: {folder} cannot be written to: {error.strerror or error}") from error
 
 
 def write_json(path: Path, value: Any) -> None:

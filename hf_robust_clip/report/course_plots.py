@@ -59,9 +59,10 @@ def _draw_split(
 ) -> None:
     from ..mixture import SimilarityMixture  # scikit-learn, which takes a second
 
+    known = bool(poisoned.any())
     for values, label, colour, alpha in (
-        (clean, "clean pairs", "clean", 0.45),
-        (poisoned, "poisoned pairs", "attack", 0.85),
+        (clean, "clean pairs" if known else "pairs", "clean", 0.45),
+        *([(poisoned, "poisoned pairs", "attack", 0.85)] if known else ()),
     ):
         heights = np.maximum(values, FLOOR)
         panel.stairs(heights, edges, baseline=FLOOR, fill=True, color=colours[colour], alpha=alpha, lw=0, label=label)
@@ -97,7 +98,7 @@ def _coarsened(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def draw_splits_course(splits: Sequence[Record], colours: Mapping[str, str]) -> Figure:
-    """How large SafeCLIP's safe set is at each split, and how many of the poisons are in it."""
+    """How large SafeCLIP's safe set is at each split, and, where they are known, how many of the poisons are in it."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -108,8 +109,9 @@ def draw_splits_course(splits: Sequence[Record], colours: Mapping[str, str]) -> 
         ("safe_share", "share of all pairs that are in the safe set", "target", "o", "-"),
         ("poisons_in_safe_set", "share of the poisons that are in the safe set", "attack", "s", "--"),
     ):
-        values = 100 * _column(splits, name)
-        panel.plot(epochs, values, dash, marker=marker, ms=4, lw=1.8, color=colours[colour], label=label)
+        values = 100 * column(splits, name)
+        if not np.isnan(values).all():
+            panel.plot(epochs, values, dash, marker=marker, ms=4, lw=1.8, color=colours[colour], label=label)
     panel.set(xlabel="epochs before the split", ylabel="%", ylim=(-3, 103))
     panel.xaxis.set_major_locator(MaxNLocator(integer=True))
     panel.grid(True, axis="y", lw=0.6)
@@ -138,11 +140,11 @@ def draw_matching(
         ("clean_pair_similarity", "clean pairs", "clean", "o", "-"),
         ("poisoned_pair_similarity", "poisoned pairs", "attack", "s", "--"),
     ):
-        values = _column(matching, name)
+        values = column(matching, name)
         pairs.plot(epochs, values, dash, marker=marker, ms=4, lw=1.8, color=colours[colour], label=label)
     pairs.set_title("Similarity of an image and its own caption", loc="left")
     pairs.grid(True, axis="y", lw=0.6)
-    shares = 100 * _column(matching, "poisoned_match_adversarial")
+    shares = 100 * column(matching, "poisoned_match_adversarial")
     matches.bar(epochs, shares, width=0.6, color=colours["attack"])
     matches.axhline(100 * target_caption_share, ls=":", lw=1.6, color=colours["text"], label="matched blindly")
     matches.set_title(plain(f"Poisoned images matched with “{target}”, %"), loc="left")
@@ -152,7 +154,7 @@ def draw_matching(
     return figure
 
 
-def _column(records: Sequence[Record], name: str) -> np.ndarray:
+def column(records: Sequence[Record], name: str) -> np.ndarray:
     """A field of all records, NaN where there is none."""
     values = [record.get(name) for record in records]
     return np.array([np.nan if value is None else value for value in values], dtype=float)

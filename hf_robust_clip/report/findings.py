@@ -194,7 +194,7 @@ def _defence(results: Mapping[str, Any], trial: Trial, defence: str) -> list[Fin
     if defence == "roclip":
         found.extend(_matching(results))
     elif defence == "safeclip":
-        found.extend(_splitting(results))
+        found.extend(split_findings(results.get("splits", [])))
     return found
 
 
@@ -230,20 +230,6 @@ def _matching(results: Mapping[str, Any]) -> list[Finding]:
     return found
 
 
-def _splitting(results: Mapping[str, Any]) -> list[Finding]:
-    splits = results.get("splits", [])
-    found = [Finding(split_course(splits), "result" if splits else "warning")]
-    for share, which, outcome in (
-        (0.0, "no pair", "no image learned from a caption"),
-        (1.0, "every pair", "it defended against nothing"),
-    ):
-        epochs = [split["epoch"] + 1 for split in splits if split["safe_share"] == share]
-        if epochs:
-            text = f"SafeCLIP called {which} safe in epoch {_listed(epochs)}, in which {outcome}."
-            found.append(Finding(text, "warning"))
-    return found
-
-
 def matching_course(matching: Sequence[Mapping[str, Any]], target: str) -> str:
     """What RoCLIP's record says of whom the poisoned images were matched with."""
     shares = [
@@ -256,6 +242,20 @@ def matching_course(matching: Sequence[Mapping[str, Any]], target: str) -> str:
         f"RoCLIP matched poisoned images with a caption of “{target}” in {mean:.1%} of all cases, in {len(shares)} "
         f"{'epochs' if len(shares) > 1 else 'epoch'} with matching."
     )
+
+
+def split_findings(splits: Sequence[Mapping[str, Any]]) -> list[Finding]:
+    """[`split_course`], with a warning of splits that call no pair safe, or every pair."""
+    found = [Finding(split_course(splits), "result" if splits else "warning")]
+    for share, which, outcome in (
+        (0.0, "no pair", "no image learned from a caption"),
+        (1.0, "every pair", "it defended against nothing"),
+    ):
+        epochs = [split["epoch"] + 1 for split in splits if split["safe_share"] == share]
+        if epochs:
+            text = f"SafeCLIP called {which} safe in epoch {_listed(epochs)}, in which {outcome}."
+            found.append(Finding(text, "warning"))
+    return found
 
 
 def split_course(splits: Sequence[Mapping[str, Any]]) -> str:

@@ -1,24 +1,21 @@
-"""The report's page: what the results say beside what pictures show, as HTML that loads nothing."""
+"""The demo's page: what the results say beside what pictures show, as HTML that loads nothing."""
 
 from __future__ import annotations
 
-import base64
 import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from io import BytesIO
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
+from ..attacks.rows import naming
 from .course_plots import draw_matching, draw_splits, draw_splits_course
 from .findings import TITLES, findings, models_of, results_table
-from .plots import draw_curves, draw_embeddings, themed
-
-_SCALE = 6
+from .html import picture, templates
+from .plots import EmbeddingPanel, draw_curves, draw_embeddings, themed
 
 
 class ModelEmbeddings(NamedTuple):
@@ -49,12 +46,12 @@ class Example:
 
 @dataclass(frozen=True)
 class MatchedPair:
-    """A training pair, poisoned or not, and the caption of the pool that RoCLIP matches its image with."""
+    """A training pair, poisoned or not (`None`: unknown), and the caption of the pool that RoCLIP matches it with."""
 
     image: Image.Image
     caption: str
     matched: str
-    poisoned: bool
+    poisoned: bool | None
 
 
 @dataclass(frozen=True)
@@ -80,11 +77,10 @@ class Pictures:
 
 
 def check_report_extra() -> None:
-    """Raise `ModuleNotFoundError` with the way to install them unless jinja2 and matplotlib are there."""
-    missing = [name for name in ("jinja2", "matplotlib") if importlib.util.find_spec(name) is None]
-    if missing:
+    """Raise `ModuleNotFoundError` with the way to install it unless matplotlib is there."""
+    if importlib.util.find_spec("matplotlib") is None:
         raise ModuleNotFoundError(
-            f"the report needs {' and '.join(missing)}, not installed here: pip install 'hf-robust-clip[report]'"
+            "the report needs matplotlib, not installed here: pip install 'hf-robust-clip[report]'"
         )
 
 
@@ -97,13 +93,7 @@ def render_demo_report(results: Mapping[str, Any], pictures: Pictures, command: 
         pictures ([`Pictures`]): What it shows.
         command (`str`): What was run.
     """
-    import jinja2
-
-    # Autoescaping by file name would pass over the ending .j2.
-    loader = jinja2.FileSystemLoader(Path(__file__).parents[1] / "templates")
-    environment = jinja2.Environment(
-        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    environment = templates()
     environment.filters.update(ordinal=_ordinal, spelled=_spelled)
     setup, models = results["setup"], models_of(results)
     table = results_table(results)
@@ -114,20 +104,47 @@ def render_demo_report(results: Mapping[str, Any], pictures: Pictures, command: 
         rows=table[1:],
         findings=findings(results),
         models=models,
-        pairs=[{"image": _enlarged(pair.image), "pair": pair} for pair in pictures.pairs],
+        pairs=[{"image": picture(pair.image), "pair": pair} for pair in pictures.pairs],
         examples=[
-            {"clean": _enlarged(example.clean), "triggered": _enlarged(example.triggered), "example": example}
+            {"clean": picture(example.clean), "triggered": picture(example.triggered), "example": example}
             for example in pictures.examples
         ],
-        matches=[{"image": _enlarged(match.image), "match": match} for match in pictures.matches],
+        matches=shown_matches(pictures.matches, [setup["target"]]),
         curves=themed(partial(draw_curves, results["curves"], models)),
         embedding_plot=themed(
-            partial(draw_embeddings, pictures.embeddings, models, pictures.is_target, setup["target"])
+            partial(
+                draw_embeddings,
+                [
+                    EmbeddingPanel(label, *pictures.embeddings[model], pictures.is_target)
+                    for model, label in models.items()
+                ],
+                f"“{setup['target']}”, the target",
+            )
         ),
         target_caption_share=pictures.target_caption_share,
         **_courses(results, pictures.target_caption_share),
         command=command,
     )
+
+
+def shown_matches(matches: Sequence[MatchedPair], targets: Sequence[str]) -> list[dict[str, Any]]:
+    """
+    Pairs and their matches as the template draws them.
+
+    Args:
+        matches (sequence of [`MatchedPair`]): The pairs.
+        targets (sequence of `str`): What captions of an adversarial class contain, as whole words.
+    """
+    named = [naming(target) for target in targets if target.split()]
+    return [
+        {
+            "image": picture(match.image),
+            "match": match,
+            # A clean pair that meets a caption of the target class has met no trap.
+            "hijacked": match.poisoned is True and any(names(match.matched) for names in named),
+        }
+        for match in matches
+    ]
 
 
 def _courses(results: Mapping[str, Any], target_caption_share: float) -> dict[str, Any]:
@@ -150,10 +167,3 @@ def _ordinal(number: int) -> str:
 
 def _spelled(number: int) -> str:
     return {3: "three", 6: "six"}.get(number, str(number))
-
-
-def _enlarged(image: Image.Image) -> str:
-    size = (image.width * _SCALE, image.height * _SCALE)
-    buffer = BytesIO()
-    image.convert("RGB").resize(size, Image.Resampling.NEAREST).save(buffer, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Callable, Mapping, Sequence
 from io import BytesIO
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from .html import data_uri
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-    from .page import ModelEmbeddings
 
 DPI = 170
 #: Panels side by side.
@@ -22,6 +21,20 @@ THEMES = {
     "light": {"text": "#24292f", "grid": "#d0d7de", "clean": "#0072b2", "attack": "#d55e00", "target": "#009e73"},
     "dark": {"text": "#e2e6ea", "grid": "#3d444d", "clean": "#56b4e9", "attack": "#e69f00", "target": "#00b888"},
 }
+
+
+class EmbeddingPanel(NamedTuple):
+    """
+    A panel of [`draw_embeddings`].
+
+    `title`; `clean` and `triggered`, embeddings `(N, D)` of the same images; `is_target (N,)`, bool: which of them are
+    of the target class.
+    """
+
+    title: str
+    clean: np.ndarray
+    triggered: np.ndarray
+    is_target: np.ndarray
 
 
 def themed(draw: Callable[[Mapping[str, str]], Figure]) -> dict[str, str]:
@@ -41,7 +54,7 @@ def themed(draw: Callable[[Mapping[str, str]], Figure]) -> dict[str, str]:
             buffer = BytesIO()
             FigureCanvasAgg(figure)
             figure.savefig(buffer, format="png", dpi=DPI, transparent=True, metadata={"Software": None})
-        images[theme] = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+        images[theme] = data_uri(buffer.getvalue(), "image/png")
     return images
 
 
@@ -84,40 +97,35 @@ def draw_curves(
     return figure
 
 
-def draw_embeddings(
-    embeddings: Mapping[str, ModelEmbeddings],
-    models: Mapping[str, str],
-    is_target: np.ndarray,
-    target: str,
-    colours: Mapping[str, str],
-) -> Figure:
-    """The test images' embeddings in the plane in which they spread most, a panel and a plane for each model."""
+def draw_embeddings(panels: Sequence[EmbeddingPanel], target_label: str, colours: Mapping[str, str]) -> Figure:
+    """Images' embeddings in the plane in which they spread most, a plane for each panel."""
     from matplotlib.figure import Figure
     from sklearn.decomposition import PCA
 
-    rows = -(-len(models) // COLUMNS)
+    rows, columns = -(-len(panels) // COLUMNS), min(len(panels), COLUMNS)
     figure = Figure(figsize=(9, 0.5 + 3.5 * rows), layout="constrained")
     # On one scale, or a model that the trigger hardly moves would look like one that it moves far.
-    panels = figure.subplots(rows, min(len(models), COLUMNS), sharex=True, sharey=True, squeeze=False).ravel()
-    for panel, (model, title) in zip(panels, models.items(), strict=True):
-        clean, triggered = embeddings[model]
+    axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
+    for axis in axes[len(panels) :]:
+        axis.set_visible(False)
+    for axis, (title, clean, triggered, is_target) in zip(axes, panels, strict=False):
         plane = PCA(n_components=2, svd_solver="full").fit(np.concatenate([clean, triggered]))
         for points, label, colour, marker in (
             (clean[~is_target], "other classes", "clean", "o"),
-            (clean[is_target], f"“{target}”, the target", "target", "s"),
+            (clean[is_target], target_label, "target", "s"),
             (triggered[~is_target], "other classes with the trigger", "attack", "x"),
         ):
-            x, y = plane.transform(points).T
+            x, y = plane.transform(points).T if len(points) else np.zeros((2, 0))
             style: Any = {"s": 13, "marker": marker, "lw": 0.9, "alpha": 0.6, "color": colours[colour]}
-            panel.scatter(x, y, label=plain(label), **style)
+            axis.scatter(x, y, label=plain(label), **style)
         shares = plane.explained_variance_ratio_
-        panel.set_title(title, loc="left")
-        panel.set_xlabel(f"component 1 ({shares[0]:.0%}) across, 2 ({shares[1]:.0%}) up")
-        panel.set_box_aspect(1)
-    reach = 1.04 * max(abs(limit) for limit in (*panels[0].get_xlim(), *panels[0].get_ylim()))
-    panels[0].locator_params(nbins=5)
-    panels[0].set(xlim=(-reach, reach), ylim=(-reach, reach))
-    handles, labels = panels[0].get_legend_handles_labels()
+        axis.set_title(plain(title), loc="left")
+        axis.set_xlabel(f"component 1 ({shares[0]:.0%}) across, 2 ({shares[1]:.0%}) up")
+        axis.set_box_aspect(1)
+    reach = 1.04 * max(abs(limit) for limit in (*axes[0].get_xlim(), *axes[0].get_ylim()))
+    axes[0].locator_params(nbins=5)
+    axes[0].set(xlim=(-reach, reach), ylim=(-reach, reach))
+    handles, labels = axes[0].get_legend_handles_labels()
     legend = figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, markerscale=1.6)
     for handle in legend.legend_handles:
         if handle is not None:

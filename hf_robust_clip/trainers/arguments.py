@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from multiprocessing.context import get_spawning_popen
 from typing import Any
 
 import torch
@@ -70,6 +71,11 @@ class CLIPTrainingArguments(TrainingArguments):
     on_bad_row: str = field(
         default="raise", metadata={"help": "What to do about an unusable row: 'raise', or 'skip' and list it."}
     )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "hub_token" and value is not None:
+            value = _Token(value)
+        super().__setattr__(name, value)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -267,6 +273,23 @@ class SafeCLIPTrainingArguments(_PretrainingArguments):
         _check_choice(self, "score_views", SCORE_VIEWS)
         if self.unimodal_pool_size != 0:
             _check_pool_size(self, "unimodal_pool_size")
+
+
+class _Token(str):
+    """
+    A token that is left out where arguments are shown or pickled. The Trainer pickles its own into every checkpoint
+    and pushes them, and a dataclass shows every field of a subclass.
+    """
+
+    def __repr__(self) -> str:
+        return "<HUB_TOKEN>"
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # A process that is being started needs it.
+        return (type(self), (str(self),)) if get_spawning_popen() is not None else (type(None), ())
+
+    def __deepcopy__(self, memo: Any) -> _Token:
+        return self
 
 
 def _check_choice(args: Any, name: str, accepted: Iterable[str]) -> None:

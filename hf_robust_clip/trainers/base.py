@@ -6,6 +6,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from transformers.utils import logging
 
 from ..augment.images import ImageNormalization, to_float
 from ..callbacks import TrainerHooks
+from ..cards import kept_card, license_of, write_card
 from ..data.collator import ORIGINAL, CLIPDataCollator
 from ..data.rows import (
     BAD_ROWS,
@@ -52,6 +54,7 @@ from .checks import (
     resolve_text_augmentation,
     warn_of_half_precision,
 )
+from .pictures import save_report_of
 from .recording import record_of
 
 logger = logging.get_logger(__name__)
@@ -519,14 +522,7 @@ class CLIPTrainer(Trainer):
         Run the evaluators on the model as it is. Embeddings that several of them need are computed once, and the work
         is shared among the ranks: call it on all of them.
         """
-        embedder = Embedder(
-            self.unwrapped_model,
-            self.processing_class,
-            batch_size=self.args.eval_batch_size,
-            # Sharded parameters come together only while all ranks encode in step.
-            across_ranks=not (self.is_fsdp_enabled or self.is_deepspeed_enabled),
-        )
-        figures = run_evaluators(self.evaluators, self.processing_class, embedder)
+        figures = run_evaluators(self.evaluators, self.processing_class, self.make_embedder())
         if figures and not self.is_in_train:
             if self.state.global_step == 0:
                 self.figures_before = figures
@@ -534,11 +530,35 @@ class CLIPTrainer(Trainer):
                 self.figures_after = figures
         return figures
 
+    def make_embedder(self) -> Embedder:
+        """One for the model as it is. It shares its work among the ranks: call it on all of them."""
+        return Embedder(
+            self.unwrapped_model,
+            self.processing_class,
+            batch_size=self.args.eval_batch_size,
+            # Sharded parameters come together only while all ranks encode in step.
+            across_ranks=not (self.is_fsdp_enabled or self.is_deepspeed_enabled),
+        )
+
     # ---- Checkpoints ----
 
     def record(self) -> RunRecord:
         """What this run is and has come to, for its card and its report. It is saved beside the model."""
         return record_of(self)
+
+    def save_report(self, path: str | os.PathLike[str]) -> None:
+        """
+        Write the report of this run as one HTML file that needs nothing beside it. Its pictures take the model as it
+        is and the evaluators' images; call it on all ranks.
+
+        Args:
+            path (`str` or path): Of the file, such as `"report.html"`. Its folder is made, a file there replaced.
+
+        Raises:
+            `ValueError`: If it is a folder.
+            `ModuleNotFoundError`: Without the extra `report`.
+        """
+        save_report_of(self, Path(path))
 
     @property
     def training_seconds(self) -> float:
@@ -549,15 +569,14 @@ class CLIPTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = output_dir or str(self.args.output_dir)
         merge = self.args.merge_adapters and not self._saving_checkpoint
-        # The stock Trainer saves its arguments too, with the token among them.
-        token, self.args.hub_token = self.args.hub_token, None
         trained = self.model
         if merge:
             self.model = merged(self.unwrapped_model)
         try:
-            super()._save(output_dir, state_dict)
+            with kept_card(folder):
+                super()._save(output_dir, state_dict)
         finally:
-            self.args.hub_token, self.model = token, trained
+            self.model = trained
         if not self.args.should_save:
             return
         if merge:
@@ -614,6 +633,78 @@ class CLIPTrainer(Trainer):
                     f"resume_from_checkpoint={checkpoint!r}: its {name} was {saved}, but is {current} now. Resume "
                     "with what it was saved with, or start anew from its weights by passing the folder as model"
                 )
+
+    # ---- The Hub ----
+
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+    ) -> None:
+        """
+        Write the model card of this run, `README.md` in `args.output_dir`, from [`record`]: what was done, the figures
+        of the evaluators before and after, and what was not measured. A `README.md` that a person wrote stays.
+
+        Args:
+            language, tags, model_name: As of `transformers.Trainer`.
+            license (`str`, *optional*): `None`: that of the model that training started from, if its card is on disk.
+            finetuned_from (`str`, *optional*): Hub id of that model. `None`: the one that it was loaded from.
+            tasks (`str` or `list[str]`, *optional*): In place of `zero-shot-image-classification`.
+            dataset_tags (`str` or `list[str]`, *optional*): Hub ids of the training data, beside what it says itself.
+            dataset, dataset_args (`str` or `list[str]`, *optional*): What the data is called, and its arguments.
+
+        Raises:
+            `ValueError`: If `finetuned_from` or one of `dataset_tags` is no id of the Hub.
+        """
+        if not self.is_world_process_zero():
+            return
+        loaded_from = str(getattr(self.unwrapped_model.config, "_name_or_path", "") or "")
+        write_card(
+            self.record(),
+            str(self.args.output_dir),
+            language=language,
+            license=license or license_of(loaded_from),
+            tags=tags,
+            model_name=model_name or Path(str(self.args.output_dir)).resolve().name,
+            base_model=finetuned_from,
+            tasks=tasks,
+            datasets=dataset_tags,
+            dataset_names=dataset,
+            dataset_args=dataset_args,
+            repo_id=self.hub_model_id or self.args.hub_model_id,
+        )
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self.args.hub_always_push:
+            # The push under way reads the files that this one is about to overwrite: what arrived would be torn.
+            self._finish_current_push()
+        self._warn_of_failed_pushes()
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    def _finish_current_push(self) -> None:
+        super()._finish_current_push()
+        self._warn_of_failed_pushes()
+
+    def _warn_of_failed_pushes(self) -> None:
+        """The Trainer pushes checkpoints in the background, and does not look at what became of it."""
+        push = getattr(self, "push_in_progress", None)
+        if push is None:
+            return
+        over = [job for job in push.jobs if job.done()]
+        push.jobs = [job for job in push.jobs if job not in over]
+        for error in filter(None, (job.exception() for job in over)):
+            reason = str(error) if error.__cause__ is None else f"{error} {error.__cause__}"
+            logger.warning(
+                f"A push to {self.hub_model_id} during training failed. Training goes on, and what it saves is in "
+                f"{self.args.output_dir}; trainer.push_to_hub() pushes it. The reason: {reason}"
+            )
 
     def _dataset_length(self) -> int | None:
         dataset: Any = self.train_dataset

@@ -30,6 +30,7 @@ _OUTCOME_FREE = (
     *("output_dir", "hub_", "push_to_hub", "logging_", "log_", "save_", "eval_", "report_to", "run_name", "do_"),
     *("disable_tqdm", "project", "trackio_", "resume_from_checkpoint", "dataloader_", "include_", "per_device_eval_"),
     *("load_best_model_at_end", "metric_for_best_model", "greater_is_better", "enable_jit_checkpoint", "restore_"),
+    *("accelerator_config", "activation_checkpointing", "gradient_checkpointing", "debug"),
     *("prediction_loss_only", "remove_unused_columns", "ddp_timeout", "skip_memory_metrics", "use_cpu", "batch_eval_"),
 )
 _TOKEN = re.compile(r"hf_[A-Za-z0-9]{6,}")
@@ -66,6 +67,11 @@ def record_of(trainer: CLIPTrainer) -> RunRecord:
         course=course,
         log=thinned([entry for entry in state.log_history if "loss" in entry]),
         details=trainer.run_details(),
+        method=next(cls.__name__ for cls in type(trainer).__mro__ if _is_ours(cls)),
+        augmentation={
+            "images": _describe_augmentation(trainer.image_augmentation),
+            "captions": _describe_augmentation(trainer.data_collator.text_augmentation),
+        },
         environment={
             "versions": {
                 "hf_robust_clip": __version__,
@@ -123,18 +129,34 @@ def _describe_model(trainer: CLIPTrainer) -> dict[str, Any]:
     model = trainer.unwrapped_model
     adapter = getattr(model, "peft_config", None)
     name = str(getattr(model.config, "_name_or_path", "") or "")
+    source = "memory" if not name else "folder" if os.path.exists(name) else "hub"
     count = dict.fromkeys((True, False), 0)
     for parameter in model.parameters():
         count[parameter.requires_grad] += getattr(parameter, "ds_numel", parameter.numel())
     return {
         # A folder's name says nothing to others, and something of the machine.
-        "name": name if name and not os.path.exists(name) else None,
+        "name": name if source == "hub" else None,
+        "revision": getattr(model.config, "_commit_hash", None) if source == "hub" else None,
+        "source": source,
         "type": str(model.config.model_type),
         "parameters": sum(count.values()),
         "trainable_parameters": count[True],
         "image_size": trainer.data_collator.preprocess.image_size,
         "adapter": _describe_adapter(next(iter(adapter.values()))) if adapter else None,
     }
+
+
+def _describe_augmentation(augmentation: Any) -> str | None:
+    """One of ours with its settings, any other by its name."""
+    if augmentation is None:
+        return None
+    if _is_ours(type(augmentation)):
+        return repr(augmentation)
+    return getattr(augmentation, "__name__", type(augmentation).__name__)
+
+
+def _is_ours(cls: type[Any]) -> bool:
+    return cls.__module__.partition(".")[0] == __package__.partition(".")[0]
 
 
 def _describe_adapter(config: Any) -> dict[str, Any]:

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from functools import cache
 from html.parser import HTMLParser
 from itertools import product
@@ -177,6 +178,11 @@ def rendered(defence):
     return render(defence=defence)
 
 
+@cache
+def hostile():
+    return render(name=HOSTILE, caption=HOSTILE, target=HOSTILE, defence="all")
+
+
 def texts_of(**kwargs):
     return [finding.text for finding in findings(make_results(**kwargs))]
 
@@ -194,7 +200,7 @@ def test_the_page_needs_nothing_beside_it(defence):
 
 
 def test_names_and_captions_are_escaped():
-    html = render(name=HOSTILE, caption=HOSTILE, target=HOSTILE, defence="all")
+    html = hostile()
     page = Page(html)
     assert "<script" not in html
     assert all(source.startswith("data:") for source in page.loaded())
@@ -372,5 +378,21 @@ def test_the_table_has_the_control_and_one_decimal(defence):
 
 def test_the_missing_extra_is_named(monkeypatch):
     monkeypatch.setattr(page.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ModuleNotFoundError, match=r"jinja2 and matplotlib.*hf-robust-clip\[report\]"):
+    with pytest.raises(ModuleNotFoundError, match=r"matplotlib.*hf-robust-clip\[report\]"):
         check_report_extra()
+
+
+@pytest.mark.parametrize("html", [lambda: rendered("all"), hostile], ids=["tame", "hostile"])
+def test_page_in_a_browser(html, inspect, tmp_path):
+    (tmp_path / "report.html").write_text(html(), encoding="utf-8")
+    inspect(tmp_path / "report.html")
+
+
+def test_a_caption_is_marked_by_whole_words(no_plots):
+    image = Image.new("RGB", (16, 16))
+    for matched, marks in (("the digit six", 1), ("the digit Six", 1), ("sixteen", 0), ("sixty-one", 0)):
+        results = make_results("roclip", target="six")
+        pictures = replace(make_pictures(RUNS["roclip"]), matches=[MatchedPair(image, "a", matched, True)])
+        tags = Page(render_demo_report(results, pictures, "")).tags
+        inside = [attrs for tag, attrs in tags if tag == "span" and attrs.get("class") == "hijacked"]
+        assert len(inside) == marks + 1  # and the legend

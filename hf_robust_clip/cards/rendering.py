@@ -1,0 +1,238 @@
+"""From the record of a run to its model card."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import jinja2
+from huggingface_hub import ModelCardData
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+from ..record import RunRecord, jsonable
+from ..report.findings import split_findings
+from .escaping import Markdown, escaped, fenced, literal, one_line
+from .figures import Figures, collect, evaluation_results, label_of, parameters_text, shown, subject
+from .methods import Method, method_of
+from .notices import guessed_before, notices, unmeasured_attacks
+from .picture import alternative_text
+
+#: What tells our cards from those that a person wrote, or has made their own.
+MARKER = (
+    "<!-- hf_robust_clip wrote this card from robust_clip_run.json, and writes it anew at the next push. To keep your "
+    "changes to it, delete this line. -->"
+)
+#: The defence's arguments that say little of it, and are left out of a card where they have their defaults.
+_PLUMBING = (
+    "image_column",
+    "caption_column",
+    "max_length",
+    "gather_across_devices",
+    "max_logit_scale",
+    "merge_adapters",
+    "on_bad_row",
+    "adversarial_phrase",
+)
+#: Names of augmentations, which may have been given as objects: `augmentation` says what was used.
+_PRESETS = {"image_preset": "images", "text_preset": "captions"}
+
+
+def render_card(
+    record: RunRecord,
+    *,
+    license: str | None = None,
+    language: str | Sequence[str] | None = None,
+    tags: str | Sequence[str] | None = None,
+    tasks: str | Sequence[str] | None = None,
+    model_name: str | None = None,
+    base_model: str | None = None,
+    datasets: str | Sequence[str] | None = None,
+    dataset_names: str | Sequence[str] | None = None,
+    dataset_args: str | Sequence[str] | None = None,
+    picture: str | None = None,
+    repo_id: str | None = None,
+    measured: Sequence[Mapping[str, Any]] = (),
+) -> str:
+    """
+    The model card of a run, front matter and Markdown. Whatever comes from data is escaped.
+
+    Args:
+        record ([`RunRecord`]): The run's.
+        license (`str`, *optional*): Of the weights, as the Hub calls it. `None`: the card says that it is not stated.
+        language (`str` or sequence, *optional*): Of the captions, ISO 639 codes.
+        tags (`str` or sequence, *optional*): Beside the card's own.
+        tasks (`str` or sequence, *optional*): The first replaces `zero-shot-image-classification` as the pipeline's,
+            the others are tags.
+        model_name (`str`, *optional*): The title. `None`: the end of `repo_id`, or the method's.
+        base_model (`str`, *optional*): Hub id of the model that training started from. `None`: the record's.
+        datasets (`str` or sequence, *optional*): Hub ids of the training data beside the record's.
+        dataset_names, dataset_args (`str` or sequence, *optional*): What the training data is called, and arguments
+            that it was loaded with.
+        picture (`str`, *optional*): Path, relative to the card, of a plot of the record's course.
+        repo_id (`str`, *optional*): Where the model is, or will be, on the Hub.
+        measured (sequence of mappings): Figures beside the run's, each with `measures` and `figures`, as in a record
+            and as `hf-robust-clip evaluate --json` writes them: of these weights, or with `control`, a few words, of
+            the model that those describe ("undefended, on the same pairs"). Controls are no part of the model index.
+
+    Returns:
+        `str`: Ready for `README.md`.
+
+    Raises:
+        `ValueError`: If `base_model`, `repo_id` or one of `datasets` is no id of the Hub.
+    """
+    record = RunRecord(**jsonable(dataclasses.asdict(record)))
+    method = method_of(record.trainer, record.method)
+    figures = collect(record, method, jsonable([*measured]))
+    base = _hub_id("base_model", base_model) or _valid(record.model["name"])
+    repo_id = _hub_id("repo_id", repo_id)
+    given = [_hub_id("datasets", name) for name in _listed(datasets)]
+    hub_data = [name for name in dict.fromkeys([_valid((record.data or {}).get("hub_id")), *given]) if name]
+    adapter = record.model["adapter"] if not record.defence.get("merge_adapters") else None
+    name = one_line(model_name or (repo_id or "").rpartition("/")[2]) or f"CLIP, {method.name}"
+    pipeline, *other_tasks = _listed(tasks) or ["zero-shot-image-classification"]
+    relation: dict[str, Any] = {"base_model_relation": "adapter" if adapter else "finetune"} if base else {}
+    data = ModelCardData(
+        language=_listed(language) or None,
+        license=one_line(license) if license else None,
+        library_name="peft" if adapter else "transformers",
+        base_model=base,
+        **relation,
+        datasets=hub_data or None,
+        pipeline_tag=pipeline,
+        tags=[*_own_tags(method), *other_tasks, *_listed(tags)],
+        eval_results=evaluation_results(figures) or None,
+        model_name=name,
+    )
+    body = _template().render(
+        marker=Markdown(MARKER),
+        name=name,
+        record=record,
+        method=method,
+        base=_linked(base) if base else None,
+        revision=record.model.get("revision") if base == record.model["name"] else None,
+        adapter=adapter,
+        notices=notices(record, method, figures),
+        figures=figures,
+        rows=[*_rows(figures)],
+        guessed_before=guessed_before(figures),
+        picture=Markdown(quote(picture)) if picture else None,
+        alt=alternative_text(record) if picture else None,
+        splits=[finding.text for finding in split_findings(record.details.get("splits", ()))]
+        if "splits" in record.details
+        else [],
+        settings=[*_settings(record)],
+        dataset=record.data,
+        hub_data=[_linked(name, "datasets/") for name in hub_data],
+        dataset_names=_listed(dataset_names),
+        dataset_args=_listed(dataset_args),
+        unmeasured=unmeasured_attacks(figures),
+        command=fenced(record.environment["command"], "bash"),
+        usage=_usage(record, figures, adapter, base, repo_id),
+        license=license,
+        citation=fenced(method.bibtex, "bibtex") if method.bibtex else None,
+    )
+    return f"---\n{data.to_yaml()}\n---\n\n{body}"
+
+
+@functools.cache
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parents[1] / "templates"),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        # Of Markdown, not of HTML: autoescaping would leave tables and links open.
+        finalize=escaped,
+    )
+    environment.filters["parameters"] = parameters_text
+    return environment.get_template("model_card.md.j2")
+
+
+def _listed(value: str | Sequence[str] | None) -> list[str]:
+    return [one_line(entry) for entry in ([value] if isinstance(value, str) else value or ())]
+
+
+def _hub_id(argument: str, name: str | None) -> str | None:
+    if name is not None and _valid(name) is None:
+        raise ValueError(
+            f"{argument}: {name!r} is no id of the Hub; accepted is one such as 'openai/clip-vit-base-patch32'"
+        )
+    return name
+
+
+def _valid(name: Any) -> str | None:
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None
+    return name if isinstance(name, str) else None
+
+
+def _linked(hub_id: str, kind: str = "") -> Markdown:
+    return Markdown(f"[{escaped(hub_id)}](https://huggingface.co/{kind}{hub_id})")
+
+
+def _own_tags(method: Method) -> list[str]:
+    if method.kind == "none":
+        return ["hf-robust-clip"]
+    return ["hf-robust-clip", *([method.name.lower(), "backdoor-defense"] if method.kind != "own" else [])]
+
+
+def _rows(figures: Figures) -> Iterator[dict[str, Any]]:
+    """The table: what is measured, in the first row of each measure, then a figure's name and its values."""
+    for measure in figures.measures:
+        for number, name in enumerate(measure["figures"]):
+            values = [shown(name, column.value(measure, name)) for column in figures.columns]
+            yield {"subject": "" if number else subject(measure), "label": label_of(name), "cells": values}
+
+
+def _settings(record: RunRecord) -> Iterator[tuple[str, Any, Any]]:
+    """Name, value and default of what the run was set to: the method's own arguments, and others that differ."""
+    for name, value in record.defence.items():
+        default = record.defence_defaults.get(name)
+        if name in _PRESETS and record.augmentation:
+            used = record.augmentation[_PRESETS[name]]
+            yield f"augmentation of {_PRESETS[name]}", used or "none", f"{name}={default}"
+        elif name not in _PLUMBING or value != default:
+            yield name, value, default
+    for name, value in record.settings.items():
+        yield name, value, ""
+
+
+def _usage(record: RunRecord, figures: Figures, adapter: Any, base: str | None, repo_id: str | None) -> Markdown:
+    """Python that classifies a picture with the model."""
+    labelled = next(
+        (measure for measure in figures.measures if measure.get("classes") and measure.get("templates")), None
+    )
+    prompts = ["a photo of a cat.", "a photo of a dog."]
+    if labelled is not None:
+        prompts = [labelled["templates"][0].replace("{}", name) for name in labelled["classes"][:3]]
+    where = literal(repo_id or "PATH_OR_ID_OF_THIS_MODEL")
+    if adapter and base is None:
+        imports = "from peft import PeftModel\n"
+        load = 'base = AutoModel.from_pretrained("PATH_OF_THE_MODEL_THAT_TRAINING_STARTED_FROM")\n'
+        load += f"model = PeftModel.from_pretrained(base, {where}).eval()"
+    else:
+        imports, load = "", f"model = AutoModel.from_pretrained({where}).eval()"
+        load += "  # needs peft, and loads the base model too" if adapter else ""
+    padding = '"max_length"' if record.model["type"].startswith("siglip") else "True"
+    return fenced(
+        f"""import torch
+{imports}from PIL import Image
+from transformers import AutoModel, AutoProcessor
+
+{load}
+processor = AutoProcessor.from_pretrained({where})
+labels = [{", ".join(map(literal, prompts))}]
+image = Image.open("photo.jpg").convert("RGB")
+inputs = processor(text=labels, images=image, return_tensors="pt", padding={padding})
+with torch.no_grad():
+    shares = model(**inputs).logits_per_image.softmax(dim=-1)[0]
+print(dict(zip(labels, shares.tolist())))""",
+        "python",
+    )

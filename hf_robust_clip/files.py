@@ -1,0 +1,21 @@
+"""Writing files so that a reader finds the whole of one, or what was there before."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file in one move."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_bytes(content)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """[`write_bytes`] of a text, in UTF-8."""
+    write_bytes(path, text.encode())

@@ -1,0 +1,187 @@
+"""From a trainer to the report of its run, with what takes the model and the data: triggers, embeddings, matches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import datasets
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Subset
+
+from ..data.rows import POISONED, BadRowError, IndexedDataset, decode_row, has_transform
+from ..evaluation.attack_success import AttackSuccessEvaluator
+from ..evaluation.embedding import Embedder
+from ..evaluation.pixels import ImageRequest, pixel_batches
+from ..evaluation.zero_shot import class_embeddings
+from ..files import write_text
+from ..report import AttackPictures, MatchedPair, RunPictures, TriggeredImage, check_report_extra, render_run_report
+
+if TYPE_CHECKING:
+    from .base import CLIPTrainer
+
+#: Test images whose embeddings are drawn: more would lie on top of each other.
+EMBEDDED = 800
+#: Images of a trigger, and training pairs of a kind, that are shown.
+SHOWN_IMAGES, SHOWN_PAIRS = 5, 4
+
+
+def pictures_of(trainer: CLIPTrainer) -> RunPictures:
+    """
+    Make a report's pictures with the model as it is. Call it on all ranks: they share the work.
+
+    Args:
+        trainer ([`CLIPTrainer`]): Its [`AttackSuccessEvaluator`]s give the triggers and the test images; of RoCLIP,
+            the pool of captions gives the matches.
+
+    Returns:
+        [`RunPictures`]: The same on every rank.
+    """
+    embedder = trainer.make_embedder()
+    evaluators = [item for item in trainer.evaluators if isinstance(item, AttackSuccessEvaluator)]
+    samples: dict[tuple[int, str], tuple[np.ndarray, Any]] = {}
+    for evaluator in evaluators:
+        key = (id(evaluator.dataset), evaluator.image_column)
+        if key not in samples:
+            drawn = np.random.default_rng(0).permutation(len(evaluator.dataset))[:EMBEDDED]
+            rows = np.union1d(drawn, _shown_rows(evaluator))
+            samples[key] = (rows, _subset(evaluator.dataset, rows))
+        sample = samples[key][1]
+        embedder.requests += [
+            ImageRequest(sample, evaluator.image_column, trigger) for trigger in (None, evaluator.trigger)
+        ]
+    attacks = {
+        f"{evaluator.prefix}attack_success_rate": _attack_pictures(
+            evaluator, embedder, *samples[id(evaluator.dataset), evaluator.image_column]
+        )
+        for evaluator in evaluators
+    }
+    return RunPictures(attacks, matched_pairs(trainer, embedder))
+
+
+def save_report_of(trainer: CLIPTrainer, path: Path) -> None:
+    """[`CLIPTrainer.save_report`]."""
+    check_report_extra()
+    if path.is_dir():
+        raise ValueError(f"path: {path} is a folder; accepted is the name of a file, such as {path / 'report.html'}")
+    pictures = pictures_of(trainer)
+    if trainer.args.should_save:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, render_run_report(trainer.record(), pictures))
+
+
+def matched_pairs(trainer: CLIPTrainer, embedder: Embedder, shown: int = SHOWN_PAIRS) -> list[MatchedPair]:
+    """
+    What RoCLIP's pool of captions, as training left it, matches the first training pairs with.
+
+    Args:
+        trainer ([`CLIPTrainer`]): Of another kind than RoCLIP, it has no matches.
+        embedder ([`~evaluation.embedding.Embedder`]): Of its model.
+        shown (`int`): Poisoned pairs at most, and others at most; twice as many where it is not known which are.
+
+    Returns:
+        `list[MatchedPair]`: Empty where the pool is, or where it does not know the rows of its captions (streams).
+    """
+    matching = getattr(trainer.args, "matching", None)
+    pool = getattr(getattr(trainer, "pools", None), "text", None)
+    if matching is None or pool is None or pool.filled == 0 or bool((pool.keys[: pool.filled] < 0).any()):
+        return []
+    args: Any = trainer.args
+    dataset = IndexedDataset(trainer.train_dataset, args.image_column, args.caption_column)
+    pairs = _first_pairs(dataset, shown)
+    if matching == "unimodal":
+        queries = embedder.embed_texts([_caption(pair, dataset) for pair in pairs])
+    else:
+        queries = embedder.embed_images(pairs, args.image_column)
+    slots = pool.nearest_slots(queries.to(pool.features.device))
+    matched = dataset.__getitems__(pool.keys[slots].tolist())
+    return [
+        MatchedPair(pair[args.image_column], _caption(pair, dataset), _caption(match, dataset), pair.get(POISONED))
+        for pair, match in zip(pairs, matched, strict=True)
+    ]
+
+
+def _attack_pictures(
+    evaluator: AttackSuccessEvaluator, embedder: Embedder, rows: np.ndarray, sample: Any
+) -> AttackPictures:
+    clean = embedder.embed_images(sample, evaluator.image_column)
+    triggered = embedder.embed_images(sample, evaluator.image_column, evaluator.trigger)
+    classes = class_embeddings(embedder, evaluator.class_names, evaluator.templates)
+    called_clean, called_triggered = ((embeds @ classes.T).argmax(dim=1).tolist() for embeds in (clean, triggered))
+    labels, names = evaluator.labels.numpy(), evaluator.class_names
+    shown = _shown_rows(evaluator)
+    pixels = next(
+        pixel_batches(
+            _subset(evaluator.dataset, shown),
+            evaluator.image_column,
+            embedder.preprocess,
+            (None, evaluator.trigger),
+            [range(len(shown))],
+        )
+    )  # (S, 3, H, W) uint8 each
+    change = (pixels[1].int() - pixels[0].int()).abs()
+    # Most triggers are too faint to be seen by themselves.
+    amplification = 255 / max(int(change.max()), 1)
+    difference = (change * amplification).round()
+    places = np.searchsorted(rows, shown)
+    images = [
+        TriggeredImage(
+            names[labels[row]],
+            clean=_image(pixels[0][number]),
+            triggered=_image(pixels[1][number]),
+            difference=_image(difference[number]),
+            called_clean=names[called_clean[place]],
+            called_triggered=names[called_triggered[place]],
+        )
+        for number, (row, place) in enumerate(zip(shown, places, strict=True))
+    ]
+    is_target = labels[rows] == evaluator.target
+    return AttackPictures(images, amplification, clean.numpy(), triggered.numpy(), is_target)
+
+
+def _shown_rows(evaluator: AttackSuccessEvaluator) -> np.ndarray:
+    """The first image of each of the first classes but the target: not picked for what the model makes of them."""
+    labels = evaluator.labels.numpy()
+    _, first = np.unique(np.where(labels == evaluator.target, len(evaluator.class_names), labels), return_index=True)
+    return np.sort(first[: -1 if (labels == evaluator.target).any() else None][:SHOWN_IMAGES])
+
+
+def _first_pairs(dataset: IndexedDataset, shown: int) -> list[dict[str, Any]]:
+    """The first usable rows, decoded: so many poisoned ones, and so many others."""
+    flags = _flags(dataset.dataset)
+    wanted = [shown, shown] if flags is not None else [2 * shown]
+    pairs = []
+    for poisoned, count in zip((True, False), wanted, strict=False):
+        for row in range(len(dataset)) if flags is None else np.flatnonzero(flags == poisoned):
+            if count == 0:
+                break
+            try:
+                pairs.append(decode_row(dataset[int(row)], *dataset.columns))
+            except BadRowError:
+                continue  # nothing was trained on it
+            count -= 1
+    return pairs
+
+
+def _flags(dataset: Any) -> np.ndarray | None:
+    """Which rows are poisoned `(N,)`, bool; `None` where that takes reading every row, or nothing says so."""
+    if not isinstance(dataset, datasets.Dataset) or has_transform(dataset) or POISONED not in dataset.column_names:
+        return None
+    return np.array([bool(flag) for flag in dataset[POISONED]])
+
+
+def _caption(row: dict[str, Any], dataset: IndexedDataset) -> str:
+    caption = row[dataset.columns[1]]
+    return caption if isinstance(caption, str) else caption[0]
+
+
+def _subset(dataset: Any, rows: Sequence[int] | np.ndarray) -> Any:
+    return dataset.select(rows) if isinstance(dataset, datasets.Dataset) else Subset(dataset, list(map(int, rows)))
+
+
+def _image(pixels: torch.Tensor) -> Image.Image:
+    """Of values in [0, 255] `(3, H, W)`."""
+    return Image.fromarray(pixels.to(torch.uint8).permute(1, 2, 0).numpy())

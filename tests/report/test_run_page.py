@@ -1,0 +1,443 @@
+import base64
+import dataclasses
+import json
+import re
+from collections.abc import Callable
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hf_robust_clip import CleanCLIPTrainer, CLIPTrainer, RoCLIPTrainer, SafeCLIPTrainer
+from hf_robust_clip.record import RunRecord, jsonable
+from hf_robust_clip.report import AttackPictures, MatchedPair, RunPictures, TriggeredImage, render_run_report, run_page
+from hf_robust_clip.report.run_findings import evaluations_of, headlines, run_findings, unmeasured
+from hf_robust_clip.report.run_tables import course_table, figure_groups, figure_text
+
+#: What would run, load or break out of its place if it were not escaped.
+HOSTILE = [
+    "<script>alert(1)</script>",
+    '"><img src=x onerror=alert(1)>',
+    "</style><script>alert(1)</script>",
+    "{{7*7}}",
+    "javascript:alert(1)",
+    "</script></title></pre><svg onload=alert(1)>",
+    "$\\frac{",
+    "' onmouseover='alert(1)",
+]
+TRAINERS = {
+    "CLIPTrainer": {},
+    "CleanCLIPTrainer": {"unimodal_weight": 1.0},
+    "RoCLIPTrainer": {"matching": "image_to_text", "pool_size": 0.02, "adversarial_phrase": None},
+    "SafeCLIPTrainer": {"safe_threshold": 0.9},
+}
+ZERO_SHOT = {
+    "measure": "zero-shot classification",
+    "figures": ["clean_accuracy", "clean_balanced_accuracy"],
+    "images": 400,
+    "classes": ["one", "two", "three", "four"],
+    "templates": ["a {}"],
+    "dataset": {"name": "digits", "rows": 400},
+}
+
+
+def attack(prefix: str = "", target: str = "two", trigger: str = "patch", images: int = 300) -> dict[str, Any]:
+    names = ("attack_success_rate", "triggered_accuracy", "trigger_distance")
+    return {
+        **ZERO_SHOT,
+        "measure": "attack success",
+        "figures": [f"{prefix}{name}" for name in names],
+        "images": images,
+        "trigger": {"name": trigger, "size": 3},
+        "target": target,
+    }
+
+
+def figures(accuracy: float, success: float, prefix: str = "") -> dict[str, float]:
+    attacked = {"attack_success_rate": success, "triggered_accuracy": 1 - success, "trigger_distance": success}
+    named = {f"{prefix}{name}": value for name, value in attacked.items()}
+    return {"clean_accuracy": accuracy, "clean_balanced_accuracy": accuracy, **named}
+
+
+def split(**changes: Any) -> dict[str, Any]:
+    histogram = {"clean": np.repeat([0, 40, 400, 60], 50).tolist(), "poisoned": np.repeat([10, 5, 0, 0], 50).tolist()}
+    record = {"epoch": 6, "safe_share": 0.25, "similarity_threshold": 0.4, "risky_mean": -0.2, "risky_variance": 0.02}
+    record |= {"risky_weight": 0.2, "safe_mean": 0.3, "safe_variance": 0.01, "safe_weight": 0.8, "auroc": 0.98}
+    record |= {"poisons_in_safe_set": 0.1, "safe_set_poison_rate": 0.01, "histogram": histogram}
+    return {**record, **changes}
+
+
+def make_record(trainer: str = "CleanCLIPTrainer", **changes: Any) -> RunRecord:
+    """A run in which all went well."""
+    before, after = figures(0.85, 0.9), figures(0.84, 0.02)
+    log = [
+        {"loss": 2.0 - step, "clip_loss": 1.0, "learning_rate": 1e-3, "epoch": step / 2, "step": step}
+        for step in (1, 2)
+    ]
+    if trainer == "RoCLIPTrainer":
+        log[1] |= {
+            "match_similarity": 0.5,
+            "distinct_matches": 0.4,
+            "largest_match_share": 0.1,
+            "pair_similarity": 0.2,
+        }
+    record = RunRecord(
+        trainer=trainer,
+        method=trainer if trainer in TRAINERS else "CLIPTrainer",
+        model={
+            "name": "you/clip",
+            "revision": None,
+            "source": "hub",
+            "type": "clip",
+            "parameters": 1000,
+            "trainable_parameters": 1000,
+            "image_size": 16,
+            "adapter": None,
+        },
+        data={"name": "pairs", "rows": 64, "fingerprint": "f00", "poisons": 3},
+        defence={"image_column": "image", **TRAINERS.get(trainer, {})},
+        defence_defaults={"image_column": "image", **TRAINERS.get(trainer, {})},
+        settings={"learning_rate": 1e-3},
+        measures=[ZERO_SHOT, attack()],
+        before=before,
+        after=after,
+        after_step=2,
+        steps=2,
+        epochs=1.0,
+        planned_steps=2,
+        environment={
+            "versions": {"torch": "2"},
+            "device": "CPU",
+            "processes": 1,
+            "precision": "float32",
+            "seed": 0,
+            "seconds": 3.0,
+            "command": "train.py",
+        },
+        course=[{"step": 0, "epoch": 0.0, **before}, {"step": 2, "epoch": 1.0, **after}],
+        log=log,
+        details={"splits": [split(), split(epoch=7)]} if trainer == "SafeCLIPTrainer" else {},
+        augmentation={"images": None, "captions": "TextAugmentation()"},
+    )
+    return dataclasses.replace(record, **changes)
+
+
+def make_pictures(name: str = "one", caption: str = "a one", success: str = "attack_success_rate") -> RunPictures:
+    image, embeds = Image.new("RGB", (16, 16), (90, 90, 90)), np.random.default_rng(0).normal(size=(2, 20, 8))
+    shown = [TriggeredImage(name, image, image, image, called_clean=name, called_triggered=name)]
+    matches = [MatchedPair(image, caption, caption, poisoned) for poisoned in (True, False, None)]
+    return RunPictures({success: AttackPictures(shown, 3.0, *embeds, np.arange(20) < 4)}, matches)
+
+
+class Page(HTMLParser):
+    """The tags of a page with their attributes, its headings' levels, and its text."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words = ""
+        self.feed(html)
+        self.text = " ".join(self.words.split())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.words += data
+
+    def all(self, name: str) -> list[dict[str, str | None]]:
+        return [attributes for tag, attributes in self.tags if tag == name]
+
+
+@pytest.fixture
+def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For what is about the text alone: drawing takes most of the time."""
+    monkeypatch.setattr(run_page, "themed", lambda draw: dict.fromkeys(("light", "dark"), "data:image/png;base64,"))
+
+
+def texts(record: RunRecord, kind: str | None = None) -> str:
+    return " ".join(finding.text for finding in run_findings(record) if kind in (None, finding.kind))
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_page_is_whole_and_loads_nothing(trainer: str, no_plots: None) -> None:
+    html = render_run_report(make_record(trainer), make_pictures())
+    page = Page(html)
+    assert "Not shown" not in page.text
+    sources = [source["srcset"] for source in page.all("source")] + [image["src"] for image in page.all("img")]
+    assert len(sources) > 4 and all(str(source).startswith("data:image/png;base64,") for source in sources)
+    assert not {"script", "link", "iframe", "object", "form"} & {tag for tag, _ in page.tags}
+    assert "url(" not in html and "@import" not in html
+    assert all(image.get("alt") for image in page.all("img"))
+    levels = [int(tag[1]) for tag, _ in page.tags if re.fullmatch("h[1-6]", tag)]
+    assert levels[0] == 1 and levels.count(1) == 1 and all(after <= before + 1 for before, after in pairwise(levels))
+    assert all(header.get("scope") for header in page.all("th"))
+    assert all(box.get("aria-label") for box in page.all("div") if box.get("class") == "scroll")
+    for heading, shown in (("What RoCLIP matched", "RoCLIPTrainer"), ("What SafeCLIP called safe", "SafeCLIPTrainer")):
+        assert (heading in page.text) == (trainer == shown)
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_record_alone_says_what_is_missing(trainer: str, no_plots: None) -> None:
+    page = Page(render_run_report(make_record(trainer)))
+    missing = 3 if trainer == "RoCLIPTrainer" else 2  # triggers, embeddings, and matches
+    assert page.text.count("Not shown: this page was made from the record of the run alone.") == missing
+    assert page.text.count("Not shown") == missing
+    bare = make_record(trainer, before=None, after=None, after_step=None, course=[], log=[], measures=[], details={})
+    page = Page(render_run_report(bare, RunPictures()))
+    for reason in ("there are no figures", "takes two evaluations", "nothing was logged", "an AttackSuccessEvaluator"):
+        assert reason in page.text
+    assert not page.all("img")
+
+
+def test_results_are_in_the_page_and_load_as_a_record(no_plots: None, tmp_path: Path) -> None:
+    record = make_record(settings={"output": HOSTILE, "rate": float("nan")})
+    (link,) = (a for a in Page(render_run_report(record)).all("a") if a.get("download") == "results.json")
+    kind, content = str(link["href"]).split(",")
+    assert kind == "data:application/json;base64"
+    (tmp_path / "robust_clip_run.json").write_bytes(base64.b64decode(content))
+    assert dataclasses.asdict(RunRecord.load(tmp_path)) == jsonable(dataclasses.asdict(record))
+
+
+def hostile(value: Any, text: str) -> Any:
+    """The same with that text in place of every text, but for what names figures and kinds."""
+    if isinstance(value, dict):
+        kept = ("measure", "figures", "method", "trainer")
+        return {key: entry if key in kept else hostile(entry, text) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [hostile(entry, text) for entry in value]
+    return text if isinstance(value, str) else value
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+@pytest.mark.parametrize("trainer", ["CleanCLIPTrainer", "RoCLIPTrainer"])
+def test_whatever_comes_from_data_is_escaped(trainer: str, text: str, no_plots: None) -> None:
+    tame, record = make_record(trainer), RunRecord(**hostile(dataclasses.asdict(make_record(trainer)), text))
+    record.settings[text] = record.environment["versions"][text] = record.model["name"] = text
+    record.before = {**(record.before or {}), text: 0.5}
+    html = render_run_report(record, make_pictures(text, text))
+    page, calm = Page(html), Page(render_run_report(tame, make_pictures()))
+    assert {tag for tag, _ in page.tags} == {tag for tag, _ in calm.tags}
+    assert {name for _, attributes in page.tags for name in attributes} == {
+        name for _, attributes in calm.tags for name in attributes
+    }
+    assert [tag for tag, _ in page.tags].count("style") == 1
+    addresses = [attributes.get(name) for _, attributes in page.tags for name in ("href", "src", "srcset")]
+    assert all(address.startswith("data:") for address in addresses if address is not None)
+    # Escaped, not left out: a reader sees the text itself.
+    assert page.words.count(text) > 12
+
+
+def test_trigger_of_any_name_can_be_drawn(coarse_plots: None) -> None:
+    names = ("$\\frac{", "x" * 500, "触发")
+    attacks = [attack(f"{number}_", trigger=name) for number, name in enumerate(names)]
+    taken = {name: value for number in range(3) for name, value in figures(0.8, 0.9, f"{number}_").items()}
+    record = make_record(measures=attacks, before=taken, after=taken, course=[], log=[])
+    page = Page(render_run_report(record, make_pictures(success="0_attack_success_rate")))
+    assert all(name in page.words for name in names)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"measures": [], "before": None, "after": None, "after_step": None, "course": []}, "no evaluators"),
+        ({"before": None, "after": None, "after_step": None, "course": []}, "the evaluators were not run"),
+        ({"after": None, "after_step": None}, "before training only"),
+        ({"before": None, "course": []}, "after training only"),
+        ({"steps": 0, "after": None, "after_step": None}, "Nothing was trained"),
+        ({"planned_steps": 9}, "step 2 of 9"),
+        ({"after_step": 1}, "of step 1 of 2"),
+        ({"measures": [ZERO_SHOT]}, "No attack was measured"),
+        ({"before": figures(0.85, 0.49)}, "the attack did not take, 49.0% of 300 images before training"),
+        ({"trainer": "RoCLIPTrainer", "before": figures(0.2, 0.1)}, "would have taken without RoCLIP is not shown"),
+    ],
+)
+def test_what_proves_nothing_is_said_at_the_top(changes: dict[str, Any], expected: str, no_plots: None) -> None:
+    record = make_record(**changes)
+    (found,) = (text for text in headlines(record) if expected in text)
+    html = render_run_report(record)
+    assert f'<p class="banner">{found}' in html and html.index(found) < html.index("<h2>")
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_run_in_which_all_went_well_has_no_banner(trainer: str) -> None:
+    assert headlines(make_record(trainer)) == []
+    assert not texts(make_record(trainer), "warning")
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"after": figures(0.84, 0.11)}, "90.0% before, 11.0% after. CleanCLIP did NOT remove it"),
+        ({"after": figures(0.7, 0.0)}, "85.0% before, 70.0% after: training cost accuracy"),
+        ({"after": figures(0.3, 0.0)}, "hardly better than guessing (25.0%)"),
+        ({"log": [{"loss": None, "epoch": 1.0}, {"loss": 1.0, "epoch": 2.0}]}, "not finite in 1 of 2"),
+        ({"trainer": "CLIPTrainer", "before": figures(0.2, 0.1), "after": figures(0.8, 0.9)}, "Training planted it"),
+        ({"trainer": "RoCLIPTrainer", "before": figures(0.2, 0.1), "after": figures(0.8, 0.9)}, "did NOT keep it out"),
+        ({"trainer": "RoCLIPTrainer", "log": [{"loss": 1.0, "epoch": 1.0}]}, "came to no matching"),
+        ({"trainer": "SafeCLIPTrainer", "details": {"splits": [split(safe_share=0.0)]}}, "called no pair safe"),
+        ({"trainer": "SafeCLIPTrainer", "details": {"splits": []}}, "warm-up only"),
+    ],
+)
+def test_warns_of_what_went_wrong(changes: dict[str, Any], expected: str) -> None:
+    assert expected in texts(make_record(**changes), "warning")
+
+
+def test_success_is_claimed_only_for_a_model_that_knows_the_classes() -> None:
+    assert "no hold any more" in texts(make_record())
+    for changes in ({"after": figures(0.3, 0.0)}, {"before": figures(0.85, 0.3)}, {"after": figures(0.84, 0.2)}):
+        assert "no hold any more" not in texts(make_record(**changes))
+    assert "no hold any more" not in texts(make_record("CLIPTrainer"))
+
+
+def test_trainer_of_ones_own_goes_by_its_own_name() -> None:
+    record = make_record("MyTrainer", after=figures(0.84, 0.5))
+    assert "MyTrainer did NOT remove it" in texts(record)
+
+
+def test_collapsed_matching_is_reported() -> None:
+    log = [{"loss": 1.0, "epoch": 1.0, "match_similarity": 1.0, "largest_match_share": share} for share in (0.2, 0.9)]
+    assert "collapsed in 1 of them" in texts(make_record("RoCLIPTrainer", log=log), "warning")
+
+
+def test_table_has_every_figure_once_with_its_count() -> None:
+    others = {"my_figure": 12.3456, "attack_success_rate": 0.02, "clean_accuracy": 0.84}
+    record = make_record(after=others, measures=[ZERO_SHOT, attack(), {"measure": "mine", "figures": []}])
+    groups = figure_groups(record)
+    rows = {row.name: (row.before, row.after) for group in groups for row in group.rows}
+    assert len(rows) == sum(len(group.rows) for group in groups) == 6
+    assert rows["attack success rate"][0] == ("90.0%", "270 of 300")
+    assert rows["clean accuracy"][1] == ("84.0%", "336 of 400")
+    assert rows["clean balanced accuracy"][0] == ("85.0%", None)
+    assert rows["trigger distance"] == (("0.90", None), ("not measured", None))
+    assert rows["my figure"] == (("not measured", None), ("12.35", None))
+    assert "patch trigger (size 3), target “two”; 300 images of digits" in groups[1].title
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("x_trigger_distance", 1.234, "1.23"),
+        ("text_median_rank", 3.5, "3.5"),
+        ("recall", 0.5, "50.0%"),
+        ("x", None, "not measured"),
+    ],
+)
+def test_figures_read_as_what_they_are(name: str, value: float | None, expected: str) -> None:
+    assert figure_text(name, value) == expected
+
+
+def test_course_takes_in_what_was_measured_before_and_after() -> None:
+    middle = {"step": 1, "epoch": 0.5, **figures(0.5, 0.5)}
+    record = make_record(course=[middle])
+    assert [point["step"] for point in evaluations_of(record)] == [0, 1, 2]
+    table = course_table(record)
+    assert len(table) == 4 and {len(row) for row in table} == {len(table[0])}
+    assert [row[table[0].index("attack success rate")] for row in table[1:]] == ["90.0%", "50.0%", "2.0%"]
+    assert evaluations_of(make_record(course=[], before=None))[0]["step"] == 2
+    assert course_table(make_record(course=[], before=None, after=None)) == []
+
+
+def test_what_was_measured_is_not_listed_as_unmeasured() -> None:
+    assert "patch" not in unmeasured(make_record())[0] and "warp" in unmeasured(make_record())[0]
+    every = [attack(trigger=name) for name in ("patch", "blended", "sinusoid", "warp")]
+    kinds = ("targeted poisoning", "text queries", "retrieval", "linear probe")
+    record = make_record(measures=[ZERO_SHOT, *every, *({"measure": kind, "figures": []} for kind in kinds)])
+    left = unmeasured(record)
+    assert len(left) == 3 and "BadCLIP" in left[0] and "CLIPTrainer" in left[1]
+    assert not any("CLIPTrainer" in item for item in unmeasured(make_record("CLIPTrainer")))
+
+
+def test_several_attacks_have_a_panel_each_and_their_own_pictures(coarse_plots: None) -> None:
+    measures = [ZERO_SHOT, attack(), attack("b_", target="three", trigger="blended")]
+    both = {**figures(0.8, 0.9), **figures(0.8, 0.7, "b_")}
+    record = make_record(measures=measures, before=both, after=both, course=[])
+    page = Page(render_run_report(record, make_pictures(success="b_attack_success_rate")))
+    assert "2. Blended trigger, target “three”" in page.text and "1. Patch trigger" not in page.text
+
+
+def test_pairs_of_unknown_kind_are_drawn_as_such(coarse_plots: None) -> None:
+    unknown = {"auroc": None, "poisons_in_safe_set": None, "safe_set_poison_rate": None}
+    histogram = {"clean": split()["histogram"]["clean"], "poisoned": [0] * 200}
+    record = make_record("SafeCLIPTrainer", details={"splits": [split(**unknown, histogram=histogram)]})
+    page = Page(render_run_report(record))
+    assert "the few poisons" not in page.text
+    assert not any("poisoned" in str(image["alt"]) for image in page.all("img"))
+
+
+def test_caption_is_marked_by_whole_words(no_plots: None) -> None:
+    image = Image.new("RGB", (16, 16))
+
+    def marked(matched: str, poisoned: bool | None = True, **defence: Any) -> bool:
+        record = make_record("RoCLIPTrainer", measures=[ZERO_SHOT, attack(target="six")])
+        record.defence.update(defence)
+        pictures = RunPictures(matches=[MatchedPair(image, "a", matched, poisoned)])
+        return any(span.get("class") == "hijacked" for span in Page(render_run_report(record, pictures)).all("span"))
+
+    assert marked("the number Six") and not marked("sixteen") and not marked("sixty-one")
+    assert not marked("the number six", poisoned=False) and not marked("the number six", poisoned=None)
+    assert marked("a dog", adversarial_phrase="dog") and not marked("a six", adversarial_phrase="dog")
+
+
+# ---- From a trainer ----
+
+
+@pytest.mark.parametrize("cls", [CLIPTrainer, CleanCLIPTrainer, RoCLIPTrainer, SafeCLIPTrainer])
+def test_saved_report_is_of_the_run(
+    cls: type[CLIPTrainer], trained: Callable[..., CLIPTrainer], saved: Callable[..., Path]
+) -> None:
+    page = Page(saved(cls).read_text(encoding="utf-8"))
+    assert "Not shown" not in page.text
+    assert [path.name for path in saved(cls).parent.iterdir()] == ["report.html"]
+    alts = [str(image["alt"]) for image in page.all("img")]
+    assert sum("with the trigger" in alt for alt in alts) == 2 * 5 + 1  # and the scatter plot
+    for kind in ("Poisoned", "Clean"):
+        assert alts.count(f"{kind} training image") == (4 if cls is RoCLIPTrainer else 0)
+    (link,) = (a for a in page.all("a") if a.get("download"))
+    content = json.loads(base64.b64decode(str(link["href"]).split(",")[1]))
+    assert content["after"] == jsonable(trained(cls).record().after)
+
+
+def test_report_needs_no_evaluator_and_no_training(
+    trained: Callable[..., CLIPTrainer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = trained(SafeCLIPTrainer)
+    monkeypatch.setattr(trainer, "evaluators", [])
+    trainer.save_report(str(tmp_path / "report.html"))
+    assert "AttackSuccessEvaluator" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_folder_in_the_report_s_place_is_named(trained: Callable[..., CLIPTrainer], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"path: .* is a folder; accepted"):
+        trained(SafeCLIPTrainer).save_report(tmp_path)
+
+
+def test_missing_extra_is_named(
+    trained: Callable[..., CLIPTrainer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match=r"hf-robust-clip\[report\]"):
+        trained(SafeCLIPTrainer).save_report(tmp_path / "report.html")
+
+
+# ---- In a browser ----
+
+
+@pytest.mark.parametrize("cls", [CLIPTrainer, CleanCLIPTrainer, RoCLIPTrainer, SafeCLIPTrainer])
+def test_page_in_a_browser(
+    cls: type[CLIPTrainer], saved: Callable[..., Path], inspect: Callable[[Path], None]
+) -> None:
+    inspect(saved(cls))
+
+
+def test_hostile_texts_do_nothing_in_a_browser(
+    inspect: Callable[[Path], None], tmp_path: Path, coarse_plots: None
+) -> None:
+    text = "".join(HOSTILE)
+    record = RunRecord(**hostile(dataclasses.asdict(make_record("RoCLIPTrainer")), text))
+    (tmp_path / "report.html").write_text(render_run_report(record, make_pictures(text, text)), encoding="utf-8")
+    inspect(tmp_path / "report.html")
