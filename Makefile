@@ -7,7 +7,7 @@ TEST_ARGS ?=
 # What the environment was made from: when one of them changes, it is brought up to date.
 STAMP := $(VENV)/.made-from-$(shell cat pyproject.toml constraints.txt | cksum | cut -d ' ' -f 1)
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check bench model-cards docs clean
 .DEFAULT_GOAL := test
 
 # torch first and by its exact version, so that a build for CPUs that pip has been shown is taken: any later request
@@ -17,7 +17,7 @@ $(STAMP):
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt pip setuptools
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation --editable '.[report,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation --editable '.[report,dev,docs]'
 	rm -f $(VENV)/.made-from-*
 	touch $@
 
@@ -36,5 +36,13 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/pool_lookup.py --json benchmarks/results/pool_lookup.json
 	$(BIN)/python benchmarks/evaluation_cost.py --json benchmarks/results/evaluation_cost.json
 
+# The reference cards in model_cards/, one for each defence, with the runs that they are made from.
+model-cards: $(STAMP)
+	$(BIN)/python scripts/model_cards.py
+
+# The documentation, in site/: open site/index.html. mkdocs-material tells of another builder at each build.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) $(OUT) build *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(OUT) site build *.egg-info .pytest_cache .ruff_cache .mypy_cache
