@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .output import format_table, prepare_output_dir, say, write_json, write_text
+from ..files import write_text
+from .output import UsageError, format_table, prepare_output_dir, say, write_json
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ def run_demo(
         `dict`: What `results.json` holds.
 
     Raises:
-        `ValueError`: On a folder that cannot be written to, or an argument out of range, before any work.
+        `UsageError`: On a folder that cannot be written to, or an argument out of range, before any work.
         `ModuleNotFoundError`: Without the extra `report`.
     """
     from ..report import TITLES, check_report_extra, findings, render_demo_report, results_table
@@ -163,9 +164,9 @@ def run_demo(
     started = time.perf_counter()
     for flag, value, accepted in (("--trigger", trigger_name, TRIGGERS), ("--defence", defence, DEFENCES)):
         if value not in accepted:
-            raise ValueError(f"{flag}: {value!r} is no {flag[2:]}; accepted are {', '.join(accepted)}")
+            raise UsageError(f"{flag}: {value!r} is no {flag[2:]}; accepted are {', '.join(accepted)}")
     if not 0 <= seed < 2**32:
-        raise ValueError(f"--seed: {seed} is no seed; accepted is an integer from 0 to 2**32 - 1")
+        raise UsageError(f"--seed: {seed} is no seed; accepted is an integer from 0 to 2**32 - 1")
     check_report_extra()
     prepare_output_dir(output_dir, files=(MANIFEST, RESULTS, REPORT), folders=DEFENCES[defence])
     say(TITLES[defence])

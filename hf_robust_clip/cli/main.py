@@ -2,34 +2,32 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any
 
 from .. import __version__
-from . import demo
+from . import card, demo, evaluation, info, poison, push, train
+from .output import UsageError
+from .parsing import ConfigParser, Parser
 
 #: Sub-commands, in the order of `--help`. Each module has `add_parser(commands)`, which sets `run(args) -> int`.
-COMMANDS = (demo,)
+COMMANDS = (demo, poison, train, evaluation, card, push, info)
+#: What can go wrong without being a mistake of the package's: files, the network, memory, a missing package.
+FAILURES = (ValueError, OSError, RuntimeError, ImportError)
 
 
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, without the usage in front of it."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
-
-
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """The parser of the command and of its sub-commands."""
-    parser = _Parser(
+    parser = Parser(
         prog="hf-robust-clip",
         description="Train and fine-tune CLIP models that resist data poisoning and backdoors.",
     )
     parser.add_argument("--version", action="version", version=f"hf-robust-clip {__version__}")
-    parser.add_argument("--traceback", action="store_true", help="show where an error comes from, for bug reports")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
+    make_parser: Any = _make_parser
+    commands = parser.add_subparsers(
+        title="commands", metavar="COMMAND", dest="command", required=True, parser_class=make_parser
+    )
     for module in COMMANDS:
         module.add_parser(commands)
     return parser
@@ -43,8 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv (sequence of `str`, *optional*): Its arguments; `None`: those of the process.
 
     Returns:
-        `int`: The exit code: 0, or 2 when the arguments, the files or the installation do not allow what was asked,
-        or 130 when it was interrupted. Wrong arguments raise `SystemExit(2)`, as argparse does.
+        `int`: The exit code: 0; 1 when it failed while working; 2 when the arguments, or the files that they name, do
+        not allow what was asked; 130 when it was interrupted. Arguments that do not parse raise `SystemExit(2)`, as
+        argparse does.
     """
     args = build_parser().parse_args(argv)
     try:
@@ -52,11 +51,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nhf-robust-clip: interrupted", file=sys.stderr)
         return 130
-    except (ValueError, OSError, ModuleNotFoundError) as error:
-        if args.traceback:
+    except FAILURES as error:
+        if getattr(args, "traceback", False):
             raise
-        print(f"hf-robust-clip {args.command}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        print(f"hf-robust-clip {args.command}: error: {_one_line(error)}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+
+
+def _make_parser(required: Sequence[str] | None = None, **kwargs: Any) -> Parser:
+    """A sub-command that names required arguments takes them from a configuration file, too."""
+    return Parser(**kwargs) if required is None else ConfigParser(required=required, **kwargs)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 if __name__ == "__main__":

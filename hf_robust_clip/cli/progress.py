@@ -58,13 +58,15 @@ class TrainingBar(TrainerCallback):
 @contextmanager
 def quiet_trainers() -> Iterator[None]:
     """Leave to the figures what the trainers warn of: that matching collapsed, that a split separates nothing."""
-    trainers = logging.get_logger("hf_robust_clip.trainers")
-    level = trainers.level
-    trainers.setLevel(logging.ERROR)
-    try:
+    with _quiet("hf_robust_clip.trainers"):
         yield
-    finally:
-        trainers.setLevel(level)
+
+
+@contextmanager
+def quiet_cards() -> Iterator[None]:
+    """Leave to the command what the cards warn of: that a README.md stays as it is."""
+    with _quiet("hf_robust_clip.cards"):
+        yield
 
 
 @contextmanager
@@ -86,3 +88,14 @@ def quiet_libraries() -> Iterator[None]:
             logging.enable_progress_bar()
         if not datasets_bars:
             datasets.enable_progress_bars()
+
+
+@contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    logger = logging.get_logger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -1,13 +1,10 @@
 import json
 import math
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
 from transformers import AutoProcessor, CLIPModel
 
-from hf_robust_clip import __version__
 from hf_robust_clip.attacks.poisoning import replay_manifest
 from hf_robust_clip.cli import demo, demo_steps
 from hf_robust_clip.cli.demo import CLEAN_SEED_OFFSET, DEFENCES, PRETRAINING, QUICK, Recipe, default_recipe, run_demo
@@ -214,22 +211,12 @@ def test_quick_is_less_of_the_same():
     assert QUICK.renderings * QUICK.finetune_epochs < recipe.renderings * recipe.finetune_epochs / 4
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["demo", "--help"], ["--version"]])
-def test_help_answers_without_the_heavy_libraries(arguments):
-    code = "import sys\nfrom hf_robust_clip.cli.main import main\ntry:\n    main(sys.argv[1:])\nfinally:\n"
-    code += "    print(sorted({'torch', 'transformers', 'datasets', 'matplotlib'} & set(sys.modules)))"
-    run = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.endswith("[]\n")
-    assert (__version__ if arguments == ["--version"] else "usage: hf-robust-clip") in run.stdout
-
-
-def fails_with_one_line(capsys, arguments):
+def fails_with_one_line(capsys, arguments, expected=2):
     try:
         code = main(arguments)
     except SystemExit as exit_:
         code = exit_.code
-    assert code == 2
+    assert code == expected
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "Traceback" not in error
     return error
@@ -282,7 +269,7 @@ def test_a_folder_that_cannot_be_written_to_is_named(tmp_path, capsys):
 
 def test_a_missing_extra_ends_it_at_the_start(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(page.importlib.util, "find_spec", lambda name: None)
-    error = fails_with_one_line(capsys, ["demo", "--output-dir", str(tmp_path / "out")])
+    error = fails_with_one_line(capsys, ["demo", "--output-dir", str(tmp_path / "out")], expected=1)
     assert "pip install 'hf-robust-clip[report]'" in error
     assert not (tmp_path / "out").exists()
 
@@ -294,4 +281,4 @@ def test_traceback_shows_where_an_error_comes_from(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "run_demo", broken)
     with pytest.raises(ValueError, match="bug"):
         main(["--traceback", "demo", "--output-dir", str(tmp_path)])
-    assert main(["demo", "--output-dir", str(tmp_path)]) == 2
+    assert main(["demo", "--output-dir", str(tmp_path)]) == 1

@@ -1,0 +1,75 @@
+"""`hf-robust-clip card`: the model card of a trained model."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from .output import UsageError, say, usage_errors
+
+RUN_FILE = "robust_clip_run.json"
+
+
+def add_parser(commands: Any) -> None:
+    """Add the sub-command to those of `hf-robust-clip`."""
+    parser = commands.add_parser(
+        "card",
+        help="write the model card of a trained model",
+        description="Write README.md for a model that a trainer saved, from the record of its run, which is beside "
+        "it. A README.md that a person wrote stays.",
+    )
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help=f"folder with the model and its {RUN_FILE}")
+    parser.add_argument(
+        "--results",
+        type=Path,
+        action="append",
+        metavar="FILE",
+        help="figures to add, as `hf-robust-clip evaluate --json FILE` writes them; may be repeated",
+    )
+    parser.add_argument("--license", metavar="NAME", help="license of the weights, such as mit")
+    parser.add_argument("--repo-id", metavar="REPO_ID", help="where the model is, or will be, on the Hub: name/model")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the sub-command as its arguments say."""
+    if not (args.folder / RUN_FILE).is_file():
+        raise UsageError(f"FOLDER: {args.folder} has no {RUN_FILE}: it was not saved by a trainer of hf_robust_clip")
+    measured = [_read_results(path) for path in args.results or ()]
+    # What follows imports transformers, which takes seconds.
+    from .progress import quiet_cards, quiet_libraries
+
+    with quiet_libraries(), quiet_cards():
+        from ..cards import write_card
+        from ..record import RunRecord
+
+        with usage_errors():
+            written = write_card(
+                RunRecord.load(args.folder),
+                args.folder,
+                license=args.license,
+                repo_id=args.repo_id,
+                measured=measured,
+            )
+    if not written:
+        raise FileExistsError(
+            f"{args.folder / 'README.md'} is none of ours and stays as it is; move or delete it first"
+        )
+    say(f"Written: {args.folder / 'README.md'}")
+    return 0
+
+
+def _read_results(path: Path) -> dict[str, Any]:
+    """Figures and what they are of, as `evaluate --json` writes them."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"--results: {path} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise UsageError(f"--results: {path} is no JSON: {error}") from error
+    kinds = {"measures": list, "figures": dict}
+    if not isinstance(content, dict) or not all(isinstance(content.get(name), kind) for name, kind in kinds.items()):
+        raise UsageError(f"--results: {path} has no measures and figures; accepted is what evaluate --json writes")
+    return {name: content[name] for name in (*kinds, "control") if name in content}

@@ -1,0 +1,142 @@
+"""From flags to data, models and evaluators, with errors that name the flag."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets
+from datasets.exceptions import DatasetsError
+from safetensors import SafetensorError
+
+from ..attacks.triggers import Trigger, trigger_from_name
+from ..data.loading import label_by_captions, load_pairs
+from ..evaluation.attack_success import AttackSuccessEvaluator
+from ..evaluation.zero_shot import DEFAULT_TEMPLATES, ZeroShotEvaluator
+from ..models import check_processor, load_dual_encoder, load_processor
+from .flags import parse_trigger
+from .output import UsageError, usage_errors
+
+
+class Labelled(NamedTuple):
+    """Images to measure on: the dataset, the names of its classes, and its columns with the image and the class."""
+
+    dataset: datasets.Dataset
+    class_names: list[str]
+    image_column: str
+    label_column: str
+
+
+def load_data(flag: str, source: str, split: str, image_column: str) -> datasets.Dataset:
+    """
+    [`~data.loading.load_pairs`] for the source that a flag names.
+
+    Raises:
+        `UsageError`: If it is not what can be read so.
+        `OSError`: If the Hub does not have it, or cannot be reached.
+    """
+    try:
+        return load_pairs(source, split, image_column)
+    except (ValueError, DatasetsError) as error:
+        # What went wrong with a file stands in the cause.
+        reason = error.__cause__ or error
+        if isinstance(error, ValueError) or Path(source).exists():
+            raise UsageError(f"{flag}: {source!r} cannot be used: {reason}") from error
+        raise OSError(f"{flag}: {source!r} cannot be loaded: {reason}") from error
+
+
+def load_model(flag: str, name: str) -> tuple[Any, Any]:
+    """
+    The dual encoder that a flag names by folder or Hub id, adapters put on their model, and its processor.
+
+    Raises:
+        `UsageError`: If it is no dual encoder with a processor.
+        `OSError`: If the Hub does not have it, or cannot be reached.
+    """
+    try:
+        with usage_errors(flag):
+            model, processor = load_dual_encoder(name), load_processor(name, None)
+            check_processor(processor, "the processor")
+    except (OSError, SafetensorError) as error:
+        if Path(name).exists():
+            raise UsageError(f"{flag}: {name!r} cannot be loaded: {error}") from error
+        raise
+    return model, processor
+
+
+def load_labelled(args: argparse.Namespace, data: str, split: str) -> Labelled | None:
+    """The images of `--data` and the flags beside it; `None` where it is not given."""
+    source = _value(args, data)
+    if source is None:
+        return None
+    dataset = load_data(data, source, _value(args, split), args.image_column)
+    if args.classes is not None:
+        with usage_errors("--classes"):
+            dataset = label_by_captions(
+                dataset, _read_classes(args.classes), args.caption_column, label_column=args.label_column
+            )
+    if args.label_column not in dataset.column_names:
+        names = ", ".join(map(repr, dataset.column_names))
+        raise UsageError(
+            f"--label-column: {args.label_column!r} is not a column of {source!r}; its columns are {names}"
+        )
+    feature = dataset.features[args.label_column]
+    if not isinstance(feature, datasets.ClassLabel):
+        raise UsageError(f"--label-column: {args.label_column!r} of {source!r} is no ClassLabel; give --classes")
+    return Labelled(dataset, list(feature.names), args.image_column, args.label_column)
+
+
+def make_triggers(texts: Sequence[str] | None, flag: str = "--trigger") -> list[Trigger]:
+    """The triggers on images that a flag was given."""
+    triggers = []
+    for text in texts or ():
+        name, fields = parse_trigger(text)
+        with usage_errors(flag):
+            trigger = trigger_from_name(name, **fields)
+        if not isinstance(trigger, Trigger):
+            raise UsageError(f"{flag}: {text!r} goes on captions; accepted is a trigger on images")
+        triggers.append(trigger)
+    return triggers
+
+
+def make_evaluators(args: argparse.Namespace, labelled: Labelled) -> list[Any]:
+    """Zero-shot accuracy, and the success of each `--trigger` under its own prefix."""
+    data, names, image_column, label_column = labelled
+    templates = args.template or DEFAULT_TEMPLATES
+    triggers = make_triggers(args.trigger)
+    with usage_errors("--target" if triggers else "--label-column"):
+        evaluators: list[Any] = [ZeroShotEvaluator(data, names, templates, image_column, label_column)]
+        for trigger, prefix in zip(triggers, prefixes(triggers), strict=True):
+            evaluators.append(
+                AttackSuccessEvaluator(
+                    data, trigger, args.target, names, templates, image_column, label_column, prefix
+                )
+            )
+    return evaluators
+
+
+def prefixes(triggers: Sequence[Trigger]) -> list[str]:
+    """What the figures of each trigger start with: its name, and from the second of a name on its number."""
+    names = [trigger.name for trigger in triggers]
+    numbers = [names[: i + 1].count(name) for i, name in enumerate(names)]
+    return [f"{name}_" if number == 1 else f"{name}_{number}_" for name, number in zip(names, numbers, strict=True)]
+
+
+def _read_classes(path: Path) -> dict[str, list[str]]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UsageError(f"--classes: {path} is no JSON: {error}") from error
+    if not isinstance(content, dict) or not all(
+        isinstance(words, list) and words and all(isinstance(word, str) for word in words)
+        for words in content.values()
+    ):
+        raise UsageError(f"--classes: {path} must hold an object of class names to lists of words that name them")
+    return content
+
+
+def _value(args: argparse.Namespace, flag: str) -> Any:
+    return getattr(args, flag.lstrip("-").replace("-", "_"))

@@ -1,0 +1,209 @@
+"""What `hf-robust-clip train` does: load, train, measure before and after, save, push."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+from transformers import PrinterCallback, ProgressCallback, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from ..data.scratch import build_model, build_processor
+from ..record import jsonable
+from ..trainers.arguments import CLIPTrainingArguments
+from ..trainers.base import CLIPTrainer
+from ..trainers.cleanclip import CleanCLIPTrainer
+from ..trainers.roclip import RoCLIPTrainer
+from ..trainers.safeclip import SafeCLIPTrainer
+from .info import versions
+from .measuring import load_data, load_labelled, load_model, make_evaluators
+from .output import UsageError, format_table, prepare_output_dir, say, usage_errors, write_json
+from .progress import TrainingBar
+from .train_flags import check_train, training_arguments
+
+TRAINERS: dict[str, type[CLIPTrainer]] = {
+    "clip": CLIPTrainer,
+    "cleanclip": CleanCLIPTrainer,
+    "roclip": RoCLIPTrainer,
+    "safeclip": SafeCLIPTrainer,
+}
+RESULTS = "results.json"
+#: The attention's layers: in CLIP, SigLIP and their kin; in BERT and its kin.
+ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj", "query", "key", "value")
+PROJECTIONS = ("visual_projection", "text_projection")
+
+
+def train(args: argparse.Namespace) -> int:
+    """
+    Train as the arguments of the sub-command say. On several processes, called on all of them; the first one prints.
+
+    Raises:
+        `UsageError`: If the arguments, the model and the data do not go together, before any step.
+    """
+    check_train(args)
+    with usage_errors():
+        arguments = training_arguments(args.method, args)
+    first = arguments.process_index == 0
+    if args.dry_run:
+        if first:
+            say(args.parser.dump(args).rstrip())
+        return 0
+    checkpoint = _checkpoint(args, arguments)
+    set_seed(arguments.seed)
+    trainer = _make_trainer(args, arguments, resumed=checkpoint is not None)
+    folder = Path(args.output_dir)
+    if first:
+        prepare_output_dir(folder, files=(RESULTS,))
+        _announce(args, trainer, checkpoint)
+    try:
+        metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+        if trainer.evaluators:
+            trainer.evaluate()
+        record = trainer.record()
+        if first:
+            results = {
+                "method": args.method,
+                "before": record.before,
+                "after": record.after,
+                "train": metrics,
+                "versions": versions(),
+            }
+            write_json(folder / RESULTS, jsonable(results))
+        if arguments.push_to_hub:
+            pushed = trainer.push_to_hub()  # saves as well
+        else:
+            trainer.save_model(str(folder))
+    finally:
+        trainer.accelerator.end_training()
+    if first:
+        for line in _outcome(record.before, record.after):
+            say(line)
+        say(f"\n{record.steps} steps in {record.environment['seconds']:.0f} s; the model is in {folder}")
+        if arguments.push_to_hub:
+            say(f"It is on the Hub: {getattr(pushed, 'repo_url', None) or trainer.hub_model_id}")
+    return 0
+
+
+def lora_config(model: Any, r: int) -> Any:
+    """
+    Adapters of rank `r` on the attention of both towers; the projections of the embeddings are trained whole.
+
+    Args:
+        model (`PreTrainedModel`): The dual encoder.
+        r (`int`): The rank. The updates are scaled by `lora_alpha / r` = 2.
+
+    Returns:
+        `peft.LoraConfig`.
+    """
+    from peft import LoraConfig
+
+    modules = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    return LoraConfig(
+        r=r,
+        lora_alpha=2 * r,
+        target_modules=[name for name in ATTENTION if name in modules],
+        modules_to_save=[name for name in PROJECTIONS if name in modules] or None,
+    )
+
+
+def _checkpoint(args: argparse.Namespace, arguments: CLIPTrainingArguments) -> str | None:
+    """The checkpoint to go on from, if any; `UsageError` where an earlier run's would be mixed with this one's."""
+    if arguments.resume_from_checkpoint is not None:
+        if not Path(arguments.resume_from_checkpoint).is_dir():
+            raise UsageError(f"--resume-from-checkpoint: {arguments.resume_from_checkpoint} is not a folder")
+        return arguments.resume_from_checkpoint
+    folder = Path(args.output_dir)
+    newest = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    if newest is not None and not args.resume:
+        raise UsageError(
+            f"--output-dir: {folder} holds {Path(newest).name} of an earlier run: give another folder, or --resume to "
+            "go on from there"
+        )
+    return newest
+
+
+def _make_trainer(args: argparse.Namespace, arguments: CLIPTrainingArguments, resumed: bool) -> CLIPTrainer:
+    # One process fills the caches of the Hub and of datasets, the others read them.
+    with arguments.main_process_first():
+        pairs = _load_training_pairs(args, arguments)
+        labelled = load_labelled(args, "--eval-data", "--eval-split")
+        model, processor = _start_from(args, arguments, pairs)
+    evaluators = [] if labelled is None else make_evaluators(args, labelled)
+    # Before the first step, where every kind of distributed training has the model ready.
+    arguments.eval_on_start = arguments.eval_on_start or (bool(evaluators) and not resumed)
+    with usage_errors():
+        trainer = TRAINERS[args.method](
+            model,
+            arguments,
+            train_dataset=pairs,
+            processing_class=processor,
+            evaluators=evaluators,
+            peft_config=None if args.lora_r is None else lora_config(model, args.lora_r),
+        )
+    # These print each log as a dictionary.
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    if arguments.process_index == 0 and not args.disable_tqdm:
+        trainer.add_callback(TrainingBar("training", _followed(evaluators)))
+    return trainer
+
+
+def _load_training_pairs(args: argparse.Namespace, arguments: CLIPTrainingArguments) -> Any:
+    source, column = args.train_data, arguments.image_column
+    if not args.streaming:
+        return load_data("--train-data", source, args.train_split, column)
+    path = Path(source)
+    if path.is_file() or (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
+        stream = load_data("--train-data", source, args.train_split, column).to_iterable_dataset()
+    else:
+        with usage_errors("--train-data"):
+            stream = datasets.load_dataset(source, split=args.train_split, streaming=True)
+    seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
+    return stream.shuffle(seed=seed, buffer_size=args.shuffle_buffer)
+
+
+def _start_from(args: argparse.Namespace, arguments: CLIPTrainingArguments, pairs: Any) -> tuple[Any, Any]:
+    """The model to start from, and its processor."""
+    if not args.from_scratch:
+        return load_model("--model", args.model)
+    if arguments.caption_column not in pairs.column_names:
+        names = ", ".join(map(repr, pairs.column_names))
+        raise UsageError(f"--caption-column: {arguments.caption_column!r} is not a column; the columns are {names}")
+    captions = [[entry] if isinstance(entry, str) else entry for entry in pairs[arguments.caption_column]]
+    processor = build_processor([text for entry in captions for text in entry], image_size=args.image_size)
+    return build_model(processor, vision_width=96, text_width=96, seed=arguments.seed), processor
+
+
+def _followed(evaluators: list[Any]) -> dict[str, str]:
+    """The figures that the progress bar shows: accuracy, and the success of each attack."""
+    followed = {"eval_clean_accuracy": "clean"}
+    for attack in evaluators[1:]:
+        followed[f"eval_{attack.prefix}attack_success_rate"] = f"{attack.prefix.rstrip('_')} ASR"
+    return followed
+
+
+def _announce(args: argparse.Namespace, trainer: CLIPTrainer, checkpoint: str | None) -> None:
+    data: Any = trainer.train_dataset
+    pairs = f"{len(data)} pairs" if hasattr(data, "__len__") else "a stream of pairs"
+    parameters = [parameter for parameter in trainer.unwrapped_model.parameters() if parameter.requires_grad]
+    count = sum(parameter.numel() for parameter in parameters)
+    say(f"Training {args.model or 'a new model'} with {args.method} on {pairs}, {count / 1e6:.2f}M parameters")
+    if args.resume or checkpoint is not None:
+        say(f"From {checkpoint}" if checkpoint is not None else f"{args.output_dir} has no checkpoint: from the start")
+    if not trainer.evaluators:
+        say("Nothing is measured: give --eval-data, labelled images, to see what training does")
+
+
+def _outcome(before: dict[str, float] | None, after: dict[str, float] | None) -> Iterator[str]:
+    """The figures before and after, as a table."""
+    if after is None:
+        return
+    rows = [["", "before", "after"]]
+    for name, value in after.items():
+        earlier = (before or {}).get(name)
+        rows.append([name.replace("_", " "), "-" if earlier is None else f"{earlier:.3f}", f"{value:.3f}"])
+    yield ""
+    yield from format_table(rows)

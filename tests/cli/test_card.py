@@ -1,0 +1,99 @@
+"""`card` writes the card of a recorded run, with figures that were measured later, and spares what a person wrote."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import ModelCard
+
+from hf_robust_clip.cli.card import RUN_FILE
+from hf_robust_clip.cli.main import main
+from hf_robust_clip.record import RUN_FILE as RECORDED
+from hf_robust_clip.record import RunRecord
+
+ACCURACY = {"measure": "zero-shot accuracy", "figures": ["clean_accuracy"], "images": 10, "classes": ["cat", "dog"]}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    record = RunRecord(
+        trainer="CleanCLIPTrainer",
+        model={
+            "name": "openai/clip-vit-base-patch32",
+            "type": "clip",
+            "parameters": 10,
+            "trainable_parameters": 10,
+            "image_size": 16,
+            "adapter": None,
+        },
+        data={"rows": 64, "name": "pairs"},
+        defence={"unimodal_weight": 1.0},
+        defence_defaults={"unimodal_weight": 1.0},
+        settings={},
+        measures=[ACCURACY],
+        before={"clean_accuracy": 0.5},
+        after={"clean_accuracy": 0.625},
+        after_step=2,
+        steps=2,
+        epochs=1.0,
+        planned_steps=2,
+        environment={
+            "versions": {"hf_robust_clip": "0.1.0", "python": "3.11", "torch": "2.13.0"},
+            "device": "CPU",
+            "processes": 1,
+            "precision": "float32",
+            "seed": 0,
+            "seconds": 1.0,
+            "command": "train.py",
+        },
+    )
+    record.save(tmp_path)
+    return tmp_path
+
+
+def test_the_card_has_what_was_measured_then_and_later(folder: Path, capsys: Any) -> None:
+    results = {"measures": [{**ACCURACY, "images": 20}], "figures": {"clean_accuracy": 0.875}, "model": "x"}
+    (folder / "results.json").write_text(json.dumps(results))
+    flags = ["--results", str(folder / "results.json"), "--license", "mit", "--repo-id", "tester/model"]
+    assert main(["card", str(folder), *flags]) == 0
+    assert "README.md" in capsys.readouterr().out
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.license == "mit" and card.data.base_model == "openai/clip-vit-base-patch32"
+    assert {result.metric_value for result in card.data.eval_results} >= {0.5, 0.625, 0.875}
+    assert "tester/model" in card.text
+    # It is written anew as often as asked for.
+    assert main(["card", str(folder)]) == 0
+    assert "87.5%" not in (folder / "README.md").read_text()
+
+
+def test_a_card_by_a_person_stays(folder: Path, capsys: Any) -> None:
+    (folder / "README.md").write_text("# Mine\n")
+    assert main(["card", str(folder)]) == 1
+    assert (folder / "README.md").read_text() == "# Mine\n"
+    error = capsys.readouterr().err
+    assert "move or delete it" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"measures": {}, "figures": {}}', None])
+def test_results_that_are_none(text: str | None, folder: Path, capsys: Any) -> None:
+    if text is not None:
+        (folder / "results.json").write_text(text)
+    assert main(["card", str(folder), "--results", str(folder / "results.json")]) == 2
+    assert "--results" in capsys.readouterr().err
+    assert not (folder / "README.md").exists()
+
+
+def test_wrong_usage(folder: Path, tmp_path_factory: Any, capsys: Any) -> None:
+    assert main(["card", str(tmp_path_factory.mktemp("empty"))]) == 2
+    assert main(["card", str(folder), "--repo-id", "no/such/id"]) == 2
+    (folder / RUN_FILE).write_text("{}")
+    assert main(["card", str(folder)]) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 3 and RUN_FILE in errors[0] and "repo_id" in errors[1]
+
+
+def test_the_record_is_called_what_it_is_called() -> None:
+    assert RUN_FILE == RECORDED

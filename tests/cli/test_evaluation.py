@@ -1,0 +1,153 @@
+"""`evaluate` reports the figures of the evaluators, of models in folders, whole or adapters."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+from peft import LoraConfig, get_peft_model
+from transformers import CLIPModel, CLIPProcessor
+
+from hf_robust_clip import (
+    AttackSuccessEvaluator,
+    BlendedTrigger,
+    LinearProbeEvaluator,
+    PatchTrigger,
+    ZeroShotEvaluator,
+    __version__,
+)
+from hf_robust_clip.cli.main import main
+from hf_robust_clip.data.digits import CLASS_NAMES
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model: Callable[..., CLIPModel], processor: CLIPProcessor, tmp_path_factory: Any) -> Path:
+    folder = Path(tmp_path_factory.mktemp("model"))
+    tiny_model(0).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def images(pairs: datasets.Dataset, tmp_path_factory: Any) -> Path:
+    path = Path(tmp_path_factory.mktemp("images")) / "images.parquet"
+    pairs.to_parquet(path)
+    return path
+
+
+def test_figures_are_those_of_the_evaluators(
+    model: Path, images: Path, pairs: datasets.Dataset, processor: CLIPProcessor, tmp_path: Path, capsys: Any
+) -> None:
+    flags = ["--data", str(images), "--template", "the digit {}", "--target", "eight"]
+    flags += ["--trigger", "patch:size=3", "--trigger", "patch:size=5", "--trigger", "blended:alpha=0.4"]
+    flags += ["--linear-probe-data", str(images), "--device", "cpu", "--json", str(tmp_path / "out.json")]
+    assert main(["evaluate", str(model), *flags]) == 0
+    results = json.loads((tmp_path / "out.json").read_text())
+    loaded, names, templates = CLIPModel.from_pretrained(model), list(CLASS_NAMES), ["the digit {}"]
+    expected = ZeroShotEvaluator(pairs, names, templates)(loaded, processor)
+    for prefix, trigger in (
+        ("patch_", PatchTrigger(size=3)),
+        ("patch_2_", PatchTrigger(size=5)),
+        ("blended_", BlendedTrigger(alpha=0.4)),
+    ):
+        attack = AttackSuccessEvaluator(pairs, trigger, "eight", names, templates, prefix=prefix)
+        probe = LinearProbeEvaluator(pairs, pairs, names, trigger, "eight", prefix=prefix)
+        expected |= attack(loaded, processor) | probe(loaded, processor)
+    assert results["figures"] == pytest.approx(expected, abs=1e-6)
+    assert results["images"] == 64 and results["classes"] == names
+    assert [attack["prefix"] for attack in results["triggers"]] == ["patch_", "patch_2_", "blended_"]
+    assert results["triggers"][1]["trigger"]["size"] == 5 and results["triggers"][1]["target"] == "eight"
+    assert results["triggers"][0]["attacked_images"] == sum(label != 8 for label in pairs["label"])
+    assert results["versions"]["hf-robust-clip"] == __version__
+    measured = {name for measure in results["measures"] for name in measure["figures"]}
+    assert set(expected) <= measured
+    printed = capsys.readouterr().out
+    assert f"{expected['clean_accuracy']:.1%}" in printed
+    for attack, row in (("patch_", "patch -> eight"), ("patch_2_", "patch 2 -> eight")):
+        line = next(line for line in printed.splitlines() if line.startswith(row + " "))
+        assert f"{expected[attack + 'attack_success_rate']:.1%}" in line
+    assert str(tmp_path) not in json.dumps(results)
+
+
+def test_accuracy_alone(model: Path, images: Path, capsys: Any) -> None:
+    assert main(["evaluate", str(model), "--data", str(images)]) == 0
+    printed = capsys.readouterr().out
+    assert "accuracy" in printed and "attack" not in printed and "no trigger" in printed
+
+
+def test_adapters_are_measured_on_their_model(
+    model: Path, images: Path, processor: CLIPProcessor, tmp_path: Path, capsys: Any
+) -> None:
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    get_peft_model(CLIPModel.from_pretrained(model), config).save_pretrained(tmp_path / "adapters")
+    processor.save_pretrained(tmp_path / "adapters")
+    figures = []
+    for folder in (model, tmp_path / "adapters"):
+        out = tmp_path / "out.json"
+        flags = ["--trigger", "patch:size=8,pattern=solid", "--target", "eight", "--json", str(out)]
+        assert main(["evaluate", str(folder), "--data", str(images), *flags]) == 0
+        figures.append(json.loads(out.read_text())["figures"])
+    assert figures[0] != figures[1]
+
+
+def test_classes_from_captions(model: Path, pairs: datasets.Dataset, tmp_path: Path, capsys: Any) -> None:
+    captions = [[caption] * 3 for caption in pairs["caption"]]
+    unlabelled = pairs.remove_columns(["label", "caption"]).add_column("texts", captions)
+    unlabelled.to_parquet(tmp_path / "images.parquet")
+    (tmp_path / "classes.json").write_text(json.dumps({"eight": ["eight"], "three": ["three"]}))
+    flags = ["--data", str(tmp_path / "images.parquet"), "--caption-column", "texts"]
+    flags += ["--classes", str(tmp_path / "classes.json")]
+    assert main(["evaluate", str(model), *flags]) == 0
+    assert "of 2 classes" in capsys.readouterr().out
+    (tmp_path / "classes.json").write_text(json.dumps({"eight": "eight"}))
+    assert main(["evaluate", str(model), *flags]) == 2
+    assert "--classes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        (["--label-column", "class"], "--label-column: 'class'"),
+        (["--label-column", "caption"], "no ClassLabel"),
+        (["--image-column", "photo"], "'photo'"),
+        (["--target", "ten", "--trigger", "patch"], "target='ten'"),
+        (["--target", "eight", "--trigger", "patch:size=99"], "does not fit"),
+        (["--target", "eight", "--trigger", "word"], "goes on captions"),
+        (["--target", "eight"], "--target needs a --trigger"),
+        (["--template", "none"], "exactly one {}"),
+        (["--batch-size", "0"], "--batch-size: 0"),
+        (["--device", "abacus"], "--device: 'abacus'"),
+        (["--json", "no/such/folder/x.json"], "--json"),
+        (["--linear-probe-data", "none.csv"], "--linear-probe-data"),
+    ],
+)
+def test_what_cannot_work_is_wrong_usage(
+    flags: list[str], expected: str, model: Path, images: Path, capsys: Any
+) -> None:
+    try:
+        code = main(["evaluate", str(model), "--data", str(images), *flags])
+    except SystemExit as exit_:
+        code = int(exit_.code or 0)
+    assert code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("hf-robust-clip evaluate: error: ") and error.count("\n") == 1 and expected in error
+
+
+def test_folders_that_hold_no_model(images: Path, processor: CLIPProcessor, tmp_path: Path, capsys: Any) -> None:
+    for prepare in (lambda: None, lambda: processor.save_pretrained(tmp_path / "empty")):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        prepare()
+        assert main(["evaluate", str(tmp_path / "empty"), "--data", str(images)]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("hf-robust-clip evaluate: error: MODEL: ") and error.count("\n") == 1
+
+
+def test_what_the_hub_does_not_hand_out_is_a_failure(model: Path, images: Path, capsys: Any) -> None:
+    # The tests run offline: neither can be found.
+    assert main(["evaluate", "nobody/nothing", "--data", str(images)]) == 1
+    assert main(["evaluate", str(model), "--data", "nobody/nothing"]) == 1
+    assert capsys.readouterr().err.count("\n") == 2
