@@ -18,7 +18,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"losses", "distributed", "pool", "lookup", "mixture", "imaging", "seeding", "augment", "files"}),
     frozenset({"attacks"}),
     frozenset({"models", "data", "evaluation"}),
-    frozenset({"record"}),
+    frozenset({"methods", "record"}),
     frozenset({"callbacks", "cards", "report"}),
     frozenset({"trainers"}),
     frozenset({"cli", "__main__"}),

@@ -9,9 +9,9 @@ from typing import Any
 
 from huggingface_hub import EvalResult
 
+from ..methods import Method
 from ..record import RunRecord
 from .escaping import one_line, tidy
-from .methods import Method
 
 #: What figures are called in a model index, by the end of their names, the longer ones first.
 METRICS = (

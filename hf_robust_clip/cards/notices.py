@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from ..methods import Method
 from ..record import RunRecord
 from ..report.findings import ACCURACY_LOSS, REMOVED, TAKEN
 from ..report.run_findings import ABOVE_CHANCE, chance
 from .escaping import Markdown, escaped
 from .figures import Column, Figures, Measure, accuracy_of, attack_text, attacks
-from .methods import Method
 
 #: What attacks a card lists as not measured unless they were: by the names of triggers, and in words.
 TRIGGERS = {

@@ -13,11 +13,11 @@ import jinja2
 from huggingface_hub import ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
+from ..methods import Method, method_of
 from ..record import RunRecord, jsonable
 from ..report.findings import split_findings
 from .escaping import Markdown, escaped, fenced, literal, one_line
 from .figures import Figures, collect, evaluation_results, label_of, parameters_text, shown, subject
-from .methods import Method, method_of
 from .notices import guessed_before, notices, unmeasured_attacks
 from .picture import alternative_text
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
+from ..methods import Method, method_of
 from ..record import RunRecord
 from .findings import ACCURACY_LOSS, COLLAPSED, REMOVED, TAKEN, Finding, split_findings
-
-if TYPE_CHECKING:
-    from ..cards.methods import Method
 
 #: How the success rate of an attack is called, by what kind of measure it is of.
 SUCCESS = {
@@ -71,8 +69,6 @@ def evaluations_of(record: RunRecord) -> list[Mapping[str, float]]:
 
 def method(record: RunRecord) -> Method:
     """What a run trained with."""
-    from ..cards.methods import method_of  # the cards say what the findings say, and import them
-
     return method_of(record.trainer, record.method)
 
 
@@ -169,18 +165,17 @@ def _figures(record: RunRecord, name: str) -> tuple[float | None, float | None]:
 def _not_taken(record: RunRecord, attacks: Sequence[Attack]) -> list[str]:
     """Which attacks have not shown that they work."""
     used = method(record)
+    if attacks and record.after and used.kind == "pre-training":
+        return [
+            f"Whether {'the attack' if len(attacks) == 1 else 'the attacks'} would have taken without {used.name} is "
+            "not shown: success before training is of a model that had not seen the poisons. Train CLIPTrainer on the "
+            "same pairs to compare."
+        ]
     missed = [
         (attack, before)
         for attack in attacks
         if (before := _figures(record, attack.success)[0]) is not None and before < TAKEN
     ]
-    if missed and used.kind == "pre-training":
-        shares = ", ".join(f"{before:.1%}" for _, before in missed)
-        return [
-            f"Whether {'the attack' if len(missed) == 1 else 'the attacks'} would have taken without {used.name} is "
-            f"not shown: success before training ({shares}) is of a model that had not seen the poisons. Train "
-            "CLIPTrainer on the same pairs to compare."
-        ]
     found = []
     for attack, before in missed:
         after = _figures(record, attack.success)[1]
@@ -199,12 +194,15 @@ def _attack_finding(record: RunRecord, attack: Attack) -> Finding | None:
         return None
     text = f"{attack.title}: attack success {before:.1%} before, {after:.1%} after."
     used = method(record)
+    if used.kind == "pre-training":
+        # Success before is of a model that had learned nothing yet.
+        text = f"{attack.title}: attack success {after:.1%} after training."
+        return Finding(f"{text} {used.name} did NOT keep it out.", "warning") if after > REMOVED else Finding(text)
     if used.kind == "none":
         planted = " Training planted it." if before < TAKEN <= after else ""
         return Finding(text + planted, "warning" if planted else "result")
     if after > REMOVED:
-        failed = "did NOT keep it out" if used.kind == "pre-training" and before < TAKEN else "did NOT remove it"
-        return Finding(f"{text} {used.name} {failed}.", "warning")
+        return Finding(f"{text} {used.name} did NOT remove it.", "warning")
     if before >= TAKEN and not _guessing(record):
         return Finding(f"{text} The trigger has next to no hold any more.")
     return Finding(text)

@@ -264,9 +264,10 @@ def test_what_proves_nothing_is_said_at_the_top(changes: dict[str, Any], expecte
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)
-def test_run_in_which_all_went_well_has_no_banner(trainer: str) -> None:
-    assert headlines(make_record(trainer)) == []
+def test_run_in_which_all_went_well_has_no_warning(trainer: str) -> None:
     assert not texts(make_record(trainer), "warning")
+    # Of pre-training nobody knows how it would have gone without the defence.
+    assert len(headlines(make_record(trainer))) == (trainer in ("RoCLIPTrainer", "SafeCLIPTrainer"))
 
 
 @pytest.mark.parametrize(

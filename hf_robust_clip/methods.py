@@ -1,4 +1,4 @@
-"""What a card says of each method whatever the run: what it does, what it is known not to stop, its paper."""
+"""What is known of each method whatever the run: what it does, what it does not stop, its paper."""
 
 from __future__ import annotations
 
