@@ -6,7 +6,6 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -16,12 +15,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import DataLoader, Sampler
-from transformers import Trainer
 from transformers.utils import logging
 
 from ..augment.images import ImageNormalization, to_float
 from ..callbacks import TrainerHooks
-from ..cards import kept_card, license_of, write_card
 from ..data.collator import ORIGINAL, CLIPDataCollator
 from ..data.rows import (
     BAD_ROWS,
@@ -36,16 +33,8 @@ from ..evaluation.embedding import Embedder
 from ..evaluation.running import run_evaluators
 from ..losses import clip_loss
 from ..models import caption_padding, check_processor, load_dual_encoder, load_processor, longest_caption
-from ..record import RUN_FILE, RunRecord
 from ..seeding import derive_seed, forked_rng
-from .adapters import (
-    add_adapters,
-    check_adapters,
-    complete_adapter_file,
-    has_adapters,
-    merged,
-    remove_adapter_files,
-)
+from .adapters import add_adapters, check_adapters
 from .arguments import CLIPTrainingArguments
 from .checks import (
     check_arguments,
@@ -54,8 +43,7 @@ from .checks import (
     resolve_text_augmentation,
     warn_of_half_precision,
 )
-from .pictures import save_report_of
-from .recording import record_of
+from .publishing import PublishingTrainer
 
 logger = logging.get_logger(__name__)
 
@@ -71,7 +59,7 @@ class Embeddings(NamedTuple):
     text_embeds: torch.Tensor
 
 
-class CLIPTrainer(Trainer):
+class CLIPTrainer(PublishingTrainer):
     """
     Train or fine-tune a dual encoder of images and texts with the loss of CLIP (Radford et al., ICML 2021).
 
@@ -189,12 +177,6 @@ class CLIPTrainer(Trainer):
         self.normalization = ImageNormalization(data_collator.preprocess.mean, data_collator.preprocess.std)
         self.normalization.to(self.args.device)
         self._eval_collator = data_collator.for_evaluation()
-        #: The evaluators' figures before training, and after it.
-        self.figures_before: dict[str, float] | None = None
-        self.figures_after: dict[str, float] | None = None
-        self._seconds_before = 0.0
-        self._train_begin: float | None = None
-        self._saving_checkpoint = False
         self._evaluators_prefix: str | None = None
         self._evaluating = False
         self._epoch: int | None = None
@@ -246,20 +228,11 @@ class CLIPTrainer(Trainer):
         """What deals the rows of a map-style `train_dataset` into batches; `None`: the Trainer shuffles them."""
         return None
 
-    def run_details(self) -> dict[str, Any]:
-        """What a defence notes down of its run for the card and the report, ready for JSON."""
-        return {}
-
     @property
     def skipped_rows(self) -> list[int]:
         """Numbers of the rows passed over so far under `on_bad_row="skip"`, on all ranks; call it on all ranks."""
         rows = sorted(self._bad_rows)
         return sorted(set(gather_object(rows))) if self.args.world_size > 1 else rows
-
-    @property
-    def unwrapped_model(self) -> Any:
-        """The model without what distributed training wraps around it."""
-        return self.accelerator.unwrap_model(self.model)
 
     # ---- Batches and losses ----
 
@@ -347,10 +320,8 @@ class CLIPTrainer(Trainer):
         self._epoch = None
         self._sums.clear()
         self._pairs_since_log = 0
-        self._last_log = self._train_begin = time.perf_counter()
-        self.figures_after = None
-        if self.state.global_step == 0:
-            self._seconds_before = 0.0
+        self._last_log = time.perf_counter()
+        self.begin_record()
 
     def on_epoch_begin(self) -> None:
         """Called before each epoch, and again when training resumes within one."""
@@ -370,7 +341,7 @@ class CLIPTrainer(Trainer):
 
     def on_train_end(self) -> None:
         """Called when training is over."""
-        self._seconds_before, self._train_begin = self.training_seconds, None
+        self.end_record()
         skipped = self.skipped_rows
         if skipped:
             shown = ", ".join(map(str, skipped[:20])) + (", ..." if len(skipped) > 20 else "")
@@ -523,11 +494,7 @@ class CLIPTrainer(Trainer):
         is shared among the ranks: call it on all of them.
         """
         figures = run_evaluators(self.evaluators, self.processing_class, self.make_embedder())
-        if figures and not self.is_in_train:
-            if self.state.global_step == 0:
-                self.figures_before = figures
-            else:
-                self.figures_after = figures
+        self.note_figures(figures)
         return figures
 
     def make_embedder(self) -> Embedder:
@@ -541,56 +508,6 @@ class CLIPTrainer(Trainer):
         )
 
     # ---- Checkpoints ----
-
-    def record(self) -> RunRecord:
-        """What this run is and has come to, for its card and its report. It is saved beside the model."""
-        return record_of(self)
-
-    def save_report(self, path: str | os.PathLike[str]) -> None:
-        """
-        Write the report of this run as one HTML file that needs nothing beside it. Its pictures take the model as it
-        is and the evaluators' images; call it on all ranks.
-
-        Args:
-            path (`str` or path): Of the file, such as `"report.html"`. Its folder is made, a file there replaced.
-
-        Raises:
-            `ValueError`: If it is a folder.
-            `ModuleNotFoundError`: Without the extra `report`.
-        """
-        save_report_of(self, Path(path))
-
-    @property
-    def training_seconds(self) -> float:
-        """Time spent in training so far, evaluations included, over all its parts where it was resumed."""
-        running = 0.0 if self._train_begin is None else time.perf_counter() - self._train_begin
-        return self._seconds_before + running
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        folder = output_dir or str(self.args.output_dir)
-        merge = self.args.merge_adapters and not self._saving_checkpoint
-        trained = self.model
-        if merge:
-            self.model = merged(self.unwrapped_model)
-        try:
-            with kept_card(folder):
-                super()._save(output_dir, state_dict)
-        finally:
-            self.model = trained
-        if not self.args.should_save:
-            return
-        if merge:
-            remove_adapter_files(folder)
-        elif has_adapters(self.unwrapped_model):
-            complete_adapter_file(self.unwrapped_model, folder, state_dict)
-        self.record().save(folder)
-
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        self._saving_checkpoint = True
-        try:
-            super()._save_checkpoint(*args, **kwargs)
-        finally:
-            self._saving_checkpoint = False
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
@@ -606,10 +523,7 @@ class CLIPTrainer(Trainer):
                 self._check_checkpoint(file.metadata() or {}, str(checkpoint))
                 state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
             self.load_training_state(state)
-            if os.path.isfile(os.path.join(str(checkpoint), RUN_FILE)):
-                earlier = RunRecord.load(str(checkpoint))
-                self.figures_before = earlier.before or self.figures_before
-                self._seconds_before = earlier.environment["seconds"]
+            self.continue_record(str(checkpoint))
         elif checkpoint is not None:
             self.reset_training_state()
             logger.warning(
@@ -633,78 +547,6 @@ class CLIPTrainer(Trainer):
                     f"resume_from_checkpoint={checkpoint!r}: its {name} was {saved}, but is {current} now. Resume "
                     "with what it was saved with, or start anew from its weights by passing the folder as model"
                 )
-
-    # ---- The Hub ----
-
-    def create_model_card(
-        self,
-        language: str | None = None,
-        license: str | None = None,
-        tags: str | list[str] | None = None,
-        model_name: str | None = None,
-        finetuned_from: str | None = None,
-        tasks: str | list[str] | None = None,
-        dataset_tags: str | list[str] | None = None,
-        dataset: str | list[str] | None = None,
-        dataset_args: str | list[str] | None = None,
-    ) -> None:
-        """
-        Write the model card of this run, `README.md` in `args.output_dir`, from [`record`]: what was done, the figures
-        of the evaluators before and after, and what was not measured. A `README.md` that a person wrote stays.
-
-        Args:
-            language, tags, model_name: As of `transformers.Trainer`.
-            license (`str`, *optional*): `None`: that of the model that training started from, if its card is on disk.
-            finetuned_from (`str`, *optional*): Hub id of that model. `None`: the one that it was loaded from.
-            tasks (`str` or `list[str]`, *optional*): In place of `zero-shot-image-classification`.
-            dataset_tags (`str` or `list[str]`, *optional*): Hub ids of the training data, beside what it says itself.
-            dataset, dataset_args (`str` or `list[str]`, *optional*): What the data is called, and its arguments.
-
-        Raises:
-            `ValueError`: If `finetuned_from` or one of `dataset_tags` is no id of the Hub.
-        """
-        if not self.is_world_process_zero():
-            return
-        loaded_from = str(getattr(self.unwrapped_model.config, "_name_or_path", "") or "")
-        write_card(
-            self.record(),
-            str(self.args.output_dir),
-            language=language,
-            license=license or license_of(loaded_from),
-            tags=tags,
-            model_name=model_name or Path(str(self.args.output_dir)).resolve().name,
-            base_model=finetuned_from,
-            tasks=tasks,
-            datasets=dataset_tags,
-            dataset_names=dataset,
-            dataset_args=dataset_args,
-            repo_id=self.hub_model_id or self.args.hub_model_id,
-        )
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self.args.hub_always_push:
-            # The push under way reads the files that this one is about to overwrite: what arrived would be torn.
-            self._finish_current_push()
-        self._warn_of_failed_pushes()
-        super()._push_from_checkpoint(checkpoint_folder)
-
-    def _finish_current_push(self) -> None:
-        super()._finish_current_push()
-        self._warn_of_failed_pushes()
-
-    def _warn_of_failed_pushes(self) -> None:
-        """The Trainer pushes checkpoints in the background, and does not look at what became of it."""
-        push = getattr(self, "push_in_progress", None)
-        if push is None:
-            return
-        over = [job for job in push.jobs if job.done()]
-        push.jobs = [job for job in push.jobs if job not in over]
-        for error in filter(None, (job.exception() for job in over)):
-            reason = str(error) if error.__cause__ is None else f"{error} {error.__cause__}"
-            logger.warning(
-                f"A push to {self.hub_model_id} during training failed. Training goes on, and what it saves is in "
-                f"{self.args.output_dir}; trainer.push_to_hub() pushes it. The reason: {reason}"
-            )
 
     def _dataset_length(self) -> int | None:
         dataset: Any = self.train_dataset

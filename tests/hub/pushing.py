@@ -12,9 +12,18 @@ import pytest
 import torch
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+from peft import LoraConfig
 from stand_in import BAD_TOKEN, READ_TOKEN, STRANGER_TOKEN, WRITE_TOKEN
 from training import ARGUMENTS, assert_same_bits, digits, make_trainer
-from transformers import AutoProcessor, CLIPModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    AutoModel,
+    AutoProcessor,
+    CLIPModel,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from hf_robust_clip import CLIPTrainer, SafeCLIPTrainer, ZeroShotEvaluator
 from hf_robust_clip.data.digits import CAPTION_TEMPLATES, CLASS_NAMES, digit_processor
@@ -89,6 +98,29 @@ def pushes(output: Path) -> None:
         assert_same_bits(whole, resumed)
 
 
+def adapters(output: Path) -> None:
+    """Adapters alone, which bring their base and `logit_scale` along, and merged; never both in one repository."""
+    base = trainer_of(CLIPTrainer, output, "base")
+    base.push_to_hub()
+    lora = LoraConfig(target_modules=["q_proj", "v_proj"], modules_to_save=["visual_projection"])
+    for name, merge in (("adapters", False), ("merged", True)):
+        trainer = trainer_of(
+            CLIPTrainer, output, name, model="tester/base", peft_config=lora, merge_adapters=merge, max_steps=4
+        )
+        trainer.train()
+        trainer.push_to_hub()
+        loaded, trained = AutoModel.from_pretrained(f"tester/{name}").eval(), trainer.unwrapped_model.eval()
+        assert torch.equal(loaded.logit_scale, trained.logit_scale)
+        assert not torch.equal(loaded.logit_scale, base.model.logit_scale)
+        image = digits("test")[0]["image"]
+        inputs = trainer.processing_class(text=list(CLASS_NAMES), images=image, return_tensors="pt", padding=True)
+        for part in ("text_embeds", "image_embeds"):
+            torch.testing.assert_close(loaded(**inputs)[part], trained(**inputs)[part], rtol=0, atol=1e-6)
+    trainer.hub_model_id = "tester/adapters"
+    with pytest.raises(ValueError, match="tester/adapters has adapters"):
+        trainer.push_to_hub()
+
+
 def interruptions(output: Path) -> None:
     """Uploads that break off or are refused, and pushes that fail while training goes on."""
     broken = trainer_of(CLIPTrainer, output, "broken")
@@ -158,5 +190,6 @@ def show(error: BaseException, token: str) -> None:
 if __name__ == "__main__":
     # The Trainer collects garbage before each run, and would look through all that is imported each time.
     gc.freeze()
+    scenarios = {"pushes": pushes, "adapters": adapters, "interruptions": interruptions, "refusals": refusals}
     for scenario in sys.argv[2:]:
-        {"pushes": pushes, "interruptions": interruptions, "refusals": refusals}[scenario](Path(sys.argv[1]))
+        scenarios[scenario](Path(sys.argv[1]))

@@ -58,6 +58,17 @@ def test_every_strategy_pushes_what_it_is_for(tmp_path: Path) -> None:
     assert_no_token(hub, tmp_path / "out", output)
 
 
+def test_adapters_are_pushed_alone_or_merged(tmp_path: Path) -> None:
+    with HubStandIn() as hub:
+        run_script(hub, SCRIPT, tmp_path / "out", "adapters", home=tmp_path / "home", token=WRITE_TOKEN)
+    alone, merged = (set(hub.files(f"tester/{name}")) for name in ("adapters", "merged"))
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= alone and "model.safetensors" not in alone
+    assert {"config.json", "model.safetensors"} <= merged and not any("adapter" in path for path in merged)
+    cards = [hub.files(f"tester/{name}")["README.md"].decode() for name in ("adapters", "merged")]
+    assert all("base_model: tester/base" in card for card in cards)
+    assert ["base_model_relation: adapter" in card for card in cards] == [True, False]
+
+
 def test_what_goes_wrong_is_said_and_can_be_mended(tmp_path: Path) -> None:
     with HubStandIn() as hub:
         hub.traffic.fail("PUT", "/tester/broken/upload/.*", None)

@@ -1,0 +1,222 @@
+"""What a run leaves behind: its record, its card and report, its adapters, and what reaches the Hub."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from huggingface_hub import HfApi
+from transformers import Trainer
+from transformers.utils import logging
+
+from ..cards import kept_card, license_of, write_card
+from ..record import RUN_FILE, RunRecord
+from .adapters import ADAPTER_CONFIG, complete_adapter_file, has_adapters, merged, remove_adapter_files
+from .arguments import CLIPTrainingArguments
+from .pictures import save_report_of
+from .recording import record_of
+
+if TYPE_CHECKING:
+    from .base import CLIPTrainer
+
+logger = logging.get_logger(__name__)
+
+
+class PublishingTrainer(Trainer):
+    """
+    The part of [`CLIPTrainer`] that tells of a run, and keeps what is saved and pushed whole and free of secrets.
+    """
+
+    args: CLIPTrainingArguments
+    evaluators: Sequence[Any]
+
+    #: The evaluators' figures before training, and after it.
+    figures_before: dict[str, float] | None = None
+    figures_after: dict[str, float] | None = None
+    _seconds_before = 0.0
+    _train_begin: float | None = None
+    _saving_checkpoint = False
+
+    @property
+    def unwrapped_model(self) -> Any:
+        """The model without what distributed training wraps around it."""
+        return self.accelerator.unwrap_model(self.model)
+
+    def run_details(self) -> dict[str, Any]:
+        """What a defence notes down of its run for the card and the report, ready for JSON."""
+        return {}
+
+    def record(self) -> RunRecord:
+        """What this run is and has come to, for its card and its report. It is saved beside the model."""
+        return record_of(cast("CLIPTrainer", self))
+
+    def save_report(self, path: str | os.PathLike[str]) -> None:
+        """
+        Write the report of this run as one HTML file that needs nothing beside it. Its pictures take the model as it
+        is and the evaluators' images; call it on all ranks.
+
+        Args:
+            path (`str` or path): Of the file, such as `"report.html"`. Its folder is made, a file there replaced.
+
+        Raises:
+            `ValueError`: If it is a folder.
+            `ModuleNotFoundError`: Without the extra `report`.
+        """
+        save_report_of(cast("CLIPTrainer", self), Path(path))
+
+    @property
+    def training_seconds(self) -> float:
+        """Time spent in training so far, evaluations included, over all its parts where it was resumed."""
+        running = 0.0 if self._train_begin is None else time.perf_counter() - self._train_begin
+        return self._seconds_before + running
+
+    # ---- The record, while it is made ----
+
+    def begin_record(self) -> None:
+        """Called when training starts, or goes on."""
+        self._train_begin, self.figures_after = time.perf_counter(), None
+        if self.state.global_step == 0:
+            self._seconds_before = 0.0
+
+    def end_record(self) -> None:
+        """Called when training is over."""
+        self._seconds_before, self._train_begin = self.training_seconds, None
+
+    def continue_record(self, checkpoint: str) -> None:
+        """Take over what a checkpoint's record knows and the Trainer's state does not."""
+        if os.path.isfile(os.path.join(checkpoint, RUN_FILE)):
+            earlier = RunRecord.load(checkpoint)
+            self.figures_before = earlier.before or self.figures_before
+            self._seconds_before = earlier.environment["seconds"]
+
+    def note_figures(self, figures: dict[str, float]) -> None:
+        """Keep the figures of an evaluation outside of training; the Trainer's log has the others."""
+        if figures and not self.is_in_train:
+            if self.state.global_step == 0:
+                self.figures_before = figures
+            else:
+                self.figures_after = figures
+
+    # ---- What is saved ----
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        folder = output_dir or str(self.args.output_dir)
+        merge = self.args.merge_adapters and not self._saving_checkpoint
+        trained = self.model
+        if merge:
+            self.model = merged(self.unwrapped_model)
+        try:
+            with kept_card(folder):
+                super()._save(output_dir, state_dict)
+        finally:
+            self.model = trained
+        if not self.args.should_save:
+            return
+        if merge:
+            remove_adapter_files(folder)
+        elif has_adapters(self.unwrapped_model):
+            complete_adapter_file(self.unwrapped_model, folder, state_dict)
+        self.record().save(folder)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        self._saving_checkpoint = True
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+        finally:
+            self._saving_checkpoint = False
+
+    # ---- The Hub ----
+
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+    ) -> None:
+        """
+        Write the model card of this run, `README.md` in `args.output_dir`, from [`record`]: what was done, the figures
+        of the evaluators before and after, and what was not measured. A `README.md` that a person wrote stays.
+
+        Args:
+            language, tags, model_name: As of `transformers.Trainer`.
+            license (`str`, *optional*): `None`: that of the model that training started from, if its card is on disk.
+            finetuned_from (`str`, *optional*): Hub id of that model. `None`: the one that it was loaded from.
+            tasks (`str` or `list[str]`, *optional*): In place of `zero-shot-image-classification`.
+            dataset_tags (`str` or `list[str]`, *optional*): Hub ids of the training data, beside what it says itself.
+            dataset, dataset_args (`str` or `list[str]`, *optional*): What the data is called, and its arguments.
+
+        Raises:
+            `ValueError`: If `finetuned_from` or one of `dataset_tags` is no id of the Hub.
+        """
+        if not self.is_world_process_zero():
+            return
+        loaded_from = str(getattr(self.unwrapped_model.config, "_name_or_path", "") or "")
+        write_card(
+            self.record(),
+            str(self.args.output_dir),
+            language=language,
+            license=license or license_of(loaded_from),
+            tags=tags,
+            model_name=model_name or Path(str(self.args.output_dir)).resolve().name,
+            base_model=finetuned_from,
+            tasks=tasks,
+            datasets=dataset_tags,
+            dataset_names=dataset,
+            dataset_args=dataset_args,
+            repo_id=self.hub_model_id or self.args.hub_model_id,
+        )
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """
+        As the Trainer's, with the card of [`create_model_card`].
+
+        Raises:
+            `ValueError`: With `merge_adapters`, if the repository has adapters, which loading would prefer to the
+                merged model.
+        """
+        if self.args.merge_adapters and self.hub_model_id is None:
+            self.init_hf_repo(token=kwargs.get("token"))
+        if self.args.merge_adapters and self.is_world_process_zero():
+            token, revision = kwargs.get("token") or self.args.hub_token, kwargs.get("revision")
+            if HfApi().file_exists(
+                str(self.hub_model_id), ADAPTER_CONFIG, revision=revision or self.args.hub_revision, token=token
+            ):
+                raise ValueError(
+                    f"merge_adapters=True, but {self.hub_model_id} has adapters ({ADAPTER_CONFIG}), which loading "
+                    "prefers to a merged model: push to another repository, or delete them there first"
+                )
+        return super().push_to_hub(*args, **kwargs)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self.args.hub_always_push:
+            # The push under way reads the files that this one is about to overwrite: what arrived would be torn.
+            self._finish_current_push()
+        self._warn_of_failed_pushes()
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    def _finish_current_push(self) -> None:
+        super()._finish_current_push()
+        self._warn_of_failed_pushes()
+
+    def _warn_of_failed_pushes(self) -> None:
+        """The Trainer pushes checkpoints in the background, and does not look at what became of it."""
+        push = getattr(self, "push_in_progress", None)
+        if push is None:
+            return
+        over = [job for job in push.jobs if job.done()]
+        push.jobs = [job for job in push.jobs if job not in over]
+        for error in filter(None, (job.exception() for job in over)):
+            reason = str(error) if error.__cause__ is None else f"{error} {error.__cause__}"
+            logger.warning(
+                f"A push to {self.hub_model_id} during training failed. Training goes on, and what it saves is in "
+                f"{self.args.output_dir}; trainer.push_to_hub() pushes it. The reason: {reason}"
+            )
