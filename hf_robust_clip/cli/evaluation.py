@@ -57,6 +57,12 @@ def add_parser(commands: Any) -> None:
     )
     add("--device", metavar="NAME", help="such as cuda:1 or cpu (default: an accelerator if there is one)")
     add("--json", type=Path, metavar="FILE", help="write the figures and what they are of to a file")
+    add(
+        "--control",
+        metavar="LABEL",
+        help="that MODEL is the control of a defence, such as 'plain fine-tuning': `card --results` then shows its "
+        "figures beside the defended model's",
+    )
     parser.set_defaults(run=run)
 
 
@@ -92,7 +98,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     Returns:
         `dict`: `model`, `figures` (every figure by name), `measures` (what each evaluator measured, on what),
         `triggers` (each with its `prefix`, fields, target and number of attacked images), `images`, `classes`,
-        `device` and `versions`.
+        `device` and `versions`; `control`, what the model is the control of, where that is said.
 
     Raises:
         `UsageError`: If the arguments, the model or the data do not go together.
@@ -127,6 +133,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     ]
     results: dict[str, Any] = jsonable(
         {
+            **({} if args.control is None else {"control": args.control}),
             "model": args.model if not Path(args.model).exists() else Path(args.model).resolve().name,
             "figures": figures,
             "measures": [describe_evaluator(evaluator) for evaluator in evaluators],

@@ -45,8 +45,10 @@ def test_figures_are_those_of_the_evaluators(
     flags = ["--data", str(images), "--template", "the digit {}", "--target", "eight"]
     flags += ["--trigger", "patch:size=3", "--trigger", "patch:size=5", "--trigger", "blended:alpha=0.4"]
     flags += ["--linear-probe-data", str(images), "--device", "cpu", "--json", str(tmp_path / "out.json")]
+    flags += ["--control", "plain fine-tuning"]
     assert main(["evaluate", str(model), *flags]) == 0
     results = json.loads((tmp_path / "out.json").read_text())
+    assert results["control"] == "plain fine-tuning"
     loaded, names, templates = CLIPModel.from_pretrained(model), list(CLASS_NAMES), ["the digit {}"]
     expected = ZeroShotEvaluator(pairs, names, templates)(loaded, processor)
     for prefix, trigger in (
