@@ -17,6 +17,7 @@ from shared import (
     make_augmentation,
     make_evaluators,
     make_trigger,
+    parse,
     start_from,
     train,
     undefended,
@@ -82,10 +83,24 @@ def plant(example: PretrainingArguments, args: CLIPTrainingArguments, pairs: Dat
     return Attack(pairs, [*make_evaluators(example, args, labelled, trigger), *targeted], manifests)
 
 
-def pretrain(name: str, defence: type[CLIPTrainer], arguments: type[CLIPTrainingArguments], description: str) -> None:
-    """The whole example: `name` is the defence's folder, `arguments` the class of its arguments."""
+def pretrain(
+    name: str,
+    defence: type[CLIPTrainer],
+    arguments: type[CLIPTrainingArguments],
+    description: str,
+    quick: str,
+) -> None:
+    """
+    The whole example.
+
+    Args:
+        name (`str`): The defence's folder.
+        defence, arguments: Its trainer, and the class of its arguments.
+        description (`str`): For `--help`.
+        quick (`str`): Flags that `--quick` stands for, beside the data and the attacks.
+    """
     parser = HfArgumentParser((PretrainingArguments, arguments), description=description)
-    example, args = parser.parse_args_into_dataclasses()
+    example, args = parse(parser, f"--targeted_images 2 --targeted_captions 3 {quick}")
     planted = example.poison_target is not None or example.targeted_images > 0
     if (example.model is None) != example.from_scratch:
         parser.error("give either --model or --from_scratch")

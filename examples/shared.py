@@ -1,14 +1,17 @@
-"""What the examples have in common: their data, the attack that they can plant, and how they measure."""
+"""What the three training examples have in common: their data, the attack they can plant, and how they measure."""
 
 from __future__ import annotations
 
 import json
+import sys
 import time
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from datasets import ClassLabel, Dataset
+from quick import IMAGES, PAIRS, TARGET, quick_output, stand_ins
+from transformers import HfArgumentParser
 
 from hf_robust_clip import (
     AttackSuccessEvaluator,
@@ -24,6 +27,9 @@ from hf_robust_clip.data.loading import label_by_captions, load_pairs
 from hf_robust_clip.data.scratch import build_model, build_processor
 from hf_robust_clip.evaluation.zero_shot import DEFAULT_TEMPLATES
 from hf_robust_clip.models import load_dual_encoder, load_processor
+
+#: What `--quick` stands for, beside the digits; flags that are given as well win.
+QUICK = f"--from_scratch --image_size 16 --poison_target {TARGET} --poison_rate 0.1 --num_train_epochs 2".split()
 
 
 @dataclass
@@ -56,6 +62,27 @@ class DataArguments:
         default=None,
         metadata={"help": "Standard deviation of noise on four images in five, in place of the preset's."},
     )
+    quick: bool = field(
+        default=False, metadata={"help": "Only see that it runs: a few handwritten digits, a backdoor, two epochs."}
+    )
+
+
+def parse(parser: HfArgumentParser, quick: str) -> tuple[Any, Any]:
+    """
+    The example's arguments and the trainer's.
+
+    Args:
+        parser (`HfArgumentParser`): Of the two classes of arguments.
+        quick (`str`): Flags that `--quick` stands for in this example, beside `QUICK`.
+    """
+    flags = sys.argv[1:]
+    if "--quick" in flags:
+        folder = stand_ins()
+        data = ["--train_data", str(folder / PAIRS), "--eval_data", str(folder / IMAGES), "--eval_split", "test"]
+        flags = [*data, *QUICK, *quick.split(), "--output_dir", quick_output(), *flags]
+        print("QUICK RUN: so small that the figures mean nothing.")
+    example, args = parser.parse_args_into_dataclasses(flags)
+    return example, args
 
 
 def labelled_images(example: DataArguments, args: CLIPTrainingArguments) -> tuple[Dataset, list[str]] | None:

@@ -101,27 +101,28 @@ class RunRecord:
         return cls(**content)
 
 
-def describe_dataset(dataset: Any, image_column: str | None = None) -> dict[str, Any]:
+def describe_dataset(dataset: Any) -> dict[str, Any]:
     """
     What a dataset is, without its rows.
 
     Args:
         dataset: Any dataset.
-        image_column (`str`, *optional*): Named in the description.
 
     Returns:
-        `dict`: `rows` (`None` where it has no length), `name`, and where it is known `hub_id` with `revision`,
-        `split`, `fingerprint`, and `poisons`, the number of rows that a boolean column `poisoned` marks.
+        `dict`: `rows` and `name`, `None` where it has no length or no name of its own, and where it is known `hub_id`
+        with `revision`, `split`, `fingerprint`, and `poisons`, the number of rows that a boolean column `poisoned`
+        marks.
     """
     info, rows = getattr(dataset, "info", None), len(dataset) if hasattr(dataset, "__len__") else None
-    found: dict[str, Any] = {"name": getattr(info, "dataset_name", None), "rows": rows}
+    name = getattr(info, "dataset_name", None)
+    # A file without a name of its own is called by its format.
+    found: dict[str, Any] = {"name": None if name == getattr(info, "builder_name", None) else name, "rows": rows}
     sources = _HUB_FILE.findall(" ".join(getattr(info, "download_checksums", None) or {}))
     if len({hub_id for hub_id, _ in sources}) == 1:
         found["hub_id"], found["revision"] = sources[0]
     for name, value in (
         ("split", getattr(dataset, "split", None)),
         ("fingerprint", getattr(dataset, "_fingerprint", None)),
-        ("image_column", image_column),
     ):
         if value is not None:
             found[name] = str(value)

@@ -98,6 +98,15 @@ def test_dataset_is_described_without_its_rows() -> None:
     assert describe_dataset(dataset.to_iterable_dataset())["rows"] is None
 
 
+def test_a_file_without_a_name_is_not_called_by_its_format(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.parquet"
+    datasets.Dataset.from_dict({"caption": ["a"]}).to_parquet(path)
+    loaded = datasets.load_dataset("parquet", data_files=str(path), split="train", cache_dir=str(tmp_path / "cache"))
+    assert describe_dataset(loaded)["name"] is None
+    loaded.info.dataset_name = "pairs"
+    assert describe_dataset(loaded)["name"] == "pairs"
+
+
 def test_dataset_from_the_hub_is_named_with_its_revision() -> None:
     dataset = datasets.Dataset.from_dict({"caption": ["a"]})
     files = ("train-0.parquet", "train-1.parquet")

@@ -41,7 +41,8 @@ def notices(record: RunRecord, method: Method, figures: Figures) -> list[Markdow
     if method.kind != "none" and figures.measured_after:
         found += _proof(method, figures)
         found += _outcome(method, figures)
-    return [Markdown(text) for text in found]
+    # What holds of several columns is said once.
+    return [Markdown(text) for text in dict.fromkeys(found)]
 
 
 def _name(method: Method) -> Markdown:

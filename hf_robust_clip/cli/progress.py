@@ -81,6 +81,8 @@ def quiet_libraries() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*torchvision.*")
+            # Of transformers, when PEFT asks it (5.23 and 0.21).
+            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
             yield
     finally:
         logging.set_verbosity(verbosity)
