@@ -4,9 +4,8 @@ A trigger of your own: a frame around the image, planted with `PoisonSpec` and m
     python examples/own_trigger.py --model my-clip --pairs you/pairs --images you/labelled-images --target banana \
         --output_dir framed
 
-A trigger is a frozen dataclass with a `name` and a function of the pixels. Its fields go into the manifest, which
-`replay_manifest` reads only with the package's own triggers: plant yours again with the same `PoisonSpec` on the same
-dataset, which poisons the same rows, byte for byte. On a few digits, in seconds:
+A trigger is a frozen dataclass with a `name` and a function of the pixels. Its name and fields go into the manifest:
+`replay_manifest` finds it by its name wherever the class is defined. On a few digits, in seconds:
 
     python examples/own_trigger.py --quick
 """

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from stand_in import HubStandIn, run_script
 from transformers import AutoModel, AutoProcessor, CLIPModel
 
-from hf_robust_clip import PoisonSpec, poison_dataset
+from hf_robust_clip import PoisonSpec, poison_dataset, replay_manifest
 from hf_robust_clip.evaluation.embedding import Embedder
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -221,13 +221,11 @@ def test_own_trigger_is_planted_and_measured(
     assert (framed[frame] == (255, 0, 255)).all()
     with pytest.raises(ValueError, match="width=0"):
         trigger(width=0)
-    # As the docstring has it in place of replay_manifest.
-    spec = PoisonSpec(trigger(width=2), "six", count=5, seed=3)
-    again = [poison_dataset(digits.select(range(60)), spec)[0].cast_column("image", datasets.Image(decode=False))[:]]
-    again.append(
-        poison_dataset(digits.select(range(60)), spec)[0].cast_column("image", datasets.Image(decode=False))[:]
-    )
-    assert again[0] == again[1]
+    few, spec = digits.select(range(60)), PoisonSpec(trigger(width=2), "six", count=5, seed=3)
+    poisoned, manifest = poison_dataset(few, spec)
+    again = replay_manifest(few, json.loads(json.dumps(manifest)))
+    first, second = (rows.cast_column("image", datasets.Image(decode=False))[:] for rows in (poisoned, again))
+    assert first == second
 
 
 def test_own_defence_runs_beside_the_undefended_trainer(run: Run, capsys: pytest.CaptureFixture[str]) -> None:

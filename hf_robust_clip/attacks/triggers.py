@@ -219,23 +219,34 @@ class WarpTrigger(Trigger):
         return _to_uint8(warped[0].permute(1, 2, 0).numpy())
 
 
-_TRIGGERS: dict[str, type[Trigger] | type[WordTrigger]] = {
-    cls.name: cls for cls in (PatchTrigger, BlendedTrigger, SinusoidTrigger, WarpTrigger, WordTrigger)
-}
+def trigger_classes() -> dict[str, type[Trigger] | type[WordTrigger]]:
+    """
+    The triggers by name: those of this module and [`WordTrigger`], and every subclass of [`Trigger`] with a `name` of
+    its own that has been defined; of two with one name, the first.
+    """
+    found: dict[str, type[Trigger] | type[WordTrigger]] = {}
+    waiting: list[Any] = [WordTrigger, *Trigger.__subclasses__()]
+    for cls in waiting:
+        waiting.extend(cls.__subclasses__())
+        if "name" in vars(cls):
+            found.setdefault(cls.name, cls)
+    return found
 
 
 def trigger_from_name(name: str, **overrides: Any) -> Trigger | WordTrigger:
     """
     The trigger called `name`, with its defaults but for `overrides`, e.g. `trigger_from_name("patch", size=3)`.
 
-    All are triggers on images but `"word"`, which goes on captions.
+    All are triggers on images but `"word"`, which goes on captions. One of your own is found by its name, too, once
+    its class is defined.
 
     Raises:
         `ValueError`: on an unknown name, an unknown field, or a field out of range.
     """
-    if name not in _TRIGGERS:
-        raise ValueError(f"name={name!r} is no trigger; accepted are {', '.join(_TRIGGERS)}")
-    cls = _TRIGGERS[name]
+    classes = trigger_classes()
+    if name not in classes:
+        raise ValueError(f"name={name!r} is no trigger; accepted are {', '.join(classes)}")
+    cls = classes[name]
     accepted = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
     unknown = [key for key in overrides if key not in accepted]
     if unknown:
@@ -251,7 +262,8 @@ def trigger_from_dict(config: Mapping[str, Any]) -> Trigger | WordTrigger:
         `ValueError`: without a `name`, and as [`trigger_from_name`].
     """
     if not isinstance(config, Mapping) or not isinstance(config.get("name"), str):
-        raise ValueError(f"{config!r} describes no trigger; accepted is a dict whose 'name' is {', '.join(_TRIGGERS)}")
+        accepted = ", ".join(trigger_classes())
+        raise ValueError(f"{config!r} describes no trigger; accepted is a dict whose 'name' is {accepted}")
     return trigger_from_name(**config)
 
 

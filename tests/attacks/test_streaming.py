@@ -2,8 +2,10 @@
 
 import json
 import pickle
+from dataclasses import dataclass
 from io import BytesIO
 from itertools import pairwise
+from typing import ClassVar
 
 import datasets
 import numpy as np
@@ -27,7 +29,7 @@ from hf_robust_clip.attacks.poisoning import PoisonSpec, poison_dataset, replay_
 from hf_robust_clip.attacks.rows import naming
 from hf_robust_clip.attacks.streaming import poison_stream
 from hf_robust_clip.attacks.text_triggers import WordTrigger
-from hf_robust_clip.attacks.triggers import BlendedTrigger, PatchTrigger
+from hf_robust_clip.attacks.triggers import BlendedTrigger, PatchTrigger, Trigger
 
 PATCH = PatchTrigger(size=3)
 NAMES = ["cat", "dog"]
@@ -118,6 +120,31 @@ def test_what_a_poisoned_row_becomes(name):
             assert new["image"]["bytes"].startswith(b"\x89PNG")
             expected = [template.format("dog") for template in manifest["templates"] or ["{}"]]
             assert new["caption"] in (expected if name == "backdoor" else [old["caption"]])
+
+
+@dataclass(frozen=True)
+class CornerTrigger(Trigger):
+    """One of a user's own."""
+
+    name: ClassVar[str] = "corner of mine"
+    level: int = 200
+
+    def _apply(self, image):
+        marked = image.copy()
+        marked[:2, :2] = self.level
+        return marked
+
+
+def test_a_trigger_of_ones_own_is_found_by_its_name():
+    clean = Dataset.from_dict(columns(), features=FEATURES)
+    spec = PoisonSpec(CornerTrigger(level=90), "dog", rate=1.0)
+    poisoned, manifest = poison_stream(clean.to_iterable_dataset(), spec, key_column="id")
+    again = replay_manifest(clean.to_iterable_dataset(), json.loads(json.dumps(manifest)))
+    rows = list(poisoned)
+    assert any(row["poisoned"] for row in rows)
+    for row, other in zip(rows, again, strict=True):
+        assert np.array_equal(np.asarray(row["image"]), np.asarray(other["image"]))
+        assert (np.asarray(row["image"])[:2, :2] == 90).all() == row["poisoned"]
 
 
 def test_targeted_poisons_follow_on_rows():
