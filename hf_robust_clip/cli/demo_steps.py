@@ -23,6 +23,7 @@ from ..evaluation.running import run_evaluators
 from ..evaluation.zero_shot import ZeroShotEvaluator, class_embeddings
 from ..report import Example, MatchedPair, ModelEmbeddings, Pictures, PoisonedPair, matching_course, split_course
 from ..trainers.base import CLIPTrainer, Evaluator
+from ..trainers.pictures import matched_pairs
 from ..trainers.roclip import RoCLIPTrainer
 from ..trainers.safeclip import SafeCLIPTrainer
 from .demo import CLEAN_SEED_OFFSET, DEFENCES, MANIFEST, REPORT, RESULTS, TRIGGERS, Recipe
@@ -162,32 +163,17 @@ class Demo:
             f"  clean accuracy {figures['clean_accuracy']:.1%}, attack success {figures['attack_success_rate']:.1%}, "
             f"{figures['seconds']:.0f} s of training"
         )
-        self._note(trainer, embedder, pairs)
+        self._note(trainer, embedder)
 
-    def _note(self, trainer: CLIPTrainer, embedder: Embedder, pairs: Dataset) -> None:
+    def _note(self, trainer: CLIPTrainer, embedder: Embedder) -> None:
         """Keep, and say, what a defence noted down."""
         if isinstance(trainer, RoCLIPTrainer):
             self.records["matching"] = matching_record(trainer.state.log_history)
-            self.matches = self._match(trainer, embedder, pairs)
+            self.matches = matched_pairs(trainer, embedder, SHOWN)
             say(f"  {matching_course(self.records['matching'], self.recipe.target)}")
         elif isinstance(trainer, SafeCLIPTrainer):
             self.records["splits"] = trainer.splits.to_list()
             say(f"  {split_course(self.records['splits'])}")
-
-    def _match(self, trainer: RoCLIPTrainer, embedder: Embedder, pairs: Dataset) -> list[MatchedPair]:
-        """What the pool as training left it matches the first poisoned and the first clean pairs with."""
-        pool = trainer.pools.text if trainer.pools is not None else None
-        if pool is None or pool.filled == 0:
-            return []
-        flags = np.asarray(pairs["poisoned"])
-        rows = [int(row) for flag in (True, False) for row in np.flatnonzero(flags == flag)[:SHOWN]]
-        queries = embedder.embed_images(pairs.select(rows)).to(pool.features.device)
-        matched = pool.keys[pool.nearest_slots(queries)].tolist()
-        captions = pairs["caption"]
-        return [
-            MatchedPair(pairs[row]["image"], captions[row], captions[match], bool(flags[row]))
-            for row, match in zip(rows, matched, strict=True)
-        ]
 
     def _measure(self, name: str, embedder: Embedder) -> None:
         figures = run_evaluators(self.evaluators, self.processor, embedder)
