@@ -36,6 +36,9 @@ def plot_figures(variants: Sequence[Mapping[str, Any]], title: str, axis: str, l
             panel.set_xlabel(axis)
             if logarithmic:
                 panel.set_xscale("log")
+                places = sorted({variant["x"] for variant in placed})
+                panel.set_xticks(places, [f"{place:g}" for place in places])
+                panel.minorticks_off()
         else:
             _bars(panel, variants, name)
         figures, limits = (panel.yaxis, panel.set_ylim) if placed else (panel.xaxis, panel.set_xlim)
