@@ -9,6 +9,7 @@ from typing import Any
 import datasets
 
 from ..attacks.rows import naming
+from .rows import column_values
 
 _BUILDERS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".arrow": "arrow"}
 
@@ -57,7 +58,7 @@ def load_pairs(source: str, split: str = "train", image_column: str = "image") -
     if isinstance(feature, datasets.Image):
         return dataset
     if path.is_file() and getattr(feature, "dtype", None) in ("string", "large_string"):
-        paths = [str(path.parent / name) for name in dataset[image_column]]
+        paths = [str(path.parent / name) for name in column_values(dataset, image_column)]
         dataset = dataset.remove_columns(image_column).add_column(image_column, paths)
     return dataset.cast_column(image_column, datasets.Image())
 
@@ -88,7 +89,7 @@ def label_by_captions(
     names = list(classes)
     tests = [[naming(word) for word in words] for words in classes.values()]
     rows, labels = [], []
-    for row, captions in enumerate(dataset[caption_column]):
+    for row, captions in enumerate(column_values(dataset, caption_column)):
         counts = [0] * len(names)
         for caption in [captions] if isinstance(captions, str) else captions:
             named = [i for i, words in enumerate(tests) if any(is_named(caption) for is_named in words)]

@@ -8,7 +8,7 @@ from typing import Any
 import datasets
 import torch
 
-from ..data.rows import has_transform
+from ..data.rows import column_values, has_transform
 
 
 def check_columns(dataset: Any, columns: Mapping[str, str], needs: str, argument: str = "dataset") -> None:
@@ -37,7 +37,7 @@ def check_columns(dataset: Any, columns: Mapping[str, str], needs: str, argument
 def read_column(dataset: Any, column: str) -> list[Any]:
     """The values of a column, row by row."""
     if _plain(dataset):
-        return list(dataset.with_format(None)[column])
+        return list(column_values(dataset, column))
     return [dataset[row][column] for row in range(len(dataset))]
 
 

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Subset
 
-from ..data.rows import POISONED, BadRowError, IndexedDataset, decode_row, has_transform
+from ..data.rows import POISONED, BadRowError, IndexedDataset, column_values, decode_row, has_transform
 from ..evaluation.attack_success import AttackSuccessEvaluator
 from ..evaluation.embedding import Embedder
 from ..evaluation.pixels import ImageRequest, pixel_batches
@@ -170,7 +170,7 @@ def _flags(dataset: Any) -> np.ndarray | None:
     """Which rows are poisoned `(N,)`, bool; `None` where that takes reading every row, or nothing says so."""
     if not isinstance(dataset, datasets.Dataset) or has_transform(dataset) or POISONED not in dataset.column_names:
         return None
-    return np.array([bool(flag) for flag in dataset[POISONED]])
+    return np.array([bool(flag) for flag in column_values(dataset, POISONED)])
 
 
 def _caption(row: dict[str, Any], dataset: IndexedDataset) -> str:

@@ -11,7 +11,7 @@ import torch
 from transformers.utils import logging
 
 from ..attacks.rows import naming
-from ..data.rows import POISONED, ROW_INDEX, has_transform
+from ..data.rows import POISONED, ROW_INDEX, column_values, has_transform
 from ..losses import Matching, clip_loss, roclip_loss
 from ..pool import FeaturePool
 from .arguments import RoCLIPTrainingArguments
@@ -154,11 +154,10 @@ class RoCLIPTrainer(CLIPTrainer):
         dataset = self.train_dataset
         if not isinstance(dataset, datasets.Dataset) or has_transform(dataset) or POISONED not in dataset.features:
             return None
-        dataset = dataset.with_format(None)
-        rows = np.array([bool(flag) for flag in dataset[POISONED]])  # (N,)
+        rows = np.array([bool(flag) for flag in column_values(dataset, POISONED)])  # (N,)
         if self.args.adversarial_phrase is not None:
             names = naming(self.args.adversarial_phrase)
-            captions = dataset[self.args.caption_column]
+            captions = column_values(dataset, self.args.caption_column)
             rows |= np.array([_any_names(caption, names) for caption in captions])
         return rows
 
