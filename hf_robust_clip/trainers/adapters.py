@@ -67,6 +67,8 @@ def check_adapters(model: Any, args: CLIPTrainingArguments) -> None:
     """`ValueError` for `merge_adapters` where it cannot work; a warning where `logit_scale` is not trained."""
     if has_adapters(model) and not model.logit_scale.requires_grad:
         logger.warning("logit_scale is frozen beside the adapters: it keeps its value.")
+    if args.push_to_hub:
+        warn_of_local_base(model, args)
     if not args.merge_adapters:
         return
     if not has_adapters(model):
@@ -81,6 +83,19 @@ def check_adapters(model: Any, args: CLIPTrainingArguments) -> None:
         raise ValueError(
             "merge_adapters=True does not work with FSDP or DeepSpeed, which shard the weights: save the adapters, "
             "load them in one process (AutoModel.from_pretrained) and merge them there"
+        )
+
+
+def warn_of_local_base(model: Any, args: CLIPTrainingArguments) -> None:
+    """A warning where adapters are pushed that name a folder of this computer as the model that they belong to."""
+    if not has_adapters(model) or args.merge_adapters:
+        return
+    base = next(iter(model.peft_config.values())).base_model_name_or_path
+    if base and os.path.isdir(base):
+        logger.warning_once(
+            f"The adapters belong to the model in {base}, a folder of this computer, and their {ADAPTER_CONFIG} says "
+            "so: nobody else can load them. Push that model as well and start from it there, or set "
+            "merge_adapters=True."
         )
 
 

@@ -13,8 +13,15 @@ from transformers import Trainer
 from transformers.utils import logging
 
 from ..cards import kept_card, license_of, write_card
-from ..record import RUN_FILE, RunRecord
-from .adapters import ADAPTER_CONFIG, complete_adapter_file, has_adapters, merged, remove_adapter_files
+from ..record import RUN_FILE, RunRecord, describe_dataset
+from .adapters import (
+    ADAPTER_CONFIG,
+    complete_adapter_file,
+    has_adapters,
+    merged,
+    remove_adapter_files,
+    warn_of_local_base,
+)
 from .arguments import CLIPTrainingArguments
 from .pictures import save_report_of
 from .recording import record_of
@@ -39,6 +46,7 @@ class PublishingTrainer(Trainer):
     _seconds_before = 0.0
     _train_begin: float | None = None
     _saving_checkpoint = False
+    _described: tuple[Any, dict[str, Any]] | None = None
 
     @property
     def unwrapped_model(self) -> Any:
@@ -67,6 +75,15 @@ class PublishingTrainer(Trainer):
         """
         save_report_of(cast("CLIPTrainer", self), Path(path))
 
+    def describe_data(self) -> dict[str, Any] | None:
+        """What the training data is, without its rows; `None` without any. It is read once: millions take a while."""
+        data = self.train_dataset
+        if data is None:
+            return None
+        if self._described is None or self._described[0] is not data:
+            self._described = data, describe_dataset(data)
+        return dict(self._described[1])
+
     @property
     def training_seconds(self) -> float:
         """Time spent in training so far, evaluations included, over all its parts where it was resumed."""
@@ -87,10 +104,16 @@ class PublishingTrainer(Trainer):
 
     def continue_record(self, checkpoint: str) -> None:
         """Take over what a checkpoint's record knows and the Trainer's state does not."""
-        if os.path.isfile(os.path.join(checkpoint, RUN_FILE)):
+        if not os.path.isfile(os.path.join(checkpoint, RUN_FILE)):
+            return
+        try:
             earlier = RunRecord.load(checkpoint)
-            self.figures_before = earlier.before or self.figures_before
-            self._seconds_before = earlier.environment["seconds"]
+        except ValueError as error:
+            # Of another version, perhaps: training needs nothing of it.
+            logger.warning(f"The card and the report will not know of the run until here: {error}")
+            return
+        self.figures_before = earlier.before or self.figures_before
+        self._seconds_before = earlier.environment["seconds"]
 
     def note_figures(self, figures: dict[str, float]) -> None:
         """Keep the figures of an evaluation outside of training; the Trainer's log has the others."""
@@ -103,23 +126,28 @@ class PublishingTrainer(Trainer):
     # ---- What is saved ----
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if not self.args.should_save:
+            super()._save(output_dir, state_dict)
+            return
         folder = output_dir or str(self.args.output_dir)
-        merge = self.args.merge_adapters and not self._saving_checkpoint
-        trained = self.model
-        if merge:
-            self.model = merged(self.unwrapped_model)
-        try:
+        if not has_adapters(self.unwrapped_model):
+            super()._save(output_dir, state_dict)
+        elif self.args.merge_adapters and not self._saving_checkpoint:
+            self._save_merged(folder, state_dict)
+        else:
             with kept_card(folder):
                 super()._save(output_dir, state_dict)
-        finally:
-            self.model = trained
-        if not self.args.should_save:
-            return
-        if merge:
-            remove_adapter_files(folder)
-        elif has_adapters(self.unwrapped_model):
             complete_adapter_file(self.unwrapped_model, folder, state_dict)
         self.record().save(folder)
+
+    def _save_merged(self, folder: str, state_dict: dict[str, Any] | None) -> None:
+        trained = self.model
+        self.model = merged(self.unwrapped_model)
+        try:
+            super()._save(folder, state_dict)
+        finally:
+            self.model = trained
+        remove_adapter_files(folder)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         self._saving_checkpoint = True
@@ -194,6 +222,8 @@ class PublishingTrainer(Trainer):
                     f"merge_adapters=True, but {self.hub_model_id} has adapters ({ADAPTER_CONFIG}), which loading "
                     "prefers to a merged model: push to another repository, or delete them there first"
                 )
+        if self.is_world_process_zero():
+            warn_of_local_base(self.unwrapped_model, self.args)
         return super().push_to_hub(*args, **kwargs)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:

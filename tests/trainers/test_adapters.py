@@ -12,9 +12,17 @@ from safetensors.torch import load_file
 from training import assert_same_bits, digits, make_trainer, small_model, train_and_resume
 from transformers import AutoModel, CLIPModel
 
-from hf_robust_clip import CleanCLIPTrainer, CLIPTrainer, RoCLIPTrainer, SafeCLIPTrainer, ZeroShotEvaluator
+from hf_robust_clip import (
+    CleanCLIPTrainer,
+    CLIPTrainer,
+    CLIPTrainingArguments,
+    RoCLIPTrainer,
+    SafeCLIPTrainer,
+    ZeroShotEvaluator,
+)
 from hf_robust_clip.data.digits import CLASS_NAMES
 from hf_robust_clip.evaluation.embedding import Embedder
+from hf_robust_clip.trainers.adapters import add_adapters, check_adapters
 
 PROJECTIONS = ["visual_projection", "text_projection"]
 TRAINERS = (CLIPTrainer, CleanCLIPTrainer, RoCLIPTrainer, SafeCLIPTrainer)
@@ -81,6 +89,18 @@ def test_scale_that_was_frozen_stays_frozen(tmp_path: Path, caplog: pytest.LogCa
     trainer.train()
     assert trainer.model.logit_scale.item() == before
     assert "logit_scale is frozen" in caplog.text
+
+
+def test_pushing_adapters_of_a_local_base_warns(base: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = add_adapters(CLIPModel.from_pretrained(base), lora(), 0)
+
+    def warnings(**given: Any) -> list[str]:
+        caplog.clear()
+        check_adapters(model, CLIPTrainingArguments(output_dir=str(tmp_path), hub_strategy="end", **given))
+        return [message for message in caplog.messages if base in message]
+
+    assert warnings() == warnings(push_to_hub=True, merge_adapters=True) == []
+    assert len(warnings(push_to_hub=True)) == 1 and "nobody else can load them" in caplog.text
 
 
 @pytest.mark.parametrize("cls", [CLIPTrainer, SafeCLIPTrainer])

@@ -26,6 +26,7 @@ from hf_robust_clip.data.digits import CLASS_NAMES, digit_processor
 from hf_robust_clip.evaluation.embedding import Embedder
 from hf_robust_clip.evaluation.running import run_evaluators
 from hf_robust_clip.record import RUN_FILE, RunRecord, describe_evaluator
+from hf_robust_clip.trainers import publishing
 
 
 def evaluators() -> list[Any]:
@@ -97,6 +98,27 @@ def test_resumed_run_remembers_the_figures_before_and_the_time(tmp_path: Path) -
     record = resumed.record()
     assert record.before == earlier.before == trainer.figures_before
     assert record.environment["seconds"] > earlier.environment["seconds"] > 0
+
+
+def test_a_record_of_another_version_does_not_stop_resuming(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trainer = make_trainer(CLIPTrainer, tmp_path, save_strategy="epoch")
+    trainer.train()
+    checkpoint = tmp_path / "checkpoint-16"
+    (checkpoint / RUN_FILE).write_text('{"of": "tomorrow"}')
+    resumed = make_trainer(CLIPTrainer, tmp_path / "resumed")
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert resumed.state.global_step == trainer.state.global_step
+    assert "will not know of the run until here" in caplog.text and RUN_FILE in caplog.text
+
+
+def test_data_is_described_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(publishing, "describe_dataset", lambda data: seen.append(data) or {"rows": len(data)})
+    trainer = make_trainer(CLIPTrainer, tmp_path)
+    described = trainer.record().data
+    assert described == trainer.record().data == {"rows": len(trainer.train_dataset)} and len(seen) == 1
+    trainer.train_dataset = trainer.train_dataset.select(range(8))
+    assert trainer.record().data == {"rows": 8} and len(seen) == 2
 
 
 def test_settings_are_those_that_differ(tmp_path: Path) -> None:
