@@ -63,9 +63,13 @@ def plot_table(
     """
     attacks = list(dict.fromkeys(attack for attack, _ in figures))
     plot, panels = plt.subplots(
-        1, len(attacks), figsize=(1.6 + 2.6 * len(attacks), 1.1 + 0.5 * len(titles)), sharey=True, layout="constrained"
+        *(1, len(attacks)),
+        figsize=(1.6 + 2.6 * len(attacks), 1.1 + 0.5 * len(titles)),
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
     )
-    for panel, attack in zip([panels] if len(attacks) == 1 else panels, attacks, strict=True):
+    for panel, attack in zip(panels[0], attacks, strict=True):
         for place, row in enumerate(titles):
             if (attack, row) not in figures:
                 continue
@@ -84,7 +88,7 @@ def plot_table(
         panel.grid(axis="x", alpha=0.3)
         panel.set_yticks(range(len(titles)), titles.values(), fontsize=9)
         panel.set_ylim(len(titles) - 0.5, -0.5)  # the first one on top
-    handles, labels = (panels if len(attacks) == 1 else panels[0]).get_legend_handles_labels()
+    handles, labels = panels[0, 0].get_legend_handles_labels()
     plot.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     plot.savefig(path, dpi=110, metadata={"Software": None})
     plt.close(plot)

@@ -19,7 +19,21 @@ TOOK = 0.5
 
 def page(content: Mapping[str, Any]) -> str:
     """The table with what it is of: data, counts, seeds, rates, device, versions."""
-    return f"{_caption(content)}\n{markdown(content)}"
+    study, cells = content["study"], table_cells(content)
+    chosen = ", ".join(f"{ROWS[row].title} {rate:g}" for row, rate in study["chosen"].items())
+    minutes = sum(cell["seconds"] + cell["measuring_seconds"] for cell in cells) / 60
+    devices = ", ".join(sorted({cell["device"] for cell in cells}))
+    counted = f"{len(cells)} cells"
+    if len(cells) < len(study["table_keys"]):
+        counted = f"{len(cells)} of {len(study['table_keys'])} cells so far"
+    versions = ", ".join(f"{name} {number}" for name, number in cells[0]["versions"].items())
+    lines = [
+        *_subject(content),
+        f"{_seeds(content)}{', with the range in brackets' if len(_seed_numbers(content)) > 1 else ''}.",
+        f"Learning rates found on another attack and seed ({study['search']}): {chosen or 'none searched'}.",
+        f"{counted}, {minutes:.0f} minutes of training and measuring in all; {devices}; {versions}.",
+    ]
+    return "\n".join(lines) + f"\n\n{markdown(content)}"
 
 
 def summary(content: Mapping[str, Any]) -> str:
@@ -31,26 +45,21 @@ def summary(content: Mapping[str, Any]) -> str:
         means = [[statistics.mean(figures) for figures in found.get((attack, row), ())] for row in rows]
         lines.append(f"| {attack} | {' | '.join(', '.join(f'{mean:.1%}' for mean in pair) for pair in means)} |")
     name = f"benchmarks/results/defences/{content['study']['name']}"
-    measure = "balanced accuracy" if content["study"]["balanced"] else "clean accuracy"
-    return (
-        "\n".join(_caption(content).splitlines()[:2]).replace(", with the range in brackets", "")
-        + f"\nOf each model {measure} and attack success; everything else is in [{name}.md]({name}.md).\n\n"
-        + "\n".join(lines)
-        + f"\n\n![Accuracy and attack success of each model under each attack, seeds as dots.]({name}.png)\n"
-    )
+    said = [
+        *_subject(content),
+        f"{_seeds(content)}.",
+        f"Of each model {_accuracy_title(content)} and attack success; everything else is in [{name}.md]({name}.md).",
+    ]
+    picture = f"![Accuracy and attack success of each model under each attack, seeds as dots.]({name}.png)"
+    return "\n".join(said) + "\n\n" + "\n".join(lines) + f"\n\n{picture}\n"
 
 
 def table_figures(content: Mapping[str, Any]) -> dict[tuple[str, str], tuple[list[float], list[float]]]:
     """Of each attack and row the accuracies and the attack successes, one a seed, in the table's order."""
-    study, shown = content["study"], table_cells(content)
-    found = {}
-    for attack in study["attacks"]:
-        for row in study["rows"]:
-            cells = [cell for cell in shown if (cell["attack"], cell["row"]) == (attack, row)]
-            if cells:
-                accuracy = _figures(cells, "clean_balanced_accuracy" if study["balanced"] else "clean_accuracy")
-                found[attack, row] = accuracy, _figures(cells, cells[0]["success"])
-    return found
+    return {
+        key: (_figures(cells, _accuracy(content)), _figures(cells, cells[0]["success"]))
+        for key, cells in _grouped(content).items()
+    }
 
 
 def markdown(content: Mapping[str, Any]) -> str:
@@ -60,43 +69,32 @@ def markdown(content: Mapping[str, Any]) -> str:
     Args:
         content (mapping): What `benchmarks/results/defences/*.json` holds.
     """
-    balanced = content["study"]["balanced"]
     retrieval = any("image_to_text_recall_at_10" in cell["figures"] for cell in content["cells"])
     probe = any("linear_probe_accuracy" in cell["figures"] for cell in content["cells"])
-    columns = ["attack, poisons", "model", "balanced accuracy" if balanced else "clean accuracy", "attack success"]
+    columns = ["attack, poisons", "model", _accuracy_title(content), "attack success"]
     columns += ["right in spite of the trigger"]
     columns += ["linear probe: accuracy, attack"] * probe
     columns += ["photo to caption, caption to photo, R@10"] * retrieval
     columns += ["seconds", "published attack success"]
     published = json.loads(PUBLISHED.read_text())
-    shown = table_cells(content)
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    for attack in content["study"]["attacks"]:
-        took = True
-        for row in content["study"]["rows"]:
-            cells = [cell for cell in shown if (cell["attack"], cell["row"]) == (attack, row)]
-            if not cells:
-                continue
-            success = cells[0]["success"]
-            if row == "undefended":
-                took = statistics.mean(_figures(cells, success)) >= TOOK
-            counts = cells[0]["counts"]
-            name = f"{attack}, {counts['poisons']} of {counts['pairs']}" if row == content["study"]["rows"][0] else ""
-            title = ROWS[row].title + (
-                "" if took or row != "undefended" else " (the attack did not take: proves nothing)"
-            )
-            accuracy = _figures(cells, "clean_balanced_accuracy" if balanced else "clean_accuracy")
-            line = [name, title, spread(accuracy), spread(_figures(cells, success))]
-            line.append(spread(_figures(cells, "triggered_accuracy")))
-            if probe:
-                figures = ("linear_probe_accuracy", "linear_probe_attack_success_rate")
-                line.append(", ".join(spread(_figures(cells, figure)) for figure in figures))
-            if retrieval:
-                figures = ("image_to_text_recall_at_10", "text_to_image_recall_at_10")
-                line.append(", ".join(spread(_figures(cells, figure)) for figure in figures))
-            line.append(f"{statistics.mean(cell['seconds'] for cell in cells):.0f}")
-            line.append(published.get(attack, {}).get(row, ""))
-            lines.append(f"| {' | '.join(line)} |")
+    for (attack, row), cells in _grouped(content).items():
+        success = _figures(cells, cells[0]["success"])
+        counts, title = cells[0]["counts"], ROWS[row].title
+        if row == "undefended" and statistics.mean(success) < TOOK:
+            title += " (the attack did not take: proves nothing)"
+        name = f"{attack}, {counts['poisons']} of {counts['pairs']}" if row == content["study"]["rows"][0] else ""
+        line = [name, title, spread(_figures(cells, _accuracy(content))), spread(success)]
+        line.append(spread(_figures(cells, "triggered_accuracy")))
+        if probe:
+            figures = ("linear_probe_accuracy", "linear_probe_attack_success_rate")
+            line.append(", ".join(spread(_figures(cells, figure)) for figure in figures))
+        if retrieval:
+            figures = ("image_to_text_recall_at_10", "text_to_image_recall_at_10")
+            line.append(", ".join(spread(_figures(cells, figure)) for figure in figures))
+        line.append(f"{statistics.mean(cell['seconds'] for cell in cells):.0f}")
+        line.append(published.get(attack, {}).get(row, ""))
+        lines.append(f"| {' | '.join(line)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -119,34 +117,47 @@ def spread(values: Sequence[float | None]) -> str:
     return mean if len(known) == 1 else f"{mean} ({100 * min(known):.1f} to {100 * max(known):.1f})"
 
 
-def _caption(content: Mapping[str, Any]) -> str:
-    cells = table_cells(content)
-    study, first = content["study"], cells[0]
-    seeds = sorted({cell["seed"] for cell in cells})
+def _grouped(content: Mapping[str, Any]) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """The table's cells of each attack and row that has some, one a seed, in the table's order."""
+    study, shown = content["study"], table_cells(content)
+    groups = {
+        (attack, row): [cell for cell in shown if (cell["attack"], cell["row"]) == (attack, row)]
+        for attack in study["attacks"]
+        for row in study["rows"]
+    }
+    return {key: cells for key, cells in groups.items() if cells}
+
+
+def _subject(content: Mapping[str, Any]) -> list[str]:
+    """What was attacked and measured, as lines of text."""
+    study, cells = content["study"], table_cells(content)
     attacked = sorted({cell["counts"]["attacked"] for cell in cells})
     between = f"{attacked[0]}" if len(attacked) == 1 else f"{attacked[0]} to {attacked[-1]}"
-    chosen = ", ".join(f"{ROWS[row].title} {rate:g}" for row, rate in study["chosen"].items())
-    minutes = sum(cell["seconds"] + cell["measuring_seconds"] for cell in cells) / 60
-    devices = ", ".join(sorted({cell["device"] for cell in cells}))
-    counted = f"{len(cells)} cells"
-    if len(cells) < len(study["table_keys"]):
-        counted = f"{len(cells)} of {len(study['table_keys'])} cells so far"
-    versions = ", ".join(f"{name} {number}" for name, number in first["versions"].items())
-    lines = [
-        study["note"].strip(),
-        f"Target {study['target']!r}; {first['counts']['test_images']} test images, {between} of them attacked; a "
-        f"model of {first['parameters'] / 1e6:.1f}M parameters. {_seeds(seeds)}",
-        f"Learning rates found on another attack and seed ({study['search']}): {chosen or 'none searched'}.",
-        f"{counted}, {minutes:.0f} minutes of training and measuring in all; {devices}; {versions}.",
-    ]
-    return "\n".join(line for line in lines if line) + "\n"
+    what = (
+        f"Target {study['target']!r}; {cells[0]['counts']['test_images']} test images, {between} of them attacked; a "
+        f"model of {cells[0]['parameters'] / 1e6:.1f}M parameters."
+    )
+    note = study["note"].strip()
+    return [note, what] if note else [what]
+
+
+def _accuracy(content: Mapping[str, Any]) -> str:
+    """The figure that counts as the accuracy."""
+    return "clean_balanced_accuracy" if content["study"]["balanced"] else "clean_accuracy"
+
+
+def _accuracy_title(content: Mapping[str, Any]) -> str:
+    return "balanced accuracy" if content["study"]["balanced"] else "clean accuracy"
 
 
 def _figures(cells: Iterable[Mapping[str, Any]], name: str) -> list[float]:
     return [cell["figures"][name] for cell in cells if cell["figures"].get(name) is not None]
 
 
-def _seeds(seeds: Sequence[int]) -> str:
-    if len(seeds) == 1:
-        return f"One seed, {seeds[0]}."
-    return f"Means over the seeds {', '.join(map(str, seeds))}, with the range in brackets."
+def _seed_numbers(content: Mapping[str, Any]) -> list[int]:
+    return sorted({cell["seed"] for cell in table_cells(content)})
+
+
+def _seeds(content: Mapping[str, Any]) -> str:
+    seeds = _seed_numbers(content)
+    return f"One seed, {seeds[0]}" if len(seeds) == 1 else f"Means over the seeds {', '.join(map(str, seeds))}"
