@@ -1,9 +1,12 @@
-"""Writing files so that a reader finds the whole of one, or what was there before."""
+"""The files of a run: what its record is called, and writing so that a reader finds the whole of one or what was."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+
+#: The name of a run's record in a model's folder and in a checkpoint.
+RUN_FILE = "robust_clip_run.json"
 
 
 def write_bytes(path: Path, content: bytes) -> None:

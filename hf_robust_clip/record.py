@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -16,9 +17,8 @@ import numpy as np
 
 from .data.rows import POISONED
 from .evaluation.columns import read_column
+from .files import RUN_FILE
 
-#: The record's name in a model's folder and in a checkpoint.
-RUN_FILE = "robust_clip_run.json"
 #: Most entries of a log that a record keeps, evenly spaced.
 LOG_ENTRIES = 500
 
@@ -73,10 +73,41 @@ class RunRecord:
     method: str = ""
     augmentation: dict[str, str | None] = field(default_factory=dict)
 
+    def to_json(self) -> str:
+        """Its content as JSON."""
+        text = json.dumps(jsonable(dataclasses.asdict(self)), indent=1, ensure_ascii=False, allow_nan=False)
+        return f"{text}\n"
+
+    @classmethod
+    def from_json(cls, text: str, where: str = "the text") -> RunRecord:
+        """
+        What [`to_json`] wrote.
+
+        Args:
+            text (`str`): The JSON.
+            where (`str`): What errors call it.
+
+        Raises:
+            `ValueError`: If it is no record.
+        """
+        try:
+            content = json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"{where} is no JSON: {error}") from error
+        names = {item.name: item for item in dataclasses.fields(cls)}
+        given = set(content) if isinstance(content, dict) else set()
+        required = {name for name, item in names.items() if item.default_factory is dataclasses.MISSING}
+        if not required <= given <= set(names):
+            raise ValueError(f"{where} is no record of a run: its keys must be {', '.join(names)}")
+        return cls(**content)
+
+    def plain(self) -> RunRecord:
+        """The same, of what JSON has a form for alone: as it is after [`save`] and [`load`]."""
+        return self.from_json(self.to_json())
+
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write it into a model's folder, as JSON."""
-        text = json.dumps(jsonable(dataclasses.asdict(self)), indent=1, ensure_ascii=False, allow_nan=False)
-        Path(folder, RUN_FILE).write_text(text + "\n", encoding="utf-8")
+        Path(folder, RUN_FILE).write_text(self.to_json(), encoding="utf-8")
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> RunRecord:
@@ -89,16 +120,7 @@ class RunRecord:
         path = Path(folder, RUN_FILE)
         if not path.is_file():
             raise ValueError(f"{folder} has no {RUN_FILE}: it was not saved by a trainer of hf_robust_clip")
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path} is no JSON: {error}") from error
-        names = {item.name: item for item in dataclasses.fields(cls)}
-        given = set(content) if isinstance(content, dict) else set()
-        required = {name for name, item in names.items() if item.default_factory is dataclasses.MISSING}
-        if not required <= given <= set(names):
-            raise ValueError(f"{path} is no record of a run: its keys must be {', '.join(names)}")
-        return cls(**content)
+        return cls.from_json(path.read_text(encoding="utf-8"), str(path))
 
 
 def describe_dataset(dataset: Any) -> dict[str, Any]:
@@ -129,6 +151,11 @@ def describe_dataset(dataset: Any) -> dict[str, Any]:
     if rows and POISONED in (getattr(dataset, "column_names", None) or ()):
         found["poisons"] = int(np.count_nonzero(read_column(dataset, POISONED)))
     return found
+
+
+def dataset_name(described: Mapping[str, Any] | None) -> str | None:
+    """What to call a dataset that [`describe_dataset`] described; `None` if nothing is known."""
+    return None if described is None else described.get("hub_id") or described.get("name")
 
 
 def describe_evaluator(evaluator: Any) -> dict[str, Any]:

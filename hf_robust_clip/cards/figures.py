@@ -10,7 +10,7 @@ from typing import Any
 from huggingface_hub import EvalResult
 
 from ..methods import Method
-from ..record import RunRecord
+from ..record import RunRecord, dataset_name
 from .escaping import one_line, tidy
 
 #: What figures are called in a model index, by the end of their names, the longer ones first.
@@ -178,11 +178,6 @@ def subject(measure: Measure) -> str:
         parts.append(f"target “{measure['target']}”")
     words = ", ".join(parts)
     return f"{measure['measure']}: {words}" if words else str(measure["measure"])
-
-
-def dataset_name(dataset: Mapping[str, Any] | None) -> str | None:
-    """What to call a dataset; `None` if nothing is known."""
-    return None if dataset is None else dataset.get("hub_id") or dataset.get("name")
 
 
 def evaluation_results(figures: Figures) -> list[EvalResult]:

@@ -7,17 +7,9 @@ from collections.abc import Iterator
 from ..methods import Method
 from ..record import RunRecord
 from ..report.findings import ACCURACY_LOSS, REMOVED, TAKEN
-from ..report.run_findings import ABOVE_CHANCE, chance
+from ..report.run_findings import TRIGGERS, chance, guesses
 from .escaping import Markdown, escaped
 from .figures import Column, Figures, Measure, accuracy_of, attack_text, attacks
-
-#: What attacks a card lists as not measured unless they were: by the names of triggers, and in words.
-TRIGGERS = {
-    "patch": "patch triggers (BadNets)",
-    "blended": "blended triggers",
-    "sinusoid": "sinusoid triggers (SIG)",
-    "warp": "warping triggers (WaNet)",
-}
 
 
 def notices(record: RunRecord, method: Method, figures: Figures) -> list[Markdown]:
@@ -131,7 +123,7 @@ def _accuracy(method: Method, figures: Figures, column: Column, measure: Measure
     best, where = max(((value, label) for value, label in others if value is not None), default=(None, ""))
     if accuracy is None:
         return
-    if guessed is not None and _guesses(column, measure):
+    if guesses(accuracy, measure):
         yield (
             f"**It hardly knows the classes**: it is right on {accuracy:.1%} of the clean images, and guessing on "
             f"{guessed:.1%}. Low attack success says nothing good of such a model."
@@ -143,20 +135,13 @@ def _accuracy(method: Method, figures: Figures, column: Column, measure: Measure
         )
 
 
-def _guesses(column: Column, measure: Measure) -> bool:
-    """Whether a model is hardly better than chance."""
-    accuracy, guessed = column.value(measure, measure["figures"][0]), chance(measure)
-    if accuracy is None or guessed is None:
-        return False
-    # Twice chance is something among a thousand classes, and all there is between two.
-    return accuracy < min(2 * guessed, guessed + ABOVE_CHANCE * (1 - guessed))
-
-
 def guessed_before(figures: Figures) -> bool:
     """Whether the model that training started from knew next to nothing, so that its figures mean nothing."""
     before = figures.before
     return before is not None and any(
-        _guesses(before, measure) for measure in before.measures if measure["measure"] == "zero-shot classification"
+        guesses(before.value(measure, measure["figures"][0]), measure)
+        for measure in before.measures
+        if measure["measure"] == "zero-shot classification"
     )
 
 

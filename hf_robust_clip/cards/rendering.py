@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -84,7 +83,7 @@ def render_card(
     Raises:
         `ValueError`: If `base_model`, `repo_id` or one of `datasets` is no id of the Hub.
     """
-    record = RunRecord(**jsonable(dataclasses.asdict(record)))
+    record = record.plain()
     method = method_of(record.trainer, record.method)
     figures = collect(record, method, jsonable([*measured]))
     base = _hub_id("base_model", base_model) or _valid(record.model["name"])

@@ -7,9 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ..files import RUN_FILE
 from .output import UsageError, say, usage_errors
-
-RUN_FILE = "robust_clip_run.json"
 
 
 def add_parser(commands: Any) -> None:

@@ -17,8 +17,13 @@ SUCCESS = {
 }
 #: Kinds of measure whose first figure is the accuracy on clean images, in the order in which they are preferred.
 ACCURACY = ("zero-shot classification", "linear probe")
-#: Image triggers of the package.
-TRIGGERS = ("patch", "blended", "sinusoid", "warp")
+#: Image triggers of the package, in words.
+TRIGGERS = {
+    "patch": "patch triggers (BadNets)",
+    "blended": "blended triggers",
+    "sinusoid": "sinusoid triggers (SIG)",
+    "warp": "warping triggers (WaNet)",
+}
 #: What is compared with an accuracy that is hardly better than guessing: this far from chance to all right.
 ABOVE_CHANCE = 0.1
 
@@ -150,6 +155,15 @@ def chance(measure: Mapping[str, Any]) -> float | None:
     return 1 / len(measure["classes"]) if measure.get("classes") else None
 
 
+def guesses(accuracy: float | None, measure: Mapping[str, Any]) -> bool:
+    """Whether an accuracy is hardly better than guessing; `False` where either is not known."""
+    guessed = chance(measure)
+    if accuracy is None or guessed is None:
+        return False
+    # Of a thousand classes, twice chance is something; of two, it is everything.
+    return accuracy < min(2 * guessed, guessed + ABOVE_CHANCE * (1 - guessed))
+
+
 def _attack_title(measure: Mapping[str, Any]) -> str:
     if not measure.get("trigger"):
         return "Targeted poisoning"
@@ -232,11 +246,7 @@ def _guessing(record: RunRecord) -> bool:
     measure = accuracy_measure(record)
     if measure is None:
         return False
-    after, guessed = (record.after or {}).get(measure["figures"][0]), chance(measure)
-    if after is None or guessed is None:
-        return False
-    # Of a thousand classes, twice chance is something; of two, it is everything.
-    return after < min(2 * guessed, guessed + ABOVE_CHANCE * (1 - guessed))
+    return guesses((record.after or {}).get(measure["figures"][0]), measure)
 
 
 def _match_findings(log: Sequence[Mapping[str, Any]]) -> list[Finding]:

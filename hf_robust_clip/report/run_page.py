@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -12,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from ..record import RunRecord, jsonable
+from ..record import RunRecord
 from .course_plots import draw_splits, draw_splits_course
 from .html import data_uri, picture, templates
 from .page import MatchedPair, shown_matches
@@ -94,19 +92,17 @@ def render_run_report(record: RunRecord, pictures: RunPictures | None = None) ->
         pictures ([`RunPictures`], *optional*): What the record does not hold; without them the page says what is
             missing.
     """
-    content = jsonable(dataclasses.asdict(record))
-    record = RunRecord(**content)
+    record = record.plain()
     used = method(record)
     model = record.model["name"] or f"a model of {record.model['parameters'] / 1e6:.3g} million parameters"
     title = f"Training of {model} without a defence" if used.kind == "none" else f"{used.name} on {model}"
-    text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
     environment = templates()
     environment.filters["breakable"] = _breakable
     return environment.get_template("run_report.html.j2").render(
         title=title,
         method=used,
         headlines=headlines(record),
-        download=data_uri(text.encode(), "application/json"),
+        download=data_uri(record.to_json().encode(), "application/json"),
         findings=run_findings(record),
         groups=figure_groups(record),
         course_table=course_table(record),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from ..record import RunRecord
+from ..record import RunRecord, dataset_name
 from .run_findings import evaluations_of
 
 #: Figures that are no shares in [0, 1], by how their names end, with their decimals.
@@ -177,7 +177,7 @@ def _title(measure: Mapping[str, Any]) -> str:
     for count in ("images", "queries"):
         if measure.get(count) is not None:
             title += f"; {measure[count]} {count}"
-    name = (measure.get("dataset") or {}).get("hub_id") or (measure.get("dataset") or {}).get("name")
+    name = dataset_name(measure.get("dataset"))
     return f"{title} of {name}" if name else title
 
 

@@ -9,10 +9,8 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
-from hf_robust_clip.cli.card import RUN_FILE
 from hf_robust_clip.cli.main import main
-from hf_robust_clip.record import RUN_FILE as RECORDED
-from hf_robust_clip.record import RunRecord
+from hf_robust_clip.record import RUN_FILE, RunRecord
 
 ACCURACY = {"measure": "zero-shot accuracy", "figures": ["clean_accuracy"], "images": 10, "classes": ["cat", "dog"]}
 
@@ -93,7 +91,3 @@ def test_wrong_usage(folder: Path, tmp_path_factory: Any, capsys: Any) -> None:
     assert main(["card", str(folder)]) == 2
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 3 and RUN_FILE in errors[0] and "repo_id" in errors[1]
-
-
-def test_the_record_is_called_what_it_is_called() -> None:
-    assert RUN_FILE == RECORDED
