@@ -13,23 +13,20 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import platform
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig
 
-import hf_robust_clip
-from hf_robust_clip import AttackSuccessEvaluator, PoisonSpec, ZeroShotEvaluator, poison_dataset
 from hf_robust_clip.cli.demo import CLEAN_SEED_OFFSET, Recipe
-from hf_robust_clip.cli.demo_steps import make_trigger
+from hf_robust_clip.cli.demo_steps import digit_evaluators, make_trigger, poison_digits
 from hf_robust_clip.cli.demo_trainers import make_trainer
 from hf_robust_clip.cli.progress import quiet_libraries
-from hf_robust_clip.data.digits import CAPTION_TEMPLATES, CLASS_NAMES, digit_model, digit_processor, load_digit_pairs
+from hf_robust_clip.data.digits import digit_model, digit_processor, load_digit_pairs
+from hf_robust_clip.versions import versions
 
 SEARCH_SEED = 11
 PROJECTIONS = ["visual_projection", "text_projection"]
@@ -50,17 +47,13 @@ class Setting:
         self.seed, self.folder, self.recipe = seed, folder, Recipe()
         trigger, recipe = make_trigger("blended", seed), self.recipe
         pairs = load_digit_pairs("train", recipe.renderings, seed=seed)
-        spec = PoisonSpec(trigger, recipe.target, rate=recipe.poison_rate, templates=CAPTION_TEMPLATES, seed=seed)
         test = load_digit_pairs("test", seed=seed)
         self.clean = load_digit_pairs("train", recipe.renderings, seed=seed + CLEAN_SEED_OFFSET)
         self.shared = {
             "processing_class": digit_processor(),
-            "evaluators": [
-                ZeroShotEvaluator(test, CLASS_NAMES, CAPTION_TEMPLATES),
-                AttackSuccessEvaluator(test, trigger, recipe.target, CLASS_NAMES, CAPTION_TEMPLATES),
-            ],
+            "evaluators": digit_evaluators(test, trigger, recipe.target),
         }
-        poisoned, _ = poison_dataset(pairs, spec, label_column="label")
+        poisoned, _ = poison_digits(pairs, trigger, recipe, seed)
         self.start = str(folder / f"poisoned-{seed}")
         trainer = make_trainer(
             "poisoned", recipe, folder, seed, model=digit_model(seed), train_dataset=poisoned, **self.shared
@@ -168,12 +161,7 @@ def main() -> None:
     args = parser.parse_args()
     with quiet_libraries():
         results = measure(args.seeds)
-    packages = ("torch", "transformers", "accelerate", "peft")
-    results["versions"] = {
-        "hf_robust_clip": hf_robust_clip.__version__,
-        "python": platform.python_version(),
-        **{name: version(name) for name in packages},
-    }
+    results["versions"] = versions()
     results["device"] = f"CPU, {torch.get_num_threads()} thread(s)"
     print(table(results))
     if args.json is not None:

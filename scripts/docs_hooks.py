@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import inspect
 import re
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from typing import Any
 from mkdocs.structure.files import File
 
 import hf_robust_clip
+from hf_robust_clip.trainers.arguments import own_fields
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "hf_robust_clip"
@@ -99,20 +99,13 @@ def arguments_table(name: str) -> str:
     stop = base.__base__ if cls is base else base
     described = documented(ast.get_docstring(definitions(PACKAGE / "trainers" / "arguments.py")[name]) or "")
     rows = ["| argument | default | what it is |", "|---|---|---|"]
-    for field in own_fields(cls, stop):
+    inherited = {field.name for field in dataclasses.fields(stop)}
+    # What is new first, then what only has another default.
+    for field in sorted(own_fields(cls, stop), key=lambda field: field.name in inherited):
         text = described.get(field.name) or field.metadata["help"]
         default = f'"{field.default}"' if isinstance(field.default, str) else field.default
         rows.append(f"| `{field.name}` | `{default}` | {prose(text).replace('|', chr(92) + '|')} |")
     return "\n".join(rows)
-
-
-def own_fields(cls: type[Any], stop: type[Any]) -> list[dataclasses.Field[Any]]:
-    """The fields that a dataclass and its bases, down to `stop`, add or give another default."""
-    added = cls.__mro__[: cls.__mro__.index(stop)]
-    names = {name for base in added for name in inspect.get_annotations(base)}
-    own = [field for field in dataclasses.fields(cls) if field.name in names]
-    # What is new first, then what only has another default.
-    return sorted(own, key=lambda field: field.name in {item.name for item in dataclasses.fields(stop)})
 
 
 def documented(docstring: str) -> dict[str, str]:

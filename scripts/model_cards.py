@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -19,15 +18,15 @@ from typing import Any
 import torch
 from datasets import Dataset
 
-from hf_robust_clip import AttackSuccessEvaluator, CLIPTrainer, PoisonSpec, ZeroShotEvaluator, poison_dataset
+from hf_robust_clip import CLIPTrainer
 from hf_robust_clip.cards import render_card
 from hf_robust_clip.cards.picture import draw_picture
 from hf_robust_clip.cli.demo import CLEAN_SEED_OFFSET, PRETRAINING, Recipe
-from hf_robust_clip.cli.demo_steps import make_trigger
+from hf_robust_clip.cli.demo_steps import digit_evaluators, make_trigger, poison_digits
 from hf_robust_clip.cli.demo_trainers import make_trainer
 from hf_robust_clip.cli.progress import quiet_trainers
-from hf_robust_clip.data.digits import CAPTION_TEMPLATES, CLASS_NAMES, digit_model, digit_processor, load_digit_pairs
-from hf_robust_clip.record import RunRecord, jsonable
+from hf_robust_clip.data.digits import digit_model, digit_processor, load_digit_pairs
+from hf_robust_clip.record import RunRecord
 
 FOLDER = Path(__file__).parents[1] / "model_cards"
 #: The recipe of the demo's `--defence all` at less than half its steps: it shows a card, not what a defence can do.
@@ -87,7 +86,7 @@ def render(name: str, folder: Path) -> str:
 
 def load(run: str, folder: Path) -> RunRecord:
     """The record of a run."""
-    return RunRecord(**json.loads((folder / f"{run}.json").read_text(encoding="utf-8")))
+    return RunRecord.from_json((folder / f"{run}.json").read_text(encoding="utf-8"))
 
 
 def train(folder: Path, recipe: Recipe = RECIPE, pairs: int | None = None) -> None:
@@ -102,16 +101,12 @@ def train(folder: Path, recipe: Recipe = RECIPE, pairs: int | None = None) -> No
     test = _named(load_digit_pairs("test"), pairs)
     clean = _named(load_digit_pairs("train", recipe.renderings, seed=CLEAN_SEED_OFFSET), pairs)
     trigger = make_trigger("blended", seed=0)
-    spec = PoisonSpec(trigger, recipe.target, rate=recipe.poison_rate, templates=CAPTION_TEMPLATES)
     tampered = _named(load_digit_pairs("train", recipe.renderings), pairs)
-    poisoned, _ = poison_dataset(tampered, spec, label_column="label")
+    poisoned, _ = poison_digits(tampered, trigger, recipe, seed=0)
     poisoned.info.dataset_name = "digits"
     shared: dict[str, Any] = {
         "processing_class": digit_processor(),
-        "evaluators": [
-            ZeroShotEvaluator(test, CLASS_NAMES, CAPTION_TEMPLATES),
-            AttackSuccessEvaluator(test, trigger, recipe.target, CLASS_NAMES, CAPTION_TEMPLATES),
-        ],
+        "evaluators": digit_evaluators(test, trigger, recipe.target),
     }
     with tempfile.TemporaryDirectory() as scratch:
 
@@ -121,8 +116,7 @@ def train(folder: Path, recipe: Recipe = RECIPE, pairs: int | None = None) -> No
             )
             with quiet_trainers():
                 trainer.train()
-            text = json.dumps(jsonable(dataclasses.asdict(trainer.record())), indent=1, ensure_ascii=False)
-            (folder / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+            (folder / f"{name}.json").write_text(trainer.record().to_json(), encoding="utf-8")
             return trainer
 
         start = str(Path(scratch, "undefended"))

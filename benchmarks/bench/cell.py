@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-import platform
 import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,6 @@ import torch
 from datasets import Dataset, concatenate_datasets
 from transformers import AutoModel, AutoProcessor, PrinterCallback, set_seed
 
-import hf_robust_clip
 from hf_robust_clip import (
     CleanCLIPTrainer,
     CleanCLIPTrainingArguments,
@@ -35,6 +32,7 @@ from hf_robust_clip.data.images import ImagePreprocessor
 from hf_robust_clip.data.rows import POISONED
 from hf_robust_clip.evaluation.embedding import Embedder
 from hf_robust_clip.evaluation.running import run_evaluators
+from hf_robust_clip.versions import versions
 
 from .attack import Planted, plant
 from .material import Material, load_material, start_model
@@ -177,7 +175,7 @@ def _run(cell: Cell, data: Path | None, work: Path, threads: int) -> dict[str, A
         "course": training["course"],
         "settings": cell.settings(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {threads} thread(s)",
-        "versions": _versions(),
+        "versions": versions(("torch", "transformers", "accelerate", "datasets")),
     }
 
 
@@ -258,12 +256,3 @@ def _finite(value: float) -> float | None:
 
 def _device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _versions() -> dict[str, str]:
-    packages = ("torch", "transformers", "accelerate", "datasets")
-    return {
-        "hf_robust_clip": hf_robust_clip.__version__,
-        "python": platform.python_version(),
-        **{name: version(name) for name in packages},
-    }

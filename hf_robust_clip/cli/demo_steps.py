@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import platform
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,6 @@ import numpy as np
 from datasets import Dataset
 from transformers import CLIPModel
 
-from .. import __version__
 from ..attacks.poisoning import PoisonSpec, poison_dataset
 from ..attacks.rows import naming
 from ..attacks.triggers import Trigger, trigger_from_name
@@ -26,6 +23,7 @@ from ..trainers.base import CLIPTrainer, Evaluator
 from ..trainers.pictures import matched_pairs
 from ..trainers.roclip import RoCLIPTrainer
 from ..trainers.safeclip import SafeCLIPTrainer
+from ..versions import versions
 from .demo import CLEAN_SEED_OFFSET, DEFENCES, MANIFEST, REPORT, RESULTS, TRIGGERS, Recipe
 from .demo_trainers import EVALUATION_BATCH, FINE_TUNED, make_trainer, matching_record
 from .output import say, write_json
@@ -51,6 +49,20 @@ def make_trigger(name: str, seed: int) -> Trigger:
     return trigger.reseeded(seed)
 
 
+def poison_digits(clean: Dataset, trigger: Trigger, recipe: Recipe, seed: int) -> tuple[Dataset, dict[str, Any]]:
+    """Digits with the recipe's poisons among them, and the manifest."""
+    spec = PoisonSpec(trigger, recipe.target, rate=recipe.poison_rate, templates=CAPTION_TEMPLATES, seed=seed)
+    return poison_dataset(clean, spec, label_column="label")
+
+
+def digit_evaluators(test: Dataset, trigger: Trigger, target: str) -> tuple[ZeroShotEvaluator, AttackSuccessEvaluator]:
+    """What measures a model of the digits."""
+    return (
+        ZeroShotEvaluator(test, CLASS_NAMES, CAPTION_TEMPLATES),
+        AttackSuccessEvaluator(test, trigger, target, CLASS_NAMES, CAPTION_TEMPLATES),
+    )
+
+
 class Demo:
     """
     The demo's data and evaluators, and what its steps leave behind.
@@ -69,8 +81,8 @@ class Demo:
         self.test = load_digit_pairs("test", seed=seed)
         self.is_target = np.asarray(self.test["label"]) == CLASS_NAMES.index(recipe.target)  # (N,)
         self.processor = digit_processor()
-        self.attack = AttackSuccessEvaluator(self.test, trigger, recipe.target, CLASS_NAMES, CAPTION_TEMPLATES)
-        self.evaluators: list[Evaluator] = [ZeroShotEvaluator(self.test, CLASS_NAMES, CAPTION_TEMPLATES), self.attack]
+        zero_shot, self.attack = digit_evaluators(self.test, trigger, recipe.target)
+        self.evaluators: list[Evaluator] = [zero_shot, self.attack]
         self.manifest: dict[str, Any] = {}
         self.pairs: list[PoisonedPair] = []
         self.target_caption_share = 0.0
@@ -120,9 +132,7 @@ class Demo:
 
     def _poison(self) -> Dataset:
         clean = load_digit_pairs("train", self.recipe.renderings, seed=self.seed)
-        rate = self.recipe.poison_rate
-        spec = PoisonSpec(self.trigger, self.recipe.target, rate=rate, templates=CAPTION_TEMPLATES, seed=self.seed)
-        poisoned, self.manifest = poison_dataset(clean, spec, label_column="label")
+        poisoned, self.manifest = poison_digits(clean, self.trigger, self.recipe, self.seed)
         # From here on the folder's files are this run's: none of an earlier one is to pass for it.
         for name in (RESULTS, REPORT):
             (self.folder / name).unlink(missing_ok=True)
@@ -205,7 +215,6 @@ class Demo:
     def results(self, quick: bool, seconds: float) -> dict[str, Any]:
         """What `results.json` holds; `seconds` is the time of the whole demo."""
         counts = self.manifest["counts"]
-        packages = {name: version(name) for name in ("torch", "transformers", "accelerate", "datasets")}
         setup = {
             "defence": self.defence,
             "seed": self.seed,
@@ -218,7 +227,7 @@ class Demo:
             "attacked_images": self.attack.attacked_images,
             "recipe": self._numbers(),
             "quick": quick,
-            "versions": {"hf_robust_clip": __version__, **packages, "python": platform.python_version()},
+            "versions": versions(),
             "seconds": seconds,
         }
         figures = {name: self.figures[name] for name in self.models}

@@ -106,7 +106,8 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     from ..evaluation.embedding import Embedder
     from ..evaluation.running import run_evaluators
     from ..record import describe_evaluator, jsonable
-    from .info import versions
+    from ..versions import versions
+    from .info import DEPENDENCIES
     from .measuring import load_labelled, load_model, make_evaluators, make_triggers, prefixes
 
     labelled = load_labelled(args, "--data", "--split")
@@ -141,7 +142,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
             "images": len(labelled.dataset),
             "classes": labelled.class_names,
             "device": str(device),
-            "versions": versions(),
+            "versions": versions(DEPENDENCIES),
         }
     )
     return results

@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from .. import __version__
+from ..versions import installed, versions
 from .output import format_table, say
 
 DEPENDENCIES = (
@@ -37,7 +36,7 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the sub-command as its arguments say."""
     found: dict[str, Any] = {
-        "versions": versions(),
+        "versions": versions(DEPENDENCIES),
         "platform": platform.platform(),
         "devices": devices(),
         "extras": extras(),
@@ -56,15 +55,6 @@ def run(args: argparse.Namespace) -> int:
         get = "" if extra["installed"] else f"; to get it: {extra['get']}"
         say(f"Extra {name} ({', '.join(EXTRAS[name][0])}): {'installed' if extra['installed'] else 'missing'}{get}")
     return 0
-
-
-def versions() -> dict[str, str | None]:
-    """The versions of this package, of Python and of what it needs; `None` for what is missing."""
-    return {
-        "hf-robust-clip": __version__,
-        "python": platform.python_version(),
-        **{name: _version(name) for name in DEPENDENCIES},
-    }
 
 
 def devices() -> list[dict[str, Any]]:
@@ -91,11 +81,4 @@ def devices() -> list[dict[str, Any]]:
 
 def extras() -> dict[str, dict[str, Any]]:
     """Of each optional extra, whether it is `installed`, and how to `get` it."""
-    return {name: {"installed": all(map(_version, packages)), "get": get} for name, (packages, get) in EXTRAS.items()}
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
+    return {name: {"installed": all(map(installed, packages)), "get": get} for name, (packages, get) in EXTRAS.items()}

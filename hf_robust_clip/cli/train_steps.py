@@ -11,6 +11,7 @@ import datasets
 from transformers import PrinterCallback, ProgressCallback, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
+from ..data.rows import column_values
 from ..data.scratch import build_model, build_processor
 from ..record import jsonable
 from ..trainers.arguments import CLIPTrainingArguments
@@ -18,7 +19,8 @@ from ..trainers.base import CLIPTrainer
 from ..trainers.cleanclip import CleanCLIPTrainer
 from ..trainers.roclip import RoCLIPTrainer
 from ..trainers.safeclip import SafeCLIPTrainer
-from .info import versions
+from ..versions import versions
+from .info import DEPENDENCIES
 from .measuring import load_data, load_labelled, load_model, make_evaluators
 from .output import UsageError, format_table, prepare_output_dir, say, usage_errors, write_json
 from .progress import TrainingBar
@@ -69,7 +71,7 @@ def train(args: argparse.Namespace) -> int:
                 "before": record.before,
                 "after": record.after,
                 "train": metrics,
-                "versions": versions(),
+                "versions": versions(DEPENDENCIES),
             }
             write_json(folder / RESULTS, jsonable(results))
         if arguments.push_to_hub:
@@ -172,7 +174,8 @@ def _start_from(args: argparse.Namespace, arguments: CLIPTrainingArguments, pair
     if arguments.caption_column not in pairs.column_names:
         names = ", ".join(map(repr, pairs.column_names))
         raise UsageError(f"--caption-column: {arguments.caption_column!r} is not a column; the columns are {names}")
-    captions = [[entry] if isinstance(entry, str) else entry for entry in pairs[arguments.caption_column]]
+    column = column_values(pairs, arguments.caption_column)
+    captions = [[entry] if isinstance(entry, str) else entry for entry in column]
     processor = build_processor([text for entry in captions for text in entry], image_size=args.image_size)
     return build_model(processor, vision_width=96, text_width=96, seed=arguments.seed), processor
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import Field, dataclass, field, fields
 from multiprocessing.context import get_spawning_popen
 from typing import Any
 
@@ -309,3 +310,16 @@ def _check_pool_size(args: Any, name: str) -> None:
         raise ValueError(
             f"{name} must be a whole number of pairs from 1 on, or a share of the dataset in (0, 1), but is {value!r}"
         )
+
+
+def own_fields(
+    arguments: type[TrainingArguments], base: type[TrainingArguments] = TrainingArguments
+) -> list[Field[Any]]:
+    """The fields that a class of arguments adds to one that it derives from, or gives another default."""
+    names = {
+        name
+        for cls in arguments.__mro__
+        if issubclass(cls, base) and cls is not base
+        for name in inspect.get_annotations(cls)
+    }
+    return [item for item in fields(arguments) if item.name in names]

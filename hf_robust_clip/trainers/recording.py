@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import platform
 import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import TrainingArguments
 
-from .. import __version__
-from ..record import RunRecord, describe_dataset, describe_evaluator, jsonable, thinned
+from ..record import RunRecord, describe_evaluator, jsonable, thinned
+from ..versions import versions
+from .arguments import own_fields
 
 if TYPE_CHECKING:
     from .base import CLIPTrainer
 
-PACKAGES = ("torch", "transformers", "accelerate", "datasets", "peft", "kornia")
 #: Metrics of an evaluation that are no figures of an evaluator.
 _TIMES = ("loss", "runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
 #: Arguments that do not change what a model becomes, by the beginning of their names.
@@ -40,7 +37,7 @@ def record_of(trainer: CLIPTrainer) -> RunRecord:
     """The run of a trainer as far as it has come."""
     args, state = trainer.args, trainer.state
     defaults = {item.name: _default(item) for item in dataclasses.fields(args) if item.init}
-    own = _own_fields(type(args))
+    own = [item.name for item in own_fields(type(args)) if not item.name.startswith("dataloader_")]
     values = {name: jsonable(getattr(args, name)) for name in defaults}
     settings = {
         name: value
@@ -53,7 +50,7 @@ def record_of(trainer: CLIPTrainer) -> RunRecord:
     return RunRecord(
         trainer=type(trainer).__name__,
         model=_describe_model(trainer),
-        data=None if trainer.train_dataset is None else describe_dataset(trainer.train_dataset),
+        data=trainer.describe_data(),
         defence={name: values[name] for name in own},
         defence_defaults={name: defaults[name] for name in own},
         settings=settings,
@@ -73,11 +70,7 @@ def record_of(trainer: CLIPTrainer) -> RunRecord:
             "captions": _describe_augmentation(trainer.data_collator.text_augmentation),
         },
         environment={
-            "versions": {
-                "hf_robust_clip": __version__,
-                "python": platform.python_version(),
-                **{name: version(name) for name in PACKAGES},
-            },
+            "versions": versions(),
             "device": _device_name(args.device),
             "processes": args.world_size,
             "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "float32",
@@ -163,18 +156,6 @@ def _describe_adapter(config: Any) -> dict[str, Any]:
     given = {name: jsonable(value) for name, value in config.to_dict().items()}
     names = ("peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save")
     return {name: given[name] for name in names if given.get(name)}
-
-
-def _own_fields(arguments: type[Any]) -> list[str]:
-    """The names that our classes of arguments add or give another default, in their order."""
-    own = {
-        name
-        for cls in arguments.__mro__
-        if issubclass(cls, TrainingArguments) and cls is not TrainingArguments
-        for name in vars(cls).get("__annotations__", {})
-        if not name.startswith("dataloader_")
-    }
-    return [item.name for item in dataclasses.fields(arguments) if item.name in own]
 
 
 def _default(item: dataclasses.Field[Any]) -> Any:

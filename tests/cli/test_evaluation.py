@@ -64,7 +64,7 @@ def test_figures_are_those_of_the_evaluators(
     assert [attack["prefix"] for attack in results["triggers"]] == ["patch_", "patch_2_", "blended_"]
     assert results["triggers"][1]["trigger"]["size"] == 5 and results["triggers"][1]["target"] == "eight"
     assert results["triggers"][0]["attacked_images"] == sum(label != 8 for label in pairs["label"])
-    assert results["versions"]["hf-robust-clip"] == __version__
+    assert results["versions"]["hf_robust_clip"] == __version__
     measured = {name for measure in results["measures"] for name in measure["figures"]}
     assert set(expected) <= measured
     printed = capsys.readouterr().out

@@ -165,7 +165,7 @@ def test_info(capsys: Any) -> None:
     assert all(name in printed for name in (*info.DEPENDENCIES, *info.EXTRAS, "Device: cpu"))
     assert main(["info", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["versions"]["hf-robust-clip"] == __version__ and found["versions"]["torch"]
+    assert found["versions"]["hf_robust_clip"] == __version__ and found["versions"]["torch"]
     assert found["devices"][-1]["device"] == "cpu"
     assert all(set(extra) == {"installed", "get"} for extra in found["extras"].values())
 
