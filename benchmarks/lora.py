@@ -4,7 +4,7 @@ costs in accuracy, and how much has to be trained and remembered.
 
     python benchmarks/lora.py [--json FILE] [--seeds 0]
 
-Each way takes its own learning rate: of three, the one with the largest clean accuracy less attack success on another
+Each way takes its own learning rate: of four, the one with the largest clean accuracy less attack success on another
 seed than those reported, with the blended trigger for both.
 """
 
@@ -33,9 +33,9 @@ PROJECTIONS = ["visual_projection", "text_projection"]
 LINEAR = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
 #: Ways of fine-tuning: what PEFT is told, and the learning rates that are tried.
 WAYS: dict[str, tuple[dict[str, Any] | None, tuple[float, ...]]] = {
-    "all weights": (None, (5e-4, 1e-3, 2e-3)),
-    "LoRA, rank 4": ({"r": 4}, (2e-3, 5e-3, 1e-2)),
-    "LoRA, rank 16": ({"r": 16}, (2e-3, 5e-3, 1e-2)),
+    "all weights": (None, (1e-3, 2e-3, 4e-3, 8e-3)),
+    "LoRA, rank 4": ({"r": 4}, (2e-3, 5e-3, 1e-2, 2e-2)),
+    "LoRA, rank 16": ({"r": 16}, (2e-3, 5e-3, 1e-2, 2e-2)),
 }
 FIGURES = ("clean_accuracy", "attack_success_rate")
 

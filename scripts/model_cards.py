@@ -1,4 +1,5 @@
-"""Make the reference cards in `model_cards/`: train each defence on the embedded digits, and render its record.
+"""Make the reference cards in `model_cards/`: train each defence on the embedded digits as the demo's `--defence all`
+does, and render its record.
 
 It takes about 7 minutes on one core.
 
@@ -10,7 +11,6 @@ With `--render`, cards and pictures are made anew from the records that are ther
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -29,17 +29,6 @@ from hf_robust_clip.data.digits import digit_model, digit_processor, load_digit_
 from hf_robust_clip.record import RunRecord
 
 FOLDER = Path(__file__).parents[1] / "model_cards"
-#: The recipe of the demo's `--defence all` at less than half its steps: it shows a card, not what a defence can do.
-RECIPE = dataclasses.replace(
-    PRETRAINING,
-    renderings=2,
-    poison_rate=0.02,
-    pretrain_epochs=12,
-    finetune_epochs=5,
-    roclip_matching_start_epoch=6,
-    safeclip_warmup_unimodal_epochs=3,
-    safeclip_warmup_cross_epochs=1,
-)
 #: The defences, each with the other runs that its card compares it with, and what it calls them.
 CARDS = {
     "cleanclip": {"finetuned": "plain fine-tuning on the same pairs"},
@@ -89,7 +78,7 @@ def load(run: str, folder: Path) -> RunRecord:
     return RunRecord.from_json((folder / f"{run}.json").read_text(encoding="utf-8"))
 
 
-def train(folder: Path, recipe: Recipe = RECIPE, pairs: int | None = None) -> None:
+def train(folder: Path, recipe: Recipe = PRETRAINING, pairs: int | None = None) -> None:
     """
     Train every model, and write the record of each into a folder.
 

@@ -654,7 +654,7 @@ def outline(card: str) -> list[str]:
 
 def test_a_new_run_gives_cards_of_the_same_structure(script: ModuleType, tmp_path: Path) -> None:
     recipe = dataclasses.replace(
-        script.RECIPE,
+        script.PRETRAINING,
         renderings=1,
         poison_rate=0.1,
         pretrain_epochs=3,
