@@ -28,8 +28,8 @@ class CLIPTrainingArguments(TrainingArguments):
     other default: `dataloader_drop_last=True`, since a contrastive loss over the few rows of a last batch is another
     loss.
 
-    `gradient_accumulation_steps` averages the gradients of small batches; it adds **no** negatives, so it is not the
-    same as a larger batch.
+    `gradient_accumulation_steps` averages the gradients of small batches; by itself it adds **no** negatives, so it
+    is not the same as a larger batch. `contrastive_chunk_size` is: it makes a large batch fit into small memory.
 
     Args:
         image_column (`str`, defaults to `"image"`): Column of the datasets with the image.
@@ -40,6 +40,12 @@ class CLIPTrainingArguments(TrainingArguments):
         text_preset (`str`, defaults to `"identity"`): Augmentation of captions: `"identity"`, `"light"` or `"eda"`.
             The trainer's `text_augmentation` goes before it.
         gather_across_devices (`bool`, defaults to `True`): Whether the rows of all processes are negatives.
+        contrastive_chunk_size (`int`, *optional*): Rows of a batch that the encoders hold activations of at a time.
+            The loss, its gradients and its negatives are those of the whole batch; every row is encoded once more
+            (GradCache, arXiv 2101.06983), so that a step takes about a third longer. `None`: the whole batch.
+        accumulate_negatives (`bool`, defaults to `False`): Whether the rows of all `gradient_accumulation_steps` are
+            negatives of each other, as in one batch of that size; encoded in chunks of `contrastive_chunk_size`, or
+            of a batch. SafeCLIP's safe batches are contrasted with safe ones, risky with risky ones.
         max_logit_scale (`float`, defaults to 100): Upper bound of `exp(logit_scale)`, at least 1; the lower is 1.
         merge_adapters (`bool`, defaults to `False`): With `peft_config`: whether `save_model` and `push_to_hub` write
             the whole model with the adapters merged in, which loads without PEFT and without the model that training
@@ -65,6 +71,12 @@ class CLIPTrainingArguments(TrainingArguments):
         default="identity", metadata={"help": f"Augmentation of captions: {', '.join(TEXT_PRESETS)}."}
     )
     gather_across_devices: bool = field(default=True, metadata={"help": "Use the rows of all processes as negatives."})
+    contrastive_chunk_size: int | None = field(
+        default=None, metadata={"help": "Rows encoded at a time, of a batch that is contrasted as a whole."}
+    )
+    accumulate_negatives: bool = field(
+        default=False, metadata={"help": "Contrast the rows of all gradient_accumulation_steps with each other."}
+    )
     max_logit_scale: float = field(default=100.0, metadata={"help": "Upper bound of exp(logit_scale), at least 1."})
     merge_adapters: bool = field(
         default=False, metadata={"help": "With adapters: save and push the model with them merged in."}
@@ -88,6 +100,8 @@ class CLIPTrainingArguments(TrainingArguments):
             _check_choice(self, name, accepted)
         if self.max_logit_scale < 1:
             raise ValueError(f"max_logit_scale must be at least 1, but is {self.max_logit_scale!r}")
+        if self.contrastive_chunk_size is not None:
+            _check_whole(self, "contrastive_chunk_size", least=1)
         if self.max_length is not None and self.max_length < 2:
             raise ValueError(f"max_length must be None or at least 2 tokens, but is {self.max_length!r}")
         # Without an accelerator nothing is pinned, and torch says so at every epoch.

@@ -43,6 +43,7 @@ from .checks import (
     resolve_text_augmentation,
     warn_of_half_precision,
 )
+from .chunking import Batch, chunked_step
 from .publishing import PublishingTrainer
 
 logger = logging.get_logger(__name__)
@@ -104,6 +105,9 @@ class CLIPTrainer(PublishingTrainer):
     # Losses are means over their batch, so the Trainer divides them by the accumulation steps. Left to itself it takes
     # a loss for scaled as soon as the data has a `labels` column (transformers 5.19 and later).
     loss_is_scaled_for_ga = False
+
+    #: What a batch holds beside the model's inputs.
+    extra_inputs: tuple[str, ...] = (ROW_INDEX, POISONED)
 
     #: The views of a training batch, stacked in this order. `"original"` is un-augmented.
     views: tuple[str, ...] = (ORIGINAL,)
@@ -181,6 +185,7 @@ class CLIPTrainer(PublishingTrainer):
         self._evaluating = False
         self._epoch: int | None = None
         self._micro_step = 0
+        self._pending: list[Batch] = []
         self._bad_rows: set[int] = set()
         self._loader_generator = torch.Generator()
         self._sums: dict[str, torch.Tensor] = {}
@@ -208,6 +213,10 @@ class CLIPTrainer(PublishingTrainer):
         return {
             "clip_loss": clip_loss(view.image_embeds, view.text_embeds, scale, gather=self.args.gather_across_devices)
         }
+
+    def contrast_groups(self, batches: Sequence[dict[str, Any]]) -> list[list[int]]:
+        """With `accumulate_negatives`: which of an optimizer step's batches are contrasted with each other."""
+        return [list(range(len(batches)))]
 
     def training_state(self) -> dict[str, torch.Tensor]:
         """What beside weights, optimizer and generators a checkpoint must hold; the same on every rank."""
@@ -238,26 +247,34 @@ class CLIPTrainer(PublishingTrainer):
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Move a batch to the device and turn its bytes into the views `(V*B, 3, H, W)` that its texts have."""
-        training = self.unwrapped_model.training
+        batch = self.receive(inputs)
+        views = self.views if self.unwrapped_model.training else (ORIGINAL,)
+        with forked_rng(batch.seed, self.args.device):
+            return self.stack_views(batch.inputs, views)
+
+    def receive(self, inputs: dict[str, Any]) -> Batch:
+        """Move a batch to the device, and note the rows that it leaves out."""
         bad_rows = inputs.pop(BAD_ROWS, None)
-        if training and bad_rows is not None:
+        if self.unwrapped_model.training and bad_rows is not None:
             self._bad_rows.update(bad_rows.tolist())
-        inputs = super()._prepare_inputs(inputs)
+        seed = derive_seed(self.args.seed, self.state.global_step, self._micro_step, self.args.process_index)
+        self._micro_step += 1
+        return Batch(super()._prepare_inputs(inputs), seed)
+
+    @torch.no_grad()
+    def stack_views(self, inputs: dict[str, Any], views: Sequence[str]) -> dict[str, Any]:
+        """Turn the bytes of a batch into the views `(V*B, 3, H, W)` that its texts have; floats stay as they are."""
         pixels = inputs["pixel_values"]
         if pixels.dtype != torch.uint8:
             return inputs
-        views = self.views if training else (ORIGINAL,)
         rows = pixels.shape[0]
         if inputs["input_ids"].shape[0] != len(views) * rows:
             raise ValueError(
                 f"data_collator returned {inputs['input_ids'].shape[0]} texts for {rows} images, but this trainer has "
                 f"the views {views}: give it views={views!r}"
             )
-        seed = derive_seed(self.args.seed, self.state.global_step, self._micro_step, self.args.process_index)
-        self._micro_step += 1
-        with torch.no_grad(), forked_rng(seed, pixels.device):
-            images = to_float(pixels)
-            stacked = torch.cat([self.normalization(self._image_view(images, view)) for view in views])
+        images = to_float(pixels)
+        stacked = torch.cat([self.normalization(self._image_view(images, view)) for view in views])
         return {**inputs, "pixel_values": stacked}
 
     def _image_view(self, images: torch.Tensor, view: str) -> torch.Tensor:
@@ -279,29 +296,62 @@ class CLIPTrainer(PublishingTrainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """The sum of [`loss_components`] in training; the CLIP loss of the un-augmented pairs in evaluation."""
-        extras = (ROW_INDEX, POISONED)
-        outputs = model(**{name: value for name, value in inputs.items() if name not in extras})
-        encoder: Any = self.accelerator.unwrap_model(model)
-        scale = encoder.logit_scale.float().exp()
-        image_embeds = F.normalize(outputs.image_embeds.float(), dim=-1)  # (V*B, D)
-        text_embeds = F.normalize(outputs.text_embeds.float(), dim=-1)  # (V*B, D)
-        names = self.views if model.training else (ORIGINAL,)
-        chunks = zip(image_embeds.chunk(len(names)), text_embeds.chunk(len(names)), strict=True)
-        views = {name: Embeddings(*chunk) for name, chunk in zip(names, chunks, strict=True)}
+        embeddings, outputs = self.encode(model, inputs)
         if not model.training:
-            loss = clip_loss(*views[ORIGINAL], scale, gather=self.args.gather_across_devices)
+            loss = clip_loss(*embeddings, self.scale, gather=self.args.gather_across_devices)
             return (loss, outputs) if return_outputs else loss
-        terms = self.loss_components(views, scale, inputs)
-        loss = torch.stack(list(terms.values())).sum()
-        # DDP waits for a gradient of every parameter that the forward pass used: give a tower that a loss leaves out,
-        # and SigLIP's bias, one of zero. Embeddings are bounded, so zero times their sum is zero.
-        unused = image_embeds.sum() + text_embeds.sum()
-        if getattr(encoder, "logit_bias", None) is not None:
-            unused = unused + encoder.logit_bias.sum()
-        loss = loss + 0.0 * unused
-        self._accumulate({**terms, "logit_scale": scale.squeeze()})
-        self._accumulate_similarities(views[names[0]], inputs.get(POISONED))
+        chunks = zip(*(side.chunk(len(self.views)) for side in embeddings), strict=True)
+        views = {name: Embeddings(*chunk) for name, chunk in zip(self.views, chunks, strict=True)}
+        # DDP waits for a gradient of every parameter that the forward pass used: give a tower that a loss leaves out
+        # one of zero. Embeddings are bounded, so zero times their sum is zero.
+        unused = 0.0 * (embeddings.image_embeds.sum() + embeddings.text_embeds.sum()) + self.unused_parameters()
+        loss = self.contrast(views, self.scale, inputs) + unused
         return (loss, outputs) if return_outputs else loss
+
+    def encode(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Embeddings, Any]:
+        """The embeddings of a batch, all views stacked, `(V*B, D)` each, and all that the model returned."""
+        given = {name: value for name, value in inputs.items() if name not in self.extra_inputs}
+        outputs = model(**given)
+        sides = (outputs.image_embeds, outputs.text_embeds)
+        return Embeddings(*(F.normalize(side.float(), dim=-1) for side in sides)), outputs
+
+    @property
+    def scale(self) -> torch.Tensor:
+        """`exp(logit_scale)`, float32, with its gradient."""
+        return self.unwrapped_model.logit_scale.float().exp()
+
+    def contrast(self, views: dict[str, Embeddings], scale: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
+        """The sum of [`loss_components`], which are logged."""
+        terms = self.loss_components(views, scale, inputs)
+        self._accumulate({**terms, "logit_scale": scale.squeeze()})
+        self._accumulate_similarities(views[self.views[0]], inputs.get(POISONED))
+        return torch.stack(list(terms.values())).sum()
+
+    def unused_parameters(self) -> torch.Tensor:
+        """Zero, with a gradient of zero for the parameters that no loss here uses: SigLIP's bias."""
+        bias = getattr(self.unwrapped_model, "logit_bias", None)
+        return torch.zeros((), device=self.args.device) if bias is None else 0.0 * bias.float().sum()
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """
+        As the Trainer's. In chunks with `contrastive_chunk_size`; with `accumulate_negatives`, the last of the
+        accumulated steps does the work of all of them.
+        """
+        args = self.args
+        if args.contrastive_chunk_size is None and not args.accumulate_negatives:
+            return super().training_step(model, inputs, num_items_in_batch)
+        model.train()
+        if callable(getattr(self.optimizer, "train", None)):
+            self.optimizer.train()  # of optimizers that keep two sets of weights
+        self._pending.append(self.receive(inputs))
+        if args.accumulate_negatives and not self.accelerator.sync_gradients:
+            return torch.zeros((), device=args.device)
+        batches, self._pending = self._pending, []
+        # Set by the Trainer for each optimizer step: the last of an epoch may have fewer.
+        divisor = 1 if args.accumulate_negatives else int(self.current_gradient_accumulation_steps)
+        return chunked_step(self, model, batches, divisor)
 
     def _accumulate_similarities(self, pairs: Embeddings, poisoned: torch.Tensor | None) -> None:
         similarities = (pairs.image_embeds * pairs.text_embeds).sum(dim=-1).detach()  # (B,)
@@ -318,6 +368,7 @@ class CLIPTrainer(PublishingTrainer):
         if self.state.global_step == 0:
             self.reset_training_state()
         self._epoch = None
+        self._pending.clear()
         self._sums.clear()
         self._pairs_since_log = 0
         self._last_log = time.perf_counter()

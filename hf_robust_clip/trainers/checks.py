@@ -29,6 +29,8 @@ def check_arguments(args: CLIPTrainingArguments, train_dataset: Any, eval_datase
             f"this process sees {args.n_gpu} GPUs and would split batches between them with nn.DataParallel, which "
             "tears stacked views apart: start it with `accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES"
         )
+    if args.contrastive_chunk_size is not None or args.accumulate_negatives:
+        _check_chunking(args)
     columns = (args.image_column, args.caption_column)
     datasets = eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
     on_bad_row: Any = args.on_bad_row
@@ -41,6 +43,22 @@ def check_arguments(args: CLIPTrainingArguments, train_dataset: Any, eval_datase
             f"train_dataset has {len(train_dataset)} rows, fewer than one batch of {batch} "
             f"(per_device_train_batch_size={args.per_device_train_batch_size} on {args.world_size} processes): "
             "lower per_device_train_batch_size, or set dataloader_drop_last=False"
+        )
+
+
+def _check_chunking(args: CLIPTrainingArguments) -> None:
+    which = "accumulate_negatives" if args.accumulate_negatives else "contrastive_chunk_size"
+    if args.deepspeed:
+        raise ValueError(f"{which} does not work with DeepSpeed, which counts backward passes itself: use DDP or FSDP")
+    if args.device.type not in ("cpu", "cuda"):
+        raise ValueError(
+            f"{which} needs a CPU or a CUDA device, whose dropout can be drawn again alike, but args.device is "
+            f"{args.device}"
+        )
+    if "lomo" in args.optim:
+        raise ValueError(
+            f"{which} does not work with optim={args.optim!r}, which updates weights during the backward pass: "
+            "set another optimizer, such as 'adamw_torch'"
         )
 
 

@@ -46,12 +46,16 @@ class PublishingTrainer(Trainer):
     _seconds_before = 0.0
     _train_begin: float | None = None
     _saving_checkpoint = False
+    _unwrapped: tuple[Any, Any] | None = None
     _described: tuple[Any, dict[str, Any]] | None = None
 
     @property
     def unwrapped_model(self) -> Any:
         """The model without what distributed training wraps around it."""
-        return self.accelerator.unwrap_model(self.model)
+        if self._unwrapped is None or self._unwrapped[0] is not self.model:
+            # Looking for wrappers goes through all modules.
+            self._unwrapped = self.model, self.accelerator.unwrap_model(self.model)
+        return self._unwrapped[1]
 
     def run_details(self) -> dict[str, Any]:
         """What a defence notes down of its run for the card and the report, ready for JSON."""

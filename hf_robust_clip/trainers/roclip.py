@@ -137,7 +137,8 @@ class RoCLIPTrainer(CLIPTrainer):
         """As [`CLIPTrainer`]'s, with the pools' fill and age; warns, once, when matching has collapsed."""
         if "loss" in logs and self.pools is not None and self.pools.text is not None:
             logs["pool_fill"] = self.pools.text.filled / self.pools.size
-            logs["pool_age"] = self.pools.text.age / self.args.gradient_accumulation_steps
+            enqueued = 1 if self.args.accumulate_negatives else self.args.gradient_accumulation_steps  # times a step
+            logs["pool_age"] = self.pools.text.age / enqueued
         super().log(logs, start_time)
         share = logs.get("largest_match_share", 0.0)
         if share > COLLAPSED and not self._warned_of_collapse:

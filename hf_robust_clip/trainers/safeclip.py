@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import datasets
@@ -16,11 +16,15 @@ from ..data.sampling import RoutedBatchSampler
 from ..losses import clip_loss, safeclip_cross_loss, safeclip_unimodal_loss
 from .arguments import SafeCLIPTrainingArguments
 from .base import CLIPTrainer, Embeddings
+from .chunking import Batch
 from .pools import FeaturePools, pool_length
 from .scoring import score_pairs
 from .split import SplitHistory
 
 logger = logging.get_logger(__name__)
+
+#: Of a batch, whether its pairs are safe.
+SAFE = "safe"
 
 
 class SafeCLIPTrainer(CLIPTrainer):
@@ -53,6 +57,7 @@ class SafeCLIPTrainer(CLIPTrainer):
     """
 
     views = ("first", "second")
+    extra_inputs = (*CLIPTrainer.extra_inputs, SAFE)
     args: SafeCLIPTrainingArguments
 
     def __init__(self, model: Any, args: SafeCLIPTrainingArguments, *arguments: Any, **kwargs: Any) -> None:
@@ -206,11 +211,9 @@ class SafeCLIPTrainer(CLIPTrainer):
     def loss_components(
         self, views: dict[str, Embeddings], scale: torch.Tensor, inputs: dict[str, Any]
     ) -> dict[str, torch.Tensor]:
-        assert self._sampler is not None  # made with the dataloader
         first, second = views["first"], views["second"]
         gather, epoch = self.args.gather_across_devices, self._epoch or 0
-        kinds = self._sampler.kinds
-        if kinds is not None and kinds[self._batch_of_epoch]:
+        if inputs[SAFE]:
             terms = safeclip_cross_loss(*first, *second, scale, gather=gather)
         elif self.args.warmup_unimodal_epochs <= epoch < self.first_split_epoch:
             terms = {"clip_loss": clip_loss(*first, scale, gather=gather)}
@@ -220,8 +223,22 @@ class SafeCLIPTrainer(CLIPTrainer):
             terms = safeclip_unimodal_loss(*first, *second, scale, images, texts, gather=gather)
         if self.pools is not None:
             self.pools.enqueue(*first)
-        self._batch_of_epoch += 1
         return terms
+
+    def receive(self, inputs: dict[str, Any]) -> Batch:
+        """As [`CLIPTrainer`]'s; a batch of training says whether its pairs are safe."""
+        batch = super().receive(inputs)
+        if self.unwrapped_model.training:
+            assert self._sampler is not None  # made with the dataloader
+            kinds = self._sampler.kinds
+            batch.inputs[SAFE] = kinds is not None and bool(kinds[self._batch_of_epoch])
+            self._batch_of_epoch += 1
+        return batch
+
+    def contrast_groups(self, batches: Sequence[dict[str, Any]]) -> list[list[int]]:
+        """Safe batches with safe ones, risky with risky ones."""
+        groups = [[i for i, batch in enumerate(batches) if batch[SAFE] == kind] for kind in (True, False)]
+        return [group for group in groups if group]
 
     def training_state(self) -> dict[str, torch.Tensor]:
         pools = self.pools.state_dict() if self.pools is not None else {}

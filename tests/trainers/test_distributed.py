@@ -60,6 +60,15 @@ TRAINERS: dict[type[CLIPTrainer], dict[str, Any]] = {
         "learning_rate": 0.01,
     },
 }
+#: Ways to the same batch of 16 in two processes: the batch of each, and arguments.
+VARIANTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "": (8, {}),
+    ", in chunks": (8, {"contrastive_chunk_size": 3}),
+    ", accumulated": (
+        4,
+        {"gradient_accumulation_steps": 2, "accumulate_negatives": True, "contrastive_chunk_size": 3},
+    ),
+}
 #: In two batches of 8 a step: RoCLIP's second epoch matches, SafeCLIP's third and fourth are split.
 RESUMED: dict[str, tuple[type[CLIPTrainer], int, dict[str, Any]]] = {
     "CLIPTrainer": (CLIPTrainer, 3, {"num_train_epochs": 2}),
@@ -140,7 +149,7 @@ def launch(mode: str, output: Path, **environment: str) -> None:
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
 
 
-def few_steps(cls: type[CLIPTrainer], output: Path, batch: int) -> CLIPTrainer:
+def few_steps(cls: type[CLIPTrainer], output: Path, batch: int, **overrides: Any) -> CLIPTrainer:
     """After steps of plain SGD without augmentation of images; captions are keyed by row."""
     trainer = make_trainer(
         cls,
@@ -153,6 +162,7 @@ def few_steps(cls: type[CLIPTrainer], output: Path, batch: int) -> CLIPTrainer:
         image_augmentation="identity",
         optimizer_cls_and_kwargs=(torch.optim.SGD, {"lr": TRAINERS[cls]["learning_rate"]}),
         **TRAINERS[cls],
+        **overrides,
     )
     for module in trainer.model.modules():
         if isinstance(getattr(module, "dropout", None), float):
@@ -169,17 +179,25 @@ def state_of(trainer: CLIPTrainer) -> dict[str, torch.Tensor]:
 def test_trainers_in_two_processes(tmp_path: Path) -> None:
     launch("script", tmp_path)
     for cls in TRAINERS:
-        found = torch.load(tmp_path / f"{cls.__name__}.pt")
-        for name, value in state_of(few_steps(cls, tmp_path / "one", batch=WORLD * 8)).items():
-            if not name.startswith("split_"):
-                torch.testing.assert_close(
-                    found[name], value, rtol=1e-6, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}", check_dtype=False
-                )
+        expected = state_of(few_steps(cls, tmp_path / "one", batch=WORLD * 8))
+        for variant in VARIANTS:
+            if variant == ", accumulated" and cls not in (CLIPTrainer, CleanCLIPTrainer):
+                continue  # the rows come in another order, which pools and splits follow
+            found = torch.load(tmp_path / f"{cls.__name__}{variant}.pt")
+            for name, value in expected.items():
+                if not name.startswith("split_"):
+                    torch.testing.assert_close(
+                        *(found[name], value),
+                        rtol=1e-6,
+                        atol=1e-6,
+                        msg=lambda m, n=f"{cls.__name__} {variant}, {name}": f"{n}: {m}",
+                        check_dtype=False,
+                    )
     assert 1 / 3 < unpack_mask(torch.load(tmp_path / "SafeCLIPTrainer.pt")["split"], 80).mean() < 2 / 3
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["resumed_equals_uninterrupted"] == dict.fromkeys(RESUMED, True)
     assert report["ranks_agree"] == {
-        **dict.fromkeys([cls.__name__ for cls in TRAINERS], True),
+        **dict.fromkeys([cls.__name__ + variant for cls in TRAINERS for variant in VARIANTS], True),
         **dict.fromkeys([f"{name}, resumed" for name in RESUMED], True),
     }
     assert report["ranks_take_the_same_kinds"]
@@ -268,11 +286,12 @@ def script(output: Path) -> None:
     report: dict[str, Any] = {"resumed_equals_uninterrupted": {}, "ranks_agree": {}, "matching_steps": {}}
     main = int(os.environ["RANK"]) == 0
     for cls in TRAINERS:
-        trainer = few_steps(cls, output / "two", batch=8)
-        report["ranks_agree"][cls.__name__] = ranks_agree(trainer)
-        state = state_of(trainer)
-        if main:
-            torch.save(state, output / f"{cls.__name__}.pt")
+        for variant, (batch, given) in VARIANTS.items():
+            trainer = few_steps(cls, output / "two", batch, **given)
+            report["ranks_agree"][cls.__name__ + variant] = ranks_agree(trainer)
+            state = state_of(trainer)
+            if main:
+                torch.save(state, output / f"{cls.__name__}{variant}.pt")
     for name, (cls, step, options) in RESUMED.items():
         pair = train_and_resume(cls, output / name, step=step, **options)
         assert_same_bits(*pair)

@@ -1,0 +1,267 @@
+"""Encoding in chunks changes what a step holds in memory, and nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from recording import RecordedSafeCLIP
+from training import SHORT, assert_same_bits, make_trainer, poisoned_pairs, small_model, train_and_resume, training_log
+from transformers import SiglipConfig, SiglipModel, TrainerCallback
+
+from hf_robust_clip import (
+    CleanCLIPTrainer,
+    CLIPTrainer,
+    CLIPTrainingArguments,
+    ImageAugmentation,
+    RoCLIPTrainer,
+    SafeCLIPTrainer,
+)
+from hf_robust_clip.data.digits import digit_processor
+from hf_robust_clip.trainers import chunking
+
+ALL = pytest.mark.parametrize("cls", SHORT)
+#: Steps so small that all of them are taken at the same weights.
+STILL = {"learning_rate": 1e-12, "image_augmentation": "identity", "text_augmentation": "identity"}
+#: All phases and kinds of step.
+PHASES: dict[type[CLIPTrainer], dict[str, Any]] = {
+    SafeCLIPTrainer: {"safe_threshold": 0.5, "safe_growth": 0.4, "safe_cap": 0.6, "num_train_epochs": 4}
+}
+
+
+class Gradients(TrainerCallback):
+    """The gradients of each optimizer step, as one vector, before they are clipped."""
+
+    def __init__(self) -> None:
+        self.steps: list[torch.Tensor] = []
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self.steps.append(torch.cat([p.grad.flatten().double() for p in model.parameters() if p.grad is not None]))
+
+
+def without_dropout() -> Any:
+    model = small_model()
+    for module in model.modules():
+        if isinstance(getattr(module, "dropout", None), float):
+            module.dropout = 0.0
+    return model
+
+
+def run(cls: type[CLIPTrainer], folder: Path, **overrides: Any) -> tuple[list[torch.Tensor], CLIPTrainer]:
+    gradients = Gradients()
+    given = {
+        "per_device_train_batch_size": 16,
+        "max_grad_norm": 0.0,
+        "model": without_dropout(),
+        "callbacks": [gradients],
+        "train_dataset": poisoned_pairs(64),
+        **STILL,
+        **PHASES.get(cls, {}),
+        **overrides,
+    }
+    trainer = make_trainer(cls, folder, **given)
+    trainer.train()
+    return gradients.steps, trainer
+
+
+def assert_same_gradients(found: list[torch.Tensor], expected: list[torch.Tensor], tolerance: float = 1e-6) -> None:
+    assert len(found) == len(expected) > 0
+    # Where RoCLIP matches all rows with one entry, what is left of the gradient is what cancels.
+    largest = max(step.norm() for step in expected)
+    for one, two in zip(found, expected, strict=True):
+        assert (one - two).norm() <= tolerance * largest
+
+
+def assert_same_logs(found: CLIPTrainer, expected: CLIPTrainer) -> None:
+    for one, two in zip(training_log(found), training_log(expected), strict=True):
+        assert one == pytest.approx(two, rel=1e-4, abs=1e-6)
+
+
+@ALL
+@pytest.mark.parametrize("size", [5, 16])
+def test_gradients_and_logs_are_those_of_the_whole_batch(cls: type[CLIPTrainer], size: int, tmp_path: Path) -> None:
+    expected, whole = run(cls, tmp_path)
+    found, chunked = run(cls, tmp_path, contrastive_chunk_size=size)
+    assert_same_gradients(found, expected)
+    assert_same_logs(chunked, whole)
+    terms = {name for entry in training_log(whole) for name in entry}
+    assert cls is not RoCLIPTrainer or "image_match_loss" in terms
+    assert cls is not SafeCLIPTrainer or {"image_to_text_loss", "unimodal_image_loss", "clip_loss"} <= terms
+
+
+@pytest.mark.parametrize("cls", [CLIPTrainer, CleanCLIPTrainer])
+@pytest.mark.parametrize("size", [None, 3])
+def test_accumulated_batches_are_one(cls: type[CLIPTrainer], size: int | None, tmp_path: Path) -> None:
+    expected, whole = run(cls, tmp_path)
+    found, spanned = run(
+        cls,
+        tmp_path,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=4,
+        accumulate_negatives=True,
+        contrastive_chunk_size=size,
+    )
+    assert_same_gradients(found, expected)
+    assert_same_logs(spanned, whole)
+
+
+def test_pools_take_in_accumulated_batches_as_one(tmp_path: Path) -> None:
+    expected, whole = run(RoCLIPTrainer, tmp_path, matching="cross")
+    found, spanned = run(
+        RoCLIPTrainer,
+        tmp_path,
+        matching="cross",
+        per_device_train_batch_size=8,
+        gradient_accumulation_steps=2,
+        accumulate_negatives=True,
+    )
+    assert_same_gradients(found, expected)
+    assert_same_logs(spanned, whole)
+    for name, value in whole.training_state().items():
+        torch.testing.assert_close(spanned.training_state()[name], value)
+
+
+@ALL
+def test_without_spanning_accumulation_averages(cls: type[CLIPTrainer], tmp_path: Path) -> None:
+    given = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2}
+    expected, _ = run(cls, tmp_path, **given)
+    found, _ = run(cls, tmp_path, **given, contrastive_chunk_size=3)
+    assert_same_gradients(found, expected)
+
+
+def test_a_last_step_of_fewer_batches_counts_as_many_as_it_has(tmp_path: Path) -> None:
+    given = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 3, "num_train_epochs": 1}
+    expected, _ = run(CLIPTrainer, tmp_path, **given)
+    found, _ = run(CLIPTrainer, tmp_path, **given, contrastive_chunk_size=3)
+    assert len(expected) == 3  # of 3, 3 and 2 batches
+    assert_same_gradients(found, expected)
+    spanned, _ = run(CLIPTrainer, tmp_path, **given, accumulate_negatives=True)
+    assert len(spanned) == 3
+
+
+class Groups(RecordedSafeCLIP):
+    """Notes down which kinds are contrasted."""
+
+    groups: list[list[set[bool]]]
+
+    def contrast_groups(self, batches: Any) -> list[list[int]]:
+        found = super().contrast_groups(batches)
+        self.groups = [*getattr(self, "groups", []), [{batches[i]["safe"] for i in group} for group in found]]
+        assert sorted(i for group in found for i in group) == list(range(len(batches)))
+        return found
+
+
+def test_safe_pairs_are_not_contrasted_with_risky_ones(tmp_path: Path) -> None:
+    given = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3, "accumulate_negatives": True}
+    _, trainer = run(Groups, tmp_path, **PHASES[SafeCLIPTrainer], **given)
+    assert all(len(kinds) == 1 for step in trainer.groups for kinds in step)
+    assert any(len(step) == 2 for step in trainer.groups) and any(step == [{True}] for step in trainer.groups)
+
+
+@ALL
+def test_what_is_drawn_for_a_chunk_is_drawn_again_alike(
+    cls: type[CLIPTrainer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With dropout and augmentation, the gradients are those of one graph through the same encodings."""
+    given = {
+        "image_augmentation": ImageAugmentation("strong"),
+        "text_augmentation": "eda",
+        "contrastive_chunk_size": 5,
+    }
+    found, chunked = run(cls, tmp_path, **{**given, "model": small_model()})
+
+    def in_one_graph(trainer: CLIPTrainer, model: Any, batches: Any, divisor: int) -> torch.Tensor:
+        chunks = [
+            chunking._Chunk(0, inputs, chunking.derive_seed(batches[0].seed, place))
+            for place, inputs in enumerate(chunking._cut(batches[0].inputs, len(trainer.views), 5))
+        ]
+        members = [chunking._encode(trainer, model, chunk) for chunk in chunks]
+        views = chunking._views(trainer.views, members)
+        loss = trainer.contrast(views, trainer.scale, batches[0].inputs) / divisor
+        loss = loss + sum(0.0 * side.sum() for sides in members for side in sides)
+        trainer.accelerator.backward(loss)
+        return loss.detach()
+
+    monkeypatch.setattr("hf_robust_clip.trainers.base.chunked_step", in_one_graph)
+    expected, whole = run(cls, tmp_path, **{**given, "model": small_model()})
+    assert_same_gradients(found, expected)
+    assert_same_logs(chunked, whole)
+    without, _ = run(cls, tmp_path, **{**given, "image_augmentation": "identity", "model": small_model()})
+    assert (found[0] - without[0]).norm() > 1e-3 * found[0].norm()
+
+
+@ALL
+def test_resumed_equals_uninterrupted(cls: type[CLIPTrainer], tmp_path: Path) -> None:
+    assert_same_bits(
+        *train_and_resume(
+            cls,
+            tmp_path,
+            7,
+            per_device_train_batch_size=4,
+            gradient_accumulation_steps=3,
+            accumulate_negatives=True,
+            contrastive_chunk_size=3,
+        )
+    )
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_half_precision_and_gradient_checkpointing(bf16: bool, tmp_path: Path) -> None:
+    given = {"bf16": bf16, "gradient_checkpointing": True}
+    expected, _ = run(CleanCLIPTrainer, tmp_path, **given)
+    found, _ = run(CleanCLIPTrainer, tmp_path, **given, contrastive_chunk_size=5)
+    assert_same_gradients(found, expected, 0.03 if bf16 else 1e-6)
+
+
+def test_frozen_towers_and_an_unused_bias(tmp_path: Path) -> None:
+    def model() -> Any:
+        torch.manual_seed(0)
+        size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+        text = {
+            **size,
+            "vocab_size": len(digit_processor().tokenizer),
+            "max_position_embeddings": 32,
+            "projection_size": 32,
+        }
+        made = SiglipModel(SiglipConfig(text_config=text, vision_config={**size, "image_size": 16, "patch_size": 4}))
+        made.text_model.requires_grad_(False)
+        made.logit_scale.requires_grad_(False)
+        return made
+
+    expected, _ = run(CLIPTrainer, tmp_path, model=model())
+    found, trainer = run(CLIPTrainer, tmp_path, model=model(), contrastive_chunk_size=5)
+    assert_same_gradients(found, expected)
+    assert trainer.model.logit_bias.grad is None or not trainer.model.logit_bias.grad.any()
+
+
+def test_one_chunk_after_the_other_is_held(tmp_path: Path) -> None:
+    """No activation of a chunk is kept while the next is encoded."""
+    alive: list[int] = []
+    held: set[int] = set()
+
+    def pack(tensor: torch.Tensor) -> Any:
+        class Kept:
+            def __init__(self) -> None:
+                held.add(id(self))
+                alive.append(len(held))
+
+            def __del__(self) -> None:
+                held.discard(id(self))
+
+        return Kept(), tensor
+
+    peaks = {}
+    for size in (16, 4):
+        alive.clear()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda packed: packed[1]):
+            run(CLIPTrainer, tmp_path, contrastive_chunk_size=size, max_steps=1)
+        peaks[size] = max(alive)
+    assert peaks[4] <= peaks[16] * 1.2
+
+
+@pytest.mark.parametrize("value", [0, -1, 2.5, "four"])
+def test_wrong_sizes_are_refused(value: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="contrastive_chunk_size"):
+        CLIPTrainingArguments(str(tmp_path), contrastive_chunk_size=value)
