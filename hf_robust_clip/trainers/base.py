@@ -343,8 +343,9 @@ class CLIPTrainer(PublishingTrainer):
         if args.contrastive_chunk_size is None and not args.accumulate_negatives:
             return super().training_step(model, inputs, num_items_in_batch)
         model.train()
-        if callable(getattr(self.optimizer, "train", None)):
-            self.optimizer.train()  # of optimizers that keep two sets of weights
+        optimizer: Any = self.optimizer
+        if callable(getattr(optimizer, "train", None)):
+            optimizer.train()  # of optimizers that keep two sets of weights
         self._pending.append(self.receive(inputs))
         if args.accumulate_negatives and not self.accelerator.sync_gradients:
             return torch.zeros((), device=args.device)
