@@ -35,6 +35,9 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/step_cost.py --json benchmarks/results/step_cost.json
 	$(BIN)/python benchmarks/pool_lookup.py --json benchmarks/results/pool_lookup.json
 	$(BIN)/python benchmarks/evaluation_cost.py --json benchmarks/results/evaluation_cost.json
+	$(BIN)/python benchmarks/memory.py --json benchmarks/results/memory.json
+	$(BIN)/python benchmarks/data_path.py --json benchmarks/results/data_path.json
+	$(BIN)/python benchmarks/mixture_fit.py --json benchmarks/results/mixture_fit.json
 
 # The reference cards in model_cards/, one for each defence, with the runs that they are made from.
 model-cards: $(STAMP)
