@@ -26,7 +26,7 @@ from bench.cell import Cell, with_learning_rate
 from bench.grid import Results, run_cells
 from bench.plots import plot_table
 from bench.study import ROWS, Study, load_study
-from bench.table import page, summary, table_figures
+from bench.table import accuracy_title, page, summary, table_figures
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "defences"
@@ -180,7 +180,8 @@ def main() -> None:
     text = page(results.content)
     results.path.with_suffix(".md").write_text(text)
     titles = {row: ROWS[row].title for row in study.rows}
-    plot_table(table_figures(results.content), titles, results.path.with_suffix(".png"))
+    accuracy = accuracy_title(results.content)
+    plot_table(table_figures(results.content), titles, accuracy, results.path.with_suffix(".png"))
     print(text)
     if options.readme:
         put_into_readme(study.name, results.content)

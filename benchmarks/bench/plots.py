@@ -51,7 +51,10 @@ def plot_figures(variants: Sequence[Mapping[str, Any]], title: str, axis: str, l
 
 
 def plot_table(
-    figures: Mapping[tuple[str, str], tuple[Sequence[float], Sequence[float]]], titles: Mapping[str, str], path: Path
+    figures: Mapping[tuple[str, str], tuple[Sequence[float], Sequence[float]]],
+    titles: Mapping[str, str],
+    accuracy: str,
+    path: Path,
 ) -> None:
     """
     Attack success and accuracy of each row of a table, a panel an attack: means as bars, seeds as dots.
@@ -59,6 +62,7 @@ def plot_table(
     Args:
         figures (mapping): Of (attack, row) to its accuracies and attack successes, one a seed.
         titles (mapping): Of row to what it is called, in order.
+        accuracy (`str`): What the accuracy is called.
         path (`Path`): Of the PNG file.
     """
     attacks = list(dict.fromkeys(attack for attack, _ in figures))
@@ -74,7 +78,7 @@ def plot_table(
             if (attack, row) not in figures:
                 continue
             for number, (values, colour, label) in enumerate(
-                zip(figures[attack, row], COLOURS, ("clean accuracy", "attack success"), strict=False)
+                zip(figures[attack, row], COLOURS, (accuracy, "attack success"), strict=False)
             ):
                 height = place - 0.2 + 0.4 * number
                 panel.barh(

@@ -48,7 +48,7 @@ def summary(content: Mapping[str, Any]) -> str:
     said = [
         *_subject(content),
         f"{_seeds(content)}.",
-        f"Of each model {_accuracy_title(content)} and attack success; everything else is in [{name}.md]({name}.md).",
+        f"Of each model {accuracy_title(content)} and attack success; everything else is in [{name}.md]({name}.md).",
     ]
     picture = f"![Accuracy and attack success of each model under each attack, seeds as dots.]({name}.png)"
     return "\n".join(said) + "\n\n" + "\n".join(lines) + f"\n\n{picture}\n"
@@ -71,7 +71,7 @@ def markdown(content: Mapping[str, Any]) -> str:
     """
     retrieval = any("image_to_text_recall_at_10" in cell["figures"] for cell in content["cells"])
     probe = any("linear_probe_accuracy" in cell["figures"] for cell in content["cells"])
-    columns = ["attack, poisons", "model", _accuracy_title(content), "attack success"]
+    columns = ["attack, poisons", "model", accuracy_title(content), "attack success"]
     columns += ["right in spite of the trigger"]
     columns += ["linear probe: accuracy, attack"] * probe
     columns += ["photo to caption, caption to photo, R@10"] * retrieval
@@ -146,7 +146,8 @@ def _accuracy(content: Mapping[str, Any]) -> str:
     return "clean_balanced_accuracy" if content["study"]["balanced"] else "clean_accuracy"
 
 
-def _accuracy_title(content: Mapping[str, Any]) -> str:
+def accuracy_title(content: Mapping[str, Any]) -> str:
+    """What that figure is called."""
     return "balanced accuracy" if content["study"]["balanced"] else "clean accuracy"
 
 
