@@ -142,7 +142,7 @@ def test_plots_are_drawn(tmp_path: Path) -> None:
     course = [{"epoch": epoch, **record} for epoch in range(3)]
     plot_courses([{"label": "RoCLIP", "course": course}] * 2, "courses", tmp_path / "courses.png")
     table = {("patch", "undefended"): ([0.9, 0.8], [1.0, 0.9]), ("warp", "cleanclip"): ([0.9], [0.1])}
-    plot_table(table, {"undefended": "undefended", "cleanclip": "CleanCLIP"}, tmp_path / "table.png")
+    plot_table(table, {"undefended": "undefended", "cleanclip": "CleanCLIP"}, "clean accuracy", tmp_path / "table.png")
     for name in ("lines", "bars", "courses", "table"):
         with Image.open(tmp_path / f"{name}.png") as image:
             assert min(image.size) > 200
