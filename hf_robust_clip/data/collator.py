@@ -121,7 +121,8 @@ class CLIPDataCollator:
         """
         decoded = [decode_row(row, self.image_column, self.caption_column) for row in rows]
         pixels = self.preprocess([row[self.image_column] for row in decoded])
-        keys = [self._key(row, pixels[i]) for i, row in enumerate(decoded)]
+        epoch = int(self._epoch)
+        keys = [self._key(row, pixels[i], epoch) for i, row in enumerate(decoded)]
         captions = [self._caption(row, key) for row, key in zip(decoded, keys, strict=True)]
         texts = [
             self._view(caption, key, view) for view in self.views for caption, key in zip(captions, keys, strict=True)
@@ -139,13 +140,13 @@ class CLIPDataCollator:
             batch[BAD_ROWS] = torch.tensor(bad)
         return batch
 
-    def _key(self, row: Mapping[str, Any], pixels: torch.Tensor) -> int:
+    def _key(self, row: Mapping[str, Any], pixels: torch.Tensor, epoch: int) -> int:
         number = row.get(ROW_INDEX)
         if number is None:
             captions = row[self.caption_column]
             text = captions if isinstance(captions, str) else "\n".join(captions)
             number = zlib.crc32(text.encode("utf-8", "surrogatepass"), zlib.crc32(pixels.numpy().tobytes()))
-        return derive_seed(self.seed, int(self._epoch), int(number))
+        return derive_seed(self.seed, epoch, int(number))
 
     def _caption(self, row: Mapping[str, Any], key: int) -> str:
         captions = row[self.caption_column]

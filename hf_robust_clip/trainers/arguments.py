@@ -24,9 +24,10 @@ SCORE_VIEWS = ("clean", "augmented")
 @dataclass
 class CLIPTrainingArguments(TrainingArguments):
     """
-    Arguments of [`CLIPTrainer`], and of all trainers here. Those of `transformers.TrainingArguments` apply, with one
-    other default: `dataloader_drop_last=True`, since a contrastive loss over the few rows of a last batch is another
-    loss.
+    Arguments of [`CLIPTrainer`], and of all trainers here. Those of `transformers.TrainingArguments` apply, with two
+    other defaults: `dataloader_drop_last=True`, since a contrastive loss over the few rows of a last batch is another
+    loss; and `logging_nan_inf_filter=False`, since the filter hides a loss that is not finite, and to do so waits for
+    the device at every step.
 
     `gradient_accumulation_steps` averages the gradients of small batches; by itself it adds **no** negatives, so it
     is not the same as a larger batch. `contrastive_chunk_size` is: it makes a large batch fit into small memory.
@@ -56,6 +57,9 @@ class CLIPTrainingArguments(TrainingArguments):
 
     dataloader_drop_last: bool = field(
         default=True, metadata={"help": "Drop the last batch where it is smaller than the others."}
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Log the average of earlier losses in place of one that is not finite."}
     )
     image_column: str = field(default="image", metadata={"help": "Column of the datasets with the image."})
     caption_column: str = field(
