@@ -1,7 +1,7 @@
 """Make the reference cards in `model_cards/`: train each defence on the embedded digits as the demo's `--defence all`
 does, and render its record.
 
-It takes about 7 minutes on one core.
+It takes about 20 minutes on one core.
 
     python scripts/model_cards.py [--render]
 
