@@ -31,6 +31,8 @@ _PLUMBING = (
     "caption_column",
     "max_length",
     "gather_across_devices",
+    "contrastive_chunk_size",
+    "accumulate_negatives",
     "max_logit_scale",
     "merge_adapters",
     "on_bad_row",

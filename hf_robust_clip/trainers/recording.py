@@ -37,7 +37,7 @@ def record_of(trainer: CLIPTrainer) -> RunRecord:
     """The run of a trainer as far as it has come."""
     args, state = trainer.args, trainer.state
     defaults = {item.name: _default(item) for item in dataclasses.fields(args) if item.init}
-    own = [item.name for item in own_fields(type(args)) if not item.name.startswith("dataloader_")]
+    own = [item.name for item in own_fields(type(args)) if not item.name.startswith(_OUTCOME_FREE)]
     values = {name: jsonable(getattr(args, name)) for name in defaults}
     settings = {
         name: value
