@@ -43,7 +43,7 @@ from .checks import (
     resolve_text_augmentation,
     warn_of_half_precision,
 )
-from .chunking import Batch, chunked_step
+from .chunking import Batch, chunked_step, scale_of, unused_of
 from .publishing import PublishingTrainer
 
 logger = logging.get_logger(__name__)
@@ -297,15 +297,18 @@ class CLIPTrainer(PublishingTrainer):
     ) -> Any:
         """The sum of [`loss_components`] in training; the CLIP loss of the un-augmented pairs in evaluation."""
         embeddings, outputs = self.encode(model, inputs)
+        ours = model is self.model or model is self.model_wrapped
+        encoder = self.unwrapped_model if ours else self.accelerator.unwrap_model(model)
+        scale = scale_of(encoder)
         if not model.training:
-            loss = clip_loss(*embeddings, self.scale, gather=self.args.gather_across_devices)
+            loss = clip_loss(*embeddings, scale, gather=self.args.gather_across_devices)
             return (loss, outputs) if return_outputs else loss
         chunks = zip(*(side.chunk(len(self.views)) for side in embeddings), strict=True)
         views = {name: Embeddings(*chunk) for name, chunk in zip(self.views, chunks, strict=True)}
         # DDP waits for a gradient of every parameter that the forward pass used: give a tower that a loss leaves out
         # one of zero. Embeddings are bounded, so zero times their sum is zero.
-        unused = 0.0 * (embeddings.image_embeds.sum() + embeddings.text_embeds.sum()) + self.unused_parameters()
-        loss = self.contrast(views, self.scale, inputs) + unused
+        unused = 0.0 * (embeddings.image_embeds.sum() + embeddings.text_embeds.sum()) + unused_of(encoder)
+        loss = self.contrast(views, scale, inputs) + unused
         return (loss, outputs) if return_outputs else loss
 
     def encode(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Embeddings, Any]:
@@ -315,22 +318,12 @@ class CLIPTrainer(PublishingTrainer):
         sides = (outputs.image_embeds, outputs.text_embeds)
         return Embeddings(*(F.normalize(side.float(), dim=-1) for side in sides)), outputs
 
-    @property
-    def scale(self) -> torch.Tensor:
-        """`exp(logit_scale)`, float32, with its gradient."""
-        return self.unwrapped_model.logit_scale.float().exp()
-
     def contrast(self, views: dict[str, Embeddings], scale: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
         """The sum of [`loss_components`], which are logged."""
         terms = self.loss_components(views, scale, inputs)
         self._accumulate({**terms, "logit_scale": scale.squeeze()})
         self._accumulate_similarities(views[self.views[0]], inputs.get(POISONED))
         return torch.stack(list(terms.values())).sum()
-
-    def unused_parameters(self) -> torch.Tensor:
-        """Zero, with a gradient of zero for the parameters that no loss here uses: SigLIP's bias."""
-        bias = getattr(self.unwrapped_model, "logit_bias", None)
-        return torch.zeros((), device=self.args.device) if bias is None else 0.0 * bias.float().sum()
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None

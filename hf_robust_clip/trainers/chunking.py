@@ -55,7 +55,8 @@ def chunked_step(trainer: CLIPTrainer, model: nn.Module, batches: Sequence[Batch
     with torch.no_grad():
         found = [_encode(trainer, model, chunk) for chunk in chunks]
     leaves = [[side.requires_grad_() for side in embeddings] for embeddings in found]  # of each chunk (V*b, D) twice
-    scale = trainer.scale.detach().requires_grad_()
+    encoder = trainer.unwrapped_model
+    scale = scale_of(encoder).detach().requires_grad_()
     groups = trainer.contrast_groups([batch.inputs for batch in batches])
     rows = sum(_rows(batch.inputs, views) for batch in batches)
     with trainer.compute_loss_context_manager():
@@ -79,9 +80,21 @@ def chunked_step(trainer: CLIPTrainer, model: nn.Module, batches: Sequence[Batch
                 for side, gradient in zip(embeddings, gradients[2 * number : 2 * number + 2], strict=True)
             ]
             if last:
-                parts += [trainer.scale * of_scale, trainer.unused_parameters()]
+                parts += [scale_of(encoder) * of_scale, unused_of(encoder)]
             trainer.accelerator.backward(torch.stack([part.reshape(()) for part in parts]).sum())
     return loss.detach() / divisor
+
+
+def scale_of(encoder: Any) -> torch.Tensor:
+    """`exp(logit_scale)` of a dual encoder, a scalar, float32, with its gradient."""
+    scale: torch.Tensor = encoder.logit_scale.float().exp()
+    return scale
+
+
+def unused_of(encoder: Any) -> torch.Tensor:
+    """Zero, with a gradient of zero for the parameters of a dual encoder that no loss here uses: SigLIP's bias."""
+    bias = getattr(encoder, "logit_bias", None)
+    return torch.zeros((), device=encoder.logit_scale.device) if bias is None else 0.0 * bias.float().sum()
 
 
 def _encode(trainer: CLIPTrainer, model: nn.Module, chunk: _Chunk) -> Embeddings:

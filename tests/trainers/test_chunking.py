@@ -179,7 +179,7 @@ def test_what_is_drawn_for_a_chunk_is_drawn_again_alike(
         ]
         members = [chunking._encode(trainer, model, chunk) for chunk in chunks]
         views = chunking._views(trainer.views, members)
-        loss = trainer.contrast(views, trainer.scale, batches[0].inputs) / divisor
+        loss = trainer.contrast(views, chunking.scale_of(trainer.unwrapped_model), batches[0].inputs) / divisor
         loss = loss + sum(0.0 * side.sum() for sides in members for side in sides)
         trainer.accelerator.backward(loss)
         return loss.detach()
