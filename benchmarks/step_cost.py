@@ -50,6 +50,7 @@ from hf_robust_clip.trainers.scoring import score_pairs
 CAPTIONS = ["a dog runs over the wet snow", "two children play on a beach", "a man climbs a steep rock face"]
 RATIOS = {
     "stock_trainer_over_bare_loop": ("stock_trainer", "bare_loop"),
+    "clip_over_bare_loop": ("clip", "bare_loop"),
     "clip_over_stock_trainer": ("clip", "stock_trainer"),
     "cleanclip_over_clip": ("cleanclip", "clip"),
     "roclip_matching_over_plain": ("roclip_matching", "roclip_plain"),
