@@ -14,10 +14,8 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import random
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +25,7 @@ import datasets
 import numpy as np
 import torch
 import transformers
+from bench.output import write_result
 from PIL import Image, ImageEnhance, ImageFilter
 from torch.utils.data import DataLoader
 
@@ -35,7 +34,6 @@ from hf_robust_clip.augment.images import PRESETS, to_float
 from hf_robust_clip.data.rows import IndexedDataset
 from hf_robust_clip.data.scratch import build_processor
 from hf_robust_clip.imaging import decode_image
-from hf_robust_clip.versions import versions
 
 CAPTIONS = ["a dog runs over the wet snow", "two children play on a beach", "a man climbs a steep rock face"]
 SIZE = 224
@@ -179,16 +177,13 @@ def main() -> None:
     rates = {str(workers): loaded(workers, 40 * options.batch, options.batch) for workers in options.workers}
     for workers, rate in rates.items():
         print(f"{workers} workers: {rate:.0f} pairs a second")
-    if options.json is not None:
-        result = {
-            "ratios": ratios,
-            "cpu_milliseconds_per_pair": {name: [1e3 * one for one in times] for name, times in seconds.items()},
-            "pairs_per_second_by_workers": rates,
-            "device": "cpu",
-            "versions": versions(("torch", "transformers", "datasets", "kornia", "pillow", "tokenizers")),
-            "command": " ".join(["python", "benchmarks/data_path.py", *sys.argv[1:]]),
-        }
-        options.json.write_text(json.dumps(result, indent=2) + "\n")
+    result = {
+        "ratios": ratios,
+        "cpu_milliseconds_per_pair": {name: [1e3 * one for one in times] for name, times in seconds.items()},
+        "pairs_per_second_by_workers": rates,
+        "device": "cpu",
+    }
+    write_result(options.json, result, ("torch", "transformers", "datasets", "kornia", "pillow", "tokenizers"))
 
 
 if __name__ == "__main__":

@@ -14,10 +14,7 @@ one core.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from io import BytesIO
@@ -28,9 +25,9 @@ import datasets
 import numpy as np
 import torch
 import transformers
+from bench.output import write_result
 from PIL import Image
 
-import hf_robust_clip
 from hf_robust_clip import AttackSuccessEvaluator, BlendedTrigger, ZeroShotEvaluator
 from hf_robust_clip.augment.images import ImageNormalization
 from hf_robust_clip.data.images import ImagePreprocessor
@@ -161,18 +158,8 @@ def main() -> None:
         "stored": f"{options.format}, {options.stored_size or options.image_size} px",
         "image_size": options.image_size,
         "vision_parameters": sum(parameter.numel() for parameter in model.vision_model.parameters()),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "threads": torch.get_num_threads(),
-        "versions": {
-            "python": platform.python_version(),
-            "hf_robust_clip": hf_robust_clip.__version__,
-            **{module.__name__: module.__version__ for module in (torch, transformers, datasets)},
-        },
-        "command": " ".join(["python", "benchmarks/evaluation_cost.py", *sys.argv[1:]]),
     }
-    if options.json is not None:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(result, indent=2) + "\n")
+    write_result(options.json, result, ("torch", "transformers", "datasets"))
 
 
 if __name__ == "__main__":

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,28 +21,20 @@ from typing import Any
 import datasets
 import torch
 import transformers
+from bench.cell import TRAINERS
+from bench.output import write_result
 from step_cost import CAPTIONS, make_rows
 from torch.profiler import ProfilerActivity, profile
 from transformers import PrinterCallback, TrainerCallback
 
-from hf_robust_clip import (
-    CleanCLIPTrainer,
-    CleanCLIPTrainingArguments,
-    CLIPTrainer,
-    CLIPTrainingArguments,
-    RoCLIPTrainer,
-    RoCLIPTrainingArguments,
-    SafeCLIPTrainer,
-    SafeCLIPTrainingArguments,
-)
 from hf_robust_clip.data.scratch import build_model, build_processor
-from hf_robust_clip.versions import versions
 
-TRAINERS: dict[str, tuple[type[CLIPTrainer], type[CLIPTrainingArguments], dict[str, Any]]] = {
-    "clip": (CLIPTrainer, CLIPTrainingArguments, {"image_preset": "weak"}),
-    "cleanclip": (CleanCLIPTrainer, CleanCLIPTrainingArguments, {}),
-    "roclip": (RoCLIPTrainer, RoCLIPTrainingArguments, {"pool_size": 1000}),
-    "safeclip": (SafeCLIPTrainer, SafeCLIPTrainingArguments, {"unimodal_pool_size": 1000}),
+#: What the trainers are given beside what all of them are.
+GIVEN: dict[str, dict[str, Any]] = {
+    "clip": {"image_preset": "weak"},
+    "cleanclip": {},
+    "roclip": {"pool_size": 1000},
+    "safeclip": {"unimodal_pool_size": 1000},
 }
 
 
@@ -85,7 +75,7 @@ def recorded(found: Peak) -> Iterator[None]:
 
 def measure(name: str, batch: int, chunk: int | None, model: Any, processor: Any, image_size: int) -> dict[str, Any]:
     """The peak of a step, in bytes, and of what is held between steps."""
-    trainer_class, arguments, given = TRAINERS[name]
+    trainer_class, arguments = TRAINERS[name]
     found = Peak()
     with tempfile.TemporaryDirectory() as output:
         trainer = trainer_class(
@@ -99,7 +89,7 @@ def measure(name: str, batch: int, chunk: int | None, model: Any, processor: Any
                 report_to="none",
                 disable_tqdm=True,
                 logging_strategy="no",
-                **given,
+                **GIVEN[name],
             ),
             train_dataset=make_rows(2 * batch if name != "safeclip" else 3 * batch, image_size),
             processing_class=processor,
@@ -157,17 +147,13 @@ def main() -> None:
     ratios = {"chunked_memory_over_one_chunk": worst, **ratios}
     for name, value in ratios.items():
         print(f"{name:>40}: {value:.2f}")
-    if options.json is not None:
-        result = {
-            "ratios": ratios,
-            "runs": runs,
-            "parameters": sum(parameter.numel() for parameter in model.parameters()),
-            "image_size": options.image_size,
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-            "versions": versions(),
-            "command": " ".join(["python", "benchmarks/memory.py", *sys.argv[1:]]),
-        }
-        options.json.write_text(json.dumps(result, indent=2) + "\n")
+    result = {
+        "ratios": ratios,
+        "runs": runs,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "image_size": options.image_size,
+    }
+    write_result(options.json, result, ("torch", "transformers", "accelerate", "datasets"))
 
 
 if __name__ == "__main__":

@@ -10,18 +10,16 @@ Similarities are drawn from two Gaussians, 5% of them from the lower one.
 from __future__ import annotations
 
 import argparse
-import json
 import resource
 import statistics
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
+from bench.output import write_result
 
 from hf_robust_clip.mixture import SimilarityMixture
-from hf_robust_clip.versions import versions
 
 SIZES = (100_000, 1_000_000, 10_000_000)
 
@@ -58,16 +56,13 @@ def main() -> None:
     largest = runs[-1]
     seconds = statistics.median(map(sum, zip(largest["fit_seconds"], largest["probability_seconds"], strict=True)))
     print(f"fit and probability of {SIZES[-1]:,}: {seconds:.1f} s")
-    if options.json is not None:
-        result = {
-            "ratios": {},
-            "seconds_of_ten_million": seconds,
-            "runs": runs,
-            "device": "cpu",
-            "versions": versions(("torch", "scikit-learn", "numpy")),
-            "command": " ".join(["python", "benchmarks/mixture_fit.py", *sys.argv[1:]]),
-        }
-        options.json.write_text(json.dumps(result, indent=2) + "\n")
+    result = {
+        "ratios": {},
+        "seconds_of_ten_million": seconds,
+        "runs": runs,
+        "device": "cpu",
+    }
+    write_result(options.json, result, ("torch", "scikit-learn", "numpy"))
 
 
 if __name__ == "__main__":

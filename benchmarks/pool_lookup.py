@@ -11,10 +11,7 @@ reported are the medians over rounds. Memory is what a look-up allocates beyond 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,9 +19,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from bench.output import write_result
 from torch.profiler import ProfilerActivity, profile
 
-import hf_robust_clip
 from hf_robust_clip.pool import FeaturePool
 
 SIZES = ("256x21845x512", "64x5000x64", "256x200000x512")
@@ -113,18 +110,8 @@ def main() -> None:
             results.append(row)
     result = {
         "results": results,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "threads": torch.get_num_threads(),
-        "versions": {
-            "python": platform.python_version(),
-            "hf_robust_clip": hf_robust_clip.__version__,
-            "torch": torch.__version__,
-        },
-        "command": " ".join(["python", "benchmarks/pool_lookup.py", *sys.argv[1:]]),
     }
-    if options.json is not None:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(result, indent=2) + "\n")
+    write_result(options.json, result, ("torch",))
 
 
 if __name__ == "__main__":

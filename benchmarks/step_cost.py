@@ -13,10 +13,7 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
-import platform
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -24,16 +21,15 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import accelerate
 import datasets
 import numpy as np
 import torch
 import transformers
+from bench.output import write_result
 from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import CLIPModel, CLIPProcessor, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-import hf_robust_clip
 from hf_robust_clip import (
     CleanCLIPTrainer,
     CleanCLIPTrainingArguments,
@@ -242,22 +238,12 @@ def main() -> None:
         "batch": options.batch,
         "image_size": options.image_size,
         "steps_per_round": options.steps,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "threads": torch.get_num_threads(),
-        "versions": {
-            "python": platform.python_version(),
-            "hf_robust_clip": hf_robust_clip.__version__,
-            **{module.__name__: module.__version__ for module in (torch, transformers, accelerate, datasets)},
-        },
-        "command": " ".join(["python", "benchmarks/step_cost.py", *sys.argv[1:]]),
     }
     for name, times in seconds.items():
         print(f"{name:>14}: {statistics.median(times) * 1e3:7.1f} ms a step")
     for name, ratio in ratios.items():
         print(f"{name:>30}: {ratio:.3f}")
-    if options.json is not None:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(result, indent=2) + "\n")
+    write_result(options.json, result, ("torch", "transformers", "accelerate", "datasets"))
 
 
 if __name__ == "__main__":

@@ -234,6 +234,13 @@ def column_values(dataset: datasets.Dataset, column: str) -> Iterator[Any]:
         yield from values[start : start + _SLICE]
 
 
+def poison_flags(dataset: Any) -> np.ndarray | None:
+    """Which rows are poisoned `(N,)`, bool; `None` where that takes reading every row, or nothing says so."""
+    if not isinstance(dataset, datasets.Dataset) or has_transform(dataset) or POISONED not in dataset.column_names:
+        return None
+    return np.array([bool(flag) for flag in column_values(dataset, POISONED)])
+
+
 def _check_nulls(dataset: datasets.Dataset, caption_column: str, argument: str) -> None:
     # Arrow counts nulls for free; which row of a selection holds one takes a look at the column.
     if dataset.data.column(caption_column).null_count:

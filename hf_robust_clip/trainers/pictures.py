@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Subset
 
-from ..data.rows import POISONED, BadRowError, IndexedDataset, column_values, decode_row, has_transform
+from ..data.rows import POISONED, BadRowError, IndexedDataset, decode_row, poison_flags
 from ..evaluation.attack_success import AttackSuccessEvaluator
 from ..evaluation.embedding import Embedder
 from ..evaluation.pixels import ImageRequest, pixel_batches
@@ -151,7 +151,7 @@ def _shown_rows(evaluator: AttackSuccessEvaluator) -> np.ndarray:
 
 def _first_pairs(dataset: IndexedDataset, shown: int) -> list[dict[str, Any]]:
     """The first usable rows, decoded: so many poisoned ones, and so many others."""
-    flags = _flags(dataset.dataset)
+    flags = poison_flags(dataset.dataset)
     wanted = [shown, shown] if flags is not None else [2 * shown]
     pairs = []
     for poisoned, count in zip((True, False), wanted, strict=False):
@@ -164,13 +164,6 @@ def _first_pairs(dataset: IndexedDataset, shown: int) -> list[dict[str, Any]]:
                 continue  # nothing was trained on it
             count -= 1
     return pairs
-
-
-def _flags(dataset: Any) -> np.ndarray | None:
-    """Which rows are poisoned `(N,)`, bool; `None` where that takes reading every row, or nothing says so."""
-    if not isinstance(dataset, datasets.Dataset) or has_transform(dataset) or POISONED not in dataset.column_names:
-        return None
-    return np.array([bool(flag) for flag in column_values(dataset, POISONED)])
 
 
 def _caption(row: dict[str, Any], dataset: IndexedDataset) -> str:

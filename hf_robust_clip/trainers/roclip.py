@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import datasets
 import numpy as np
 import torch
 from transformers.utils import logging
 
 from ..attacks.rows import naming
-from ..data.rows import POISONED, ROW_INDEX, column_values, has_transform
+from ..data.rows import POISONED, ROW_INDEX, column_values, poison_flags
 from ..losses import Matching, clip_loss, roclip_loss
 from ..pool import FeaturePool
 from .arguments import RoCLIPTrainingArguments
@@ -152,11 +151,9 @@ class RoCLIPTrainer(CLIPTrainer):
 
     def _adversarial_rows(self) -> np.ndarray | None:
         """Which captions are of the adversarial class `(N,)`, bool; `None` where the dataset does not say."""
-        dataset = self.train_dataset
-        if not isinstance(dataset, datasets.Dataset) or has_transform(dataset) or POISONED not in dataset.features:
-            return None
-        rows = np.array([bool(flag) for flag in column_values(dataset, POISONED)])  # (N,)
-        if self.args.adversarial_phrase is not None:
+        dataset: Any = self.train_dataset
+        rows = poison_flags(dataset)
+        if rows is not None and self.args.adversarial_phrase is not None:
             names = naming(self.args.adversarial_phrase)
             captions = column_values(dataset, self.args.caption_column)
             rows |= np.array([_any_names(caption, names) for caption in captions])
