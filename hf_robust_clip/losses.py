@@ -4,6 +4,7 @@ The losses of CLIP and of the three defences, as pure functions of embeddings.
 Every function takes L2-normalised embeddings `(B, D)` whose rows with the same index belong together, and the
 multiplicative `scale`, `exp(model.logit_scale)`, a scalar tensor or float. Those of the defences return a dictionary
 of named scalar terms, weights already applied, whose sum is the loss. Compute them in float32 or better.
+Of large batches the logits are never there all at once.
 
 With `gather=True` the keys are gathered from all ranks, gradients included, so that every other rank's rows are
 negatives too; each rank's loss is the mean over its own rows, and DDP's average over ranks makes the gradients those
@@ -12,14 +13,17 @@ of one process with the whole batch.
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 from .distributed import gather_features, rank
 
 Matching = Literal["cross", "image_to_text", "unimodal"]
+#: Logits that are held at a time, 64 MiB in float32.
+_MAX_LOGITS = 1 << 24
 MATCHINGS: tuple[Matching, ...] = ("cross", "image_to_text", "unimodal")
 
 
@@ -49,8 +53,45 @@ def info_nce(
     if gather:
         first = rank() * keys.shape[0]
         keys = gather_features(keys)
+    if queries.shape[0] * keys.shape[0] > _MAX_LOGITS:
+        loss: torch.Tensor = _BlockwiseInfoNCE.apply(queries, keys, torch.as_tensor(scale, device=keys.device), first)
+        return loss
     logits = scale * queries @ keys.T  # (B, world_size * B)
     return F.cross_entropy(logits, torch.arange(first, first + queries.shape[0], device=logits.device))
+
+
+class _BlockwiseInfoNCE(torch.autograd.Function):
+    """
+    [`info_nce`] without all of its logits at once: a block of queries at a time, and its gradients with it, so that
+    nothing is computed twice.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, queries: torch.Tensor, keys: torch.Tensor, scale: torch.Tensor, first: int) -> torch.Tensor:
+        rows, differentiate = queries.shape[0], any(ctx.needs_input_grad)
+        loss = queries.new_zeros(())
+        of_queries, of_keys = torch.empty_like(queries), torch.zeros_like(keys)
+        block = max(1, _MAX_LOGITS // keys.shape[0])
+        for start in range(0, rows, block):
+            part = queries[start : start + block]
+            logits = scale * part @ keys.T  # (block, N)
+            targets = torch.arange(first + start, first + start + part.shape[0], device=keys.device)[:, None]
+            normalizers = logits.logsumexp(dim=1, keepdim=True)
+            loss += (normalizers - logits.gather(1, targets)).sum() / rows
+            if differentiate:
+                of_logits = logits.sub_(normalizers).exp_().div_(rows)  # softmax
+                of_logits.scatter_add_(1, targets, of_logits.new_full(targets.shape, -1 / rows))
+                of_queries[start : start + block] = of_logits @ keys
+                of_keys.addmm_(of_logits.T, part)
+        if differentiate:
+            of_scale = (of_queries * queries).sum().to(scale.dtype).reshape(scale.shape)
+            ctx.save_for_backward(of_queries.mul_(scale), of_keys.mul_(scale), of_scale)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return (*(grad_outputs[0] * gradient for gradient in ctx.saved_tensors), None)
 
 
 def clip_loss(

@@ -2,12 +2,16 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from hf_robust_clip import losses
 from hf_robust_clip.losses import (
     MATCHINGS,
     cleanclip_loss,
@@ -88,6 +92,44 @@ def test_values_and_gradients_of_the_released_code(case: str, dtype: torch.dtype
             assert gradient is None or not gradient.any()
         else:
             assert relative_error(gradient, expected) < tolerance
+
+
+class Largest(TorchDispatchMode):
+    """Notes the most elements of a tensor that is made under it."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        self.elements = max([self.elements, *(x.numel() for x in tree_leaves(made) if torch.is_tensor(x))])
+        return made
+
+
+@pytest.mark.parametrize("limit", [1, 40])  # a query at a time, or a few
+@pytest.mark.parametrize("case", LOSSES)
+def test_large_batches_have_the_same_gradients_without_all_logits(
+    case: str, limit: int, monkeypatch: pytest.MonkeyPatch
+):
+    whole, blockwise = golden_batch(), golden_batch()
+    plain = total(LOSSES[case](whole))
+    plain.backward()
+    monkeypatch.setattr(losses, "_MAX_LOGITS", limit)
+    loss = total(LOSSES[case](blockwise))
+    loss.backward()
+    torch.testing.assert_close(loss, plain, rtol=1e-12, atol=0)
+    for name in (*VIEWS, "ls"):
+        gradient, expected = blockwise[name].grad, whole[name].grad
+        assert (gradient is None) == (expected is None)
+        if expected is not None:
+            torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_large_batches_never_have_all_of_their_logits(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(losses, "_MAX_LOGITS", 1000)
+    sides = [F.normalize(torch.randn(200, 4), dim=1).requires_grad_() for _ in range(2)]
+    with Largest() as largest:
+        clip_loss(*sides, 20.0).backward()
+    assert largest.elements == 1000
 
 
 def test_the_golden_file_holds_every_case():

@@ -21,6 +21,8 @@ class RoutedBatchSampler(torch.utils.data.Sampler[list[int]]):
     No row comes twice in an epoch. The number of steps is one less than there are whole groups in the dataset,
     whatever the split: of each epoch fewer than two groups of rows are left out, drawn at random.
 
+    Keeps a bit a row, and 4 bytes a row while an epoch lasts (8 from 4 billion rows on).
+
     Everything depends on the seed, the epoch and the split alone, so that a resumed epoch can skip the batches that
     were trained on. To be given to a `DataLoader` as `batch_sampler`. Set the epoch and the split before iterating;
     an iteration goes on with those that it began with. accelerate passes the epoch on in some of its wrappers only.
@@ -64,7 +66,8 @@ class RoutedBatchSampler(torch.utils.data.Sampler[list[int]]):
         self.world_size = world_size
         self.seed = seed
         self.epoch = 0
-        self._safe: np.ndarray | None = None
+        self._bits: torch.Tensor | None = None
+        self._safe_rows = length  # without a split all rows are of one kind
         self._kinds: np.ndarray | None = None
 
     def set_epoch(self, epoch: int) -> None:
@@ -83,10 +86,11 @@ class RoutedBatchSampler(torch.utils.data.Sampler[list[int]]):
         Raises:
             `ValueError`: If the type or the shape is another.
         """
-        split = None if safe is None else _boolean(safe, "safe").copy()
+        split = None if safe is None else _boolean(safe, "safe")
         if split is not None and len(split) != self.length:
             raise ValueError(f"safe must have one value for each of {self.length} rows, but has {len(split)}")
-        self._safe = split
+        self._bits = None if split is None else pack_mask(split)
+        self._safe_rows = self.length if split is None else int(np.count_nonzero(split))
         self._kinds = None
 
     @property
@@ -95,7 +99,7 @@ class RoutedBatchSampler(torch.utils.data.Sampler[list[int]]):
         `(steps,)`, boolean, on the host: whether step `i` of the epoch is a safe one, the same on all processes.
         `None` without a split.
         """
-        if self._kinds is None and self._safe is not None:
+        if self._kinds is None and self._bits is not None:
             self._kinds = self._draw()[0]
             self._kinds.setflags(write=False)
         return self._kinds
@@ -106,10 +110,12 @@ class RoutedBatchSampler(torch.utils.data.Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         kinds, generator = self._draw()
-        order = generator.permutation(self.length)
-        if self._safe is None:
+        # As `generator.permutation`, in half of its memory.
+        order = np.arange(self.length, dtype=np.uint32 if self.length <= 1 << 32 else np.int64)
+        generator.shuffle(order)
+        if self._bits is None:
             return self._batches(kinds, order, order[:0])
-        safe = self._safe[order]
+        safe = unpack_mask(self._bits, self.length)[order]
         return self._batches(kinds, order[safe], order[~safe])
 
     def _batches(self, kinds: np.ndarray, safe: np.ndarray, risky: np.ndarray) -> Iterator[list[int]]:
@@ -127,9 +133,8 @@ class RoutedBatchSampler(torch.utils.data.Sampler[list[int]]):
     def _draw(self) -> tuple[np.ndarray, np.random.Generator]:
         # The kinds before the rows, so that to know the kinds takes no permutation of all rows.
         generator = np.random.default_rng(derive_seed(self.seed, self.epoch))
-        safe = self.length if self._safe is None else int(np.count_nonzero(self._safe))
         group = self.batch_size * self.world_size
-        kinds = np.repeat([True, False], [safe // group, (self.length - safe) // group])
+        kinds = np.repeat([True, False], [self._safe_rows // group, (self.length - self._safe_rows) // group])
         generator.shuffle(kinds)
         # Together the two kinds have as many groups as there are steps, or one more: the last of them, which in random
         # order is any of them, is left out.
@@ -173,7 +178,7 @@ def unpack_mask(bits: np.ndarray | torch.Tensor, length: int) -> np.ndarray:
             f"bits of a mask of {length} rows must be uint8 of shape ({-(-length // 8)},), but are {packed.dtype} of "
             f"shape {packed.shape}"
         )
-    return np.unpackbits(packed, count=length).astype(bool)
+    return np.unpackbits(packed, count=length).view(bool)
 
 
 def _boolean(mask: np.ndarray | torch.Tensor, name: str) -> np.ndarray:

@@ -17,6 +17,7 @@ from ..losses import clip_loss, safeclip_cross_loss, safeclip_unimodal_loss
 from .arguments import SafeCLIPTrainingArguments
 from .base import CLIPTrainer, Embeddings
 from .chunking import Batch
+from .kept_scores import forget_scores
 from .pools import FeaturePools, pool_length
 from .scoring import score_pairs
 from .split import SplitHistory
@@ -167,6 +168,10 @@ class SafeCLIPTrainer(CLIPTrainer):
         steps_done = self.state.global_step % self._steps_per_epoch if starting else 0
         self._batch_of_epoch = steps_done * self.args.gradient_accumulation_steps
 
+    def on_train_end(self) -> None:
+        super().on_train_end()
+        forget_scores(self.args)
+
     def make_batch_sampler(self, batch_size: int) -> RoutedBatchSampler:
         seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
         length = self._dataset_length() or 0
@@ -190,10 +195,9 @@ class SafeCLIPTrainer(CLIPTrainer):
     def _split(self, epoch: int) -> None:
         scores = score_pairs(self, epoch, augmented=self.args.score_views == "augmented")
         args = self.args
-        if args.process_index == 0:
+        if scores is not None:  # on the first rank alone
             self.splits.add(epoch, scores, args.safe_threshold, args.safe_growth, args.safe_cap, seed=args.seed)
         if args.world_size > 1:
-            # Fitted once and passed on: processors differ in the last bit.
             shared = [self.splits]
             broadcast_object_list(shared)
             self.splits = shared[0]

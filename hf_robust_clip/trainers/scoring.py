@@ -1,25 +1,34 @@
-"""A pass over all pairs that gives the similarity of each, the same on every rank."""
+"""A pass over all pairs that gives the similarity of each, and goes on where it was interrupted."""
 
 from __future__ import annotations
 
+import itertools
+import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 
 from ..augment.images import to_float
 from ..data.collator import ORIGINAL
 from ..data.rows import BAD_ROWS, POISONED, ROW_INDEX, IndexedDataset
 from ..distributed import gather_features
 from ..seeding import derive_seed, forked_rng
+from .kept_scores import SCORE, KeptScores
 
 if TYPE_CHECKING:
     from .base import CLIPTrainer
 
 #: Sets the randomness of scoring apart from that of training.
 _SCORING = 1
+#: Batches whose scores wait on the device, so that scoring rarely waits for it.
+_WAITING = 64
+#: Seconds between the moments at which the scores so far are written down.
+_SAVE_SECONDS = 60.0
+#: Scores that the ranks exchange at a time.
+_EXCHANGED = 1 << 22
 
 
 class PairScores(NamedTuple):
@@ -33,13 +42,14 @@ class PairScores(NamedTuple):
     poisoned: np.ndarray | None
 
 
-def score_pairs(trainer: CLIPTrainer, epoch: int, augmented: bool = False) -> PairScores:
+def score_pairs(trainer: CLIPTrainer, epoch: int, augmented: bool = False) -> PairScores | None:
     """
     Score every pair of the trainer's `train_dataset` with the model as it is.
 
-    In inference mode, at the evaluation batch size, each rank a contiguous share of the rows; the rows that fill up
-    the last share are left out of the result. Of several captions a row is scored on the one that training draws in
-    this epoch.
+    In inference mode, at the evaluation batch size, each rank a contiguous share of the rows. Of several captions a
+    row is scored on the one that training draws in this epoch. A pass of more than a minute writes its scores into
+    `output_dir` as it goes: the same pass of a resumed training goes on from there. Takes 5 bytes a row of its share
+    on each rank, and as many of all rows on the first.
 
     Args:
         trainer ([`CLIPTrainer`]): With a map-style `train_dataset`. Torch's global generators are left as they are.
@@ -47,42 +57,51 @@ def score_pairs(trainer: CLIPTrainer, epoch: int, augmented: bool = False) -> Pa
         augmented (`bool`): Whether to score augmented views in place of the pairs as they are.
 
     Returns:
-        [`PairScores`]: The same on every rank.
+        [`PairScores`]: On the first rank; `None` on the others.
     """
     args = trainer.args
     on_bad_row: Any = args.on_bad_row
     dataset = IndexedDataset(trainer.train_dataset, args.image_column, args.caption_column, on_bad_row=on_bad_row)
-    share = -(-len(dataset) // args.world_size)
+    rows = len(dataset)
+    share = -(-rows // args.world_size)
+    scores = np.empty(share, dtype=SCORE)
+    # Sharded parameters come together only in the wrapped model's forward pass.
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    model: Any = trainer.model_wrapped if sharded else trainer.unwrapped_model
+    kept = KeptScores(trainer, model, epoch, augmented)
+    done = kept.restore(scores)
     first = args.process_index * share
-    rows = torch.arange(first, first + share).clamp(max=len(dataset) - 1)
+    own = range(min(first + done, rows), min(first + share, rows))
     loader: DataLoader[Any] = DataLoader(
-        Subset(dataset, rows.tolist()),
+        dataset,
+        # As many on every rank, since those of sharded parameters encode in step.
+        sampler=itertools.chain(own, itertools.repeat(rows - 1, share - done - len(own))),
         batch_size=args.eval_batch_size,
         collate_fn=trainer.data_collator.with_views(("scored",) if augmented else (ORIGINAL,)),
         generator=torch.Generator(),  # its own, or the workers' seed would be drawn from the global one
         **trainer.worker_settings(),
     )
-    # Sharded parameters come together only in the wrapped model's forward pass.
-    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-    model: Any = trainer.model_wrapped if sharded else trainer.unwrapped_model
     was_training = model.training
     model.eval()
-    scores = []  # (B, 3) each
+    waiting: list[torch.Tensor] = []  # (B, 3) each, on the device
+    saved = time.monotonic()
     try:
         with torch.inference_mode():
-            for number, batch in enumerate(loader):
+            for number, batch in enumerate(loader, start=done // args.eval_batch_size):
                 key = derive_seed(args.seed, epoch, number, args.process_index, _SCORING)
-                scores.append(_score_batch(trainer, model, batch, key if augmented else None))
+                waiting.append(_score_batch(trainer, model, batch, key if augmented else None))
+                due = time.monotonic() - saved >= _SAVE_SECONDS
+                if due or len(waiting) == _WAITING:
+                    done = _note(scores, waiting, first, rows, done)
+                if due:
+                    kept.save(scores, done)
+                    saved = time.monotonic()
+            done = _note(scores, waiting, first, rows, done)
+            if kept.written:
+                kept.save(scores, done)  # for a training that is interrupted before its next checkpoint
     finally:
         model.train(was_training)
-    scored = torch.cat(scores).clone()  # (share, 3), out of inference mode
-    # Where another row came in a row's place, that row cannot be used.
-    scored[scored[:, 0] != rows.to(scored.device), 1:] = torch.nan
-    gathered = gather_features(scored)[: len(dataset)].cpu()  # (N, 3)
-    flags = gathered[:, 2]
-    poisoned = (flags == 1).numpy() if bool((flags >= 0).any()) else None
-    similarities = gathered[:, 1].float().numpy()
-    return PairScores(similarities, poisoned)
+    return _put_together(scores, rows, args)
 
 
 def _score_batch(trainer: CLIPTrainer, model: Any, batch: dict[str, Any], key: int | None) -> torch.Tensor:
@@ -103,3 +122,36 @@ def _score_batch(trainer: CLIPTrainer, model: Any, batch: dict[str, Any], key: i
     similarities = (image_embeds * text_embeds).sum(dim=-1)
     parts = (rows.to(images.device), similarities, flags.to(images.device))
     return torch.stack([part.double() for part in parts], dim=1)
+
+
+def _note(scores: np.ndarray, waiting: list[torch.Tensor], first: int, rows: int, done: int) -> int:
+    """Move what waits on the device into this rank's scores, of which `done` are there; how many are there then."""
+    for batch in waiting:
+        numbers, similarities, flags = batch.cpu().numpy().T
+        # Where another row came in a row's place, that row cannot be used.
+        asked = np.minimum(np.arange(first + done, first + done + len(numbers)), rows - 1)
+        part = scores[done : done + len(numbers)]
+        part["similarity"] = np.where(numbers == asked, similarities, np.nan)
+        part["flag"] = np.where(numbers == asked, flags, -2)
+        done += len(numbers)
+    waiting.clear()
+    return done
+
+
+def _put_together(scores: np.ndarray, rows: int, args: Any) -> PairScores | None:
+    """The scores of all ranks, on the first of them."""
+    share, step = len(scores), max(1, _EXCHANGED // args.world_size)
+    main = args.process_index == 0
+    similarities = np.empty(rows if main else 0, dtype=np.float32)
+    flags = np.empty(rows if main else 0, dtype=np.int8)
+    for start in range(0, share, step):
+        part = scores[start : start + step]
+        columns = np.stack([part["similarity"], part["flag"].astype(np.float32)])[None]  # (1, 2, n)
+        gathered = gather_features(torch.from_numpy(columns).to(args.device)).cpu().numpy()  # (world_size, 2, n)
+        for rank, (values, marks) in enumerate(gathered if main else ()):
+            place = slice(rank * share + start, min(rank * share + start + len(part), rows))
+            count = max(0, place.stop - place.start)
+            similarities[place], flags[place] = values[:count], marks[:count]
+    if not main:
+        return None
+    return PairScores(similarities, flags == 1 if bool((flags >= 0).any()) else None)

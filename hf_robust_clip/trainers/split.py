@@ -15,6 +15,8 @@ from .scoring import PairScores
 
 #: Bins of the histograms over similarities in [-1, 1].
 BINS = 200
+#: Pairs whose probability is computed at a time, 8 bytes each.
+_CHUNK = 1_000_000
 
 
 class SplitRecord(NamedTuple):
@@ -46,8 +48,11 @@ class SplitHistory:
     """
     The splits of a training so far: the current one as a mask, of all a [`SplitRecord`] and a histogram.
 
+    Of a split it keeps a bit a pair.
+
     Attributes:
-        safe (`np.ndarray` of shape `(N,)`, bool, or `None`): Which pairs the latest split calls safe.
+        safe (`np.ndarray` of shape `(N,)`, bool, or `None`): Which pairs the latest split calls safe, a new array each
+            time.
         epoch (`int` or `None`): Its epoch.
         records (`list[SplitRecord]`): One a split.
         histograms (`list[np.ndarray]`): One a split, int64 `(2, BINS)`: how many clean and how many poisoned pairs
@@ -55,9 +60,14 @@ class SplitHistory:
     """
 
     def __init__(self) -> None:
-        self.safe: np.ndarray | None = None
+        self._bits: torch.Tensor | None = None
+        self._length = 0
         self.records: list[SplitRecord] = []
         self.histograms: list[np.ndarray] = []
+
+    @property
+    def safe(self) -> np.ndarray | None:
+        return None if self._bits is None else unpack_mask(self._bits, self._length)
 
     @property
     def epoch(self) -> int | None:
@@ -78,23 +88,23 @@ class SplitHistory:
             seed (`int`): Of the mixture's subsample.
         """
         similarities = scores.similarities
-        usable = np.flatnonzero(~np.isnan(similarities))
-        mixture = SimilarityMixture.fit(similarities[usable], seed=seed)
-        probabilities = mixture.probability(similarities[usable])
-        # The probability never falls as similarity rises, so this ranks by both; ties by row.
-        ranking = usable[np.argsort(-similarities[usable], kind="stable")]
+        usable = ~np.isnan(similarities)
+        values = similarities if usable.all() else similarities[usable]
+        mixture = SimilarityMixture.fit(values, seed=seed)
         if self.records:
             first = self.records[0]
             count = round((first.safe_share + growth * (epoch - int(first.epoch))) * len(similarities))
         else:
-            count = int((probabilities >= threshold).sum())
-        count = min(count, int(cap * len(similarities)), len(usable))
-        safe = np.zeros(len(similarities), dtype=bool)
-        safe[ranking[:count]] = True
+            count = _count_above(mixture, values, threshold)
+        count = min(count, int(cap * len(similarities)), len(values))
+        # The probability never falls as similarity rises, so the most similar ones are the top by both; ties by row.
+        lowest = float(np.partition(values, len(values) - count)[len(values) - count]) if count else float("nan")
+        safe = similarities > lowest
+        safe[np.flatnonzero(similarities == lowest)[: count - np.count_nonzero(safe)]] = True
         record = SplitRecord(
             epoch,
             count / len(similarities),
-            float(similarities[ranking[count - 1]]) if count else float("nan"),
+            lowest,
             *(
                 float(values[component])
                 for component in (0, 1)
@@ -102,16 +112,16 @@ class SplitHistory:
             ),
         )
         poisoned = scores.poisoned if scores.poisoned is not None else np.zeros(len(similarities), dtype=bool)
-        if poisoned[usable].any() and not poisoned[usable].all():
+        groups = [similarities[usable & of_kind] for of_kind in (~poisoned, poisoned)]
+        if all(len(group) for group in groups):
             quality = split_quality(safe, poisoned, similarities)
             record = record._replace(
                 auroc=quality.auroc,
                 poisons_in_safe_set=quality.poison_share_in_safe_set,
                 safe_set_poison_rate=quality.safe_set_poison_rate,
             )
-        self.safe = safe
+        self._bits, self._length = pack_mask(safe), len(safe)
         self.records.append(record)
-        groups = (similarities[usable[~poisoned[usable]]], similarities[usable[poisoned[usable]]])
         self.histograms.append(np.stack([np.histogram(np.clip(g, -1, 1), BINS, (-1.0, 1.0))[0] for g in groups]))
 
     def to_list(self) -> list[dict[str, Any]]:
@@ -130,18 +140,24 @@ class SplitHistory:
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """As tensors: the mask as a bitmap, `(N / 8,)` uint8."""
-        if self.safe is None:
+        if self._bits is None:
             return {}
         return {
-            "split": pack_mask(self.safe),
+            "split": self._bits,
             "split_records": torch.tensor(self.records, dtype=torch.float64),  # (splits, fields)
             "split_histograms": torch.from_numpy(np.stack(self.histograms)),  # (splits, 2, BINS)
         }
 
     def load_state_dict(self, state: dict[str, Any], length: int) -> None:
         """Take over what [`state_dict`] returned, for a dataset of that length."""
-        self.safe, self.records, self.histograms = None, [], []
+        self._bits, self._length, self.records, self.histograms = None, length, [], []
         if "split" in state:
-            self.safe = unpack_mask(state["split"], length)
+            self._bits = pack_mask(unpack_mask(state["split"], length))
             self.records = [SplitRecord(*row) for row in state["split_records"].tolist()]
             self.histograms = list(state["split_histograms"].numpy())
+
+
+def _count_above(mixture: SimilarityMixture, similarities: np.ndarray, threshold: float) -> int:
+    """How many pairs have at least this probability of being safe."""
+    chunks = (similarities[start : start + _CHUNK] for start in range(0, len(similarities), _CHUNK))
+    return sum(int(np.count_nonzero(mixture.probability(chunk) >= threshold)) for chunk in chunks)

@@ -127,3 +127,10 @@ def test_state_without_a_split_forgets_the_one_there_is() -> None:
     history.load_state_dict({"bad_rows": torch.zeros(0)}, ROWS)
     assert history.safe is None
     assert history.epoch is None
+
+
+def test_state_takes_a_bit_a_pair() -> None:
+    history = split([two_groups()])
+    kept = sum(value.nbytes for value in vars(history).values() if isinstance(value, torch.Tensor))
+    assert kept == ROWS / 8
+    assert history.state_dict()["split"].nbytes == ROWS / 8
