@@ -95,6 +95,12 @@ class CLIPTrainingArguments(TrainingArguments):
         super().__setattr__(name, value)
 
     def __post_init__(self) -> None:
+        # Without an accelerator nothing is pinned, and torch says so at every epoch.
+        on_accelerator = torch.accelerator.is_available() and not self.use_cpu
+        self.dataloader_pin_memory = self.dataloader_pin_memory and on_accelerator
+        if self.accelerator_config is None and self.dataloader_pin_memory:
+            # A batch moves to the device while the one before it is trained on.
+            self.accelerator_config = {"non_blocking": True}
         super().__post_init__()
         for name, accepted in (
             ("image_preset", IMAGE_PRESETS),
@@ -108,8 +114,6 @@ class CLIPTrainingArguments(TrainingArguments):
             _check_whole(self, "contrastive_chunk_size", least=1)
         if self.max_length is not None and self.max_length < 2:
             raise ValueError(f"max_length must be None or at least 2 tokens, but is {self.max_length!r}")
-        # Without an accelerator nothing is pinned, and torch says so at every epoch.
-        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
         # B x B logits of several batches cannot be concatenated, and nothing here reads them.
         self.prediction_loss_only = True
         # Dispatching cuts batches along their first dimension, which for the texts is views x rows.

@@ -1,17 +1,20 @@
-"""RoCLIP and SafeCLIP with what people set on a Trainer: evaluation, checkpoints, precision, adapters, batch size."""
+"""The defences with what people set on a Trainer: evaluation, checkpoints, precision, adapters, batch size."""
 
 from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from training import digits, make_trainer, small_model, training_log
+from accelerate.state import AcceleratorState
+from training import assert_same_bits, digits, make_trainer, small_model, training_log
+from transformers import CLIPModel
 
-from hf_robust_clip import CLIPTrainer, RoCLIPTrainer, SafeCLIPTrainer, ZeroShotEvaluator
+from hf_robust_clip import CleanCLIPTrainer, CLIPTrainer, RoCLIPTrainer, SafeCLIPTrainer, ZeroShotEvaluator
 from hf_robust_clip.data.digits import CAPTION_TEMPLATES, CLASS_NAMES
 
 BOTH = pytest.mark.parametrize("cls", [RoCLIPTrainer, SafeCLIPTrainer])
@@ -155,3 +158,43 @@ def test_evaluation_before_training(cls: type[CLIPTrainer], tmp_path: Path) -> N
     assert trainer.training_state().keys() == {"bad_rows"}
     trainer.train()
     assert last_phase_ran(trainer)
+
+
+@pytest.fixture
+def fresh_accelerator(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Processes decide once whether they compile, and note it in their environment."""
+    for name in ("BACKEND", "MODE", "USE_REGIONAL_COMPILATION"):
+        monkeypatch.setenv(f"ACCELERATE_DYNAMO_{name}", "")
+        monkeypatch.delenv(f"ACCELERATE_DYNAMO_{name}")
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)
+
+
+@pytest.mark.usefixtures("fresh_accelerator")
+def test_compiled_encoders_train_alike(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"max_steps": 2, "model": undropped()}
+    plain = make_trainer(CleanCLIPTrainer, tmp_path, **options)
+    plain.train()
+    AcceleratorState._reset_state(True)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    options = {**options, "model": undropped(), "torch_compile": True, "torch_compile_backend": "eager"}
+    compiled = make_trainer(CleanCLIPTrainer, tmp_path, **options)
+    compiled.train()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1
+    assert not torch._dynamo.utils.counters["graph_break"]
+    assert_same_bits(plain, compiled)
+    compiled.save_model(str(tmp_path / "saved"))
+    saved = CLIPModel.from_pretrained(tmp_path / "saved")
+    for name, value in plain.model.state_dict().items():
+        assert torch.equal(saved.state_dict()[name], value)
+
+
+def undropped() -> CLIPModel:
+    """Without dropout, which compilers draw in another order."""
+    model = small_model()
+    for module in model.modules():
+        if isinstance(getattr(module, "dropout", None), float):
+            module.dropout = 0.0
+    return model

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from training import SHORT, make_trainer
 from transformers import Trainer
 
 import hf_robust_clip
-from hf_robust_clip import CLIPTrainer, RoCLIPTrainer, SafeCLIPTrainer
+from hf_robust_clip import CLIPTrainer, CLIPTrainingArguments, RoCLIPTrainer, SafeCLIPTrainer
 
 PACKAGE = Path(hf_robust_clip.__file__).parent
 #: What hands a value of a tensor, or a size that depends on values, to Python.
@@ -71,3 +72,13 @@ def test_a_loss_that_is_not_finite_is_logged(tmp_path: Path) -> None:
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert len(losses) == 2 and all(loss != loss for loss in losses)
     assert trainer.record().to_json().count('"loss": null') == 2
+
+
+@pytest.mark.parametrize("accelerator", [True, False])
+def test_batches_move_to_the_device_without_waiting(
+    accelerator: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: accelerator)
+    for given, expected in (({}, accelerator), ({"accelerator_config": {"even_batches": False}}, False)):
+        args = CLIPTrainingArguments(str(tmp_path), **given)
+        assert (args.accelerator_config.non_blocking, args.dataloader_pin_memory) == (expected, accelerator)
