@@ -6,6 +6,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -45,6 +46,7 @@ from .checks import (
 )
 from .chunking import Batch, chunked_step, scale_of, unused_of
 from .publishing import PublishingTrainer
+from .sharding import shardable
 
 logger = logging.get_logger(__name__)
 
@@ -503,6 +505,11 @@ class CLIPTrainer(PublishingTrainer):
         return data_collator if description == "Training" else self._eval_collator
 
     # ---- Optimizer ----
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        sharded = shardable(self.unwrapped_model, self.accelerator) if self.is_fsdp_enabled else nullcontext()
+        with sharded:
+            return super()._prepare_for_training(*args, **kwargs)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """As the Trainer's, without `logit_scale` and `logit_bias`: a temperature has nothing to decay to."""

@@ -46,7 +46,7 @@ def score_pairs(trainer: CLIPTrainer, epoch: int, augmented: bool = False) -> Pa
     """
     Score every pair of the trainer's `train_dataset` with the model as it is.
 
-    In inference mode, at the evaluation batch size, each rank a contiguous share of the rows. Of several captions a
+    Without gradients, at the evaluation batch size, each rank a contiguous share of the rows. Of several captions a
     row is scored on the one that training draws in this epoch. A pass of more than a minute writes its scores into
     `output_dir` as it goes: the same pass of a resumed training goes on from there. Takes 5 bytes a row of its share
     on each rank, and as many of all rows on the first.
@@ -86,7 +86,8 @@ def score_pairs(trainer: CLIPTrainer, epoch: int, augmented: bool = False) -> Pa
     waiting: list[torch.Tensor] = []  # (B, 3) each, on the device
     saved = time.monotonic()
     try:
-        with torch.inference_mode():
+        # Sharded parameters that come together in inference mode could not be trained on.
+        with torch.no_grad() if sharded else torch.inference_mode():
             for number, batch in enumerate(loader, start=done // args.eval_batch_size):
                 key = derive_seed(args.seed, epoch, number, args.process_index, _SCORING)
                 waiting.append(_score_batch(trainer, model, batch, key if augmented else None))

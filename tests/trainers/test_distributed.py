@@ -1,19 +1,32 @@
-"""Two processes of batch B train as one of batch 2B, resume to the bit, and measure the same to the last digit."""
+"""Several processes train as one with the whole batch, resume to the bit, and measure the same to the last digit."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.multiprocessing as mp
-from accelerate.utils import gather_object
-from training import digits, make_trainer, poisoned_pairs, small_model
+import yaml
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, gather_object
+from training import (
+    assert_same_bits,
+    digits,
+    make_trainer,
+    poisoned_pairs,
+    small_model,
+    train_and_resume,
+    training_log,
+)
 
 from hf_robust_clip import (
     AttackSuccessEvaluator,
@@ -34,6 +47,7 @@ from hf_robust_clip.data.sampling import unpack_mask
 from hf_robust_clip.evaluation.embedding import Embedder
 from hf_robust_clip.losses import cleanclip_loss, clip_loss, roclip_loss, safeclip_cross_loss, safeclip_unimodal_loss
 
+EXAMPLES = Path(__file__).parents[2] / "examples"
 WORLD = 2
 ROWS, DIM = 6, 5
 #: From the second split on, between a third and two thirds of the pairs are safe.
@@ -69,6 +83,10 @@ VARIANTS: dict[str, tuple[int, dict[str, Any]]] = {
         {"gradient_accumulation_steps": 2, "accumulate_negatives": True, "contrastive_chunk_size": 3},
     ),
 }
+#: With the weights divided among the processes.
+SHARDED: dict[str, dict[str, Any]] = {"": {}, ", in chunks": {"contrastive_chunk_size": 3}}
+#: From which of these steps others go on: in a matching epoch, and in the second split.
+CHECKPOINTS = {RoCLIPTrainer: 2, SafeCLIPTrainer: 6}
 #: In two batches of 8 a step: RoCLIP's second epoch matches, SafeCLIP's third and fourth are split.
 RESUMED: dict[str, tuple[type[CLIPTrainer], int, dict[str, Any]]] = {
     "CLIPTrainer": (CLIPTrainer, 3, {"num_train_epochs": 2}),
@@ -137,9 +155,9 @@ def test_gradients_of_two_processes_are_those_of_one_with_the_whole_batch(tmp_pa
             torch.testing.assert_close(two, one, rtol=1e-10, atol=1e-12, msg=lambda text, name=name: f"{name}: {text}")
 
 
-def launch(mode: str, output: Path, **environment: str) -> None:
-    """Run this file as a script in two processes, as `torchrun` does."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(WORLD), "--master_port", "0"]
+def launch(mode: str, output: Path, processes: int = WORLD, **environment: str) -> None:
+    """Run this file as a script in several processes, as `torchrun` does."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "0"]
     command[3:3] = ["--standalone"]
     paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[2])])
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **environment}
@@ -149,7 +167,9 @@ def launch(mode: str, output: Path, **environment: str) -> None:
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
 
 
-def few_steps(cls: type[CLIPTrainer], output: Path, batch: int, **overrides: Any) -> CLIPTrainer:
+def few_steps(
+    cls: type[CLIPTrainer], output: Path, batch: int, checkpoint: Path | None = None, **overrides: Any
+) -> CLIPTrainer:
     """After steps of plain SGD without augmentation of images; captions are keyed by row."""
     trainer = make_trainer(
         cls,
@@ -167,35 +187,48 @@ def few_steps(cls: type[CLIPTrainer], output: Path, batch: int, **overrides: Any
     for module in trainer.model.modules():
         if isinstance(getattr(module, "dropout", None), float):
             module.dropout = 0.0
-    trainer.train()
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     return trainer
 
 
 def state_of(trainer: CLIPTrainer) -> dict[str, torch.Tensor]:
     """Weights, pools and splits."""
-    return {**dict(trainer.model.named_parameters()), **trainer.training_state()}
+    weights = {name: getattr(p, "full_tensor", lambda p=p: p)() for name, p in trainer.model.named_parameters()}
+    return {**weights, **trainer.training_state()}
 
 
-def test_trainers_in_two_processes(tmp_path: Path) -> None:
-    launch("script", tmp_path)
+def assert_state(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], what: str) -> None:
+    for name, value in expected.items():
+        if not name.startswith("split_"):
+            torch.testing.assert_close(
+                *(found[name], value),
+                rtol=1e-6,
+                atol=2e-6,
+                msg=lambda m, n=f"{what}, {name}": f"{n}: {m}",
+                check_dtype=False,
+            )
+
+
+def test_trainers_in_several_processes(tmp_path: Path) -> None:
+    launch("two", tmp_path)
+    launch("four", tmp_path, processes=4)
     for cls in TRAINERS:
-        expected = state_of(few_steps(cls, tmp_path / "one", batch=WORLD * 8))
-        for variant in VARIANTS:
+        expected = state_of(few_steps(cls, tmp_path / "one", batch=16))
+        for variant in (*VARIANTS, *(f", sharded{variant}" for variant in SHARDED), ", four"):
             if variant == ", accumulated" and cls not in (CLIPTrainer, CleanCLIPTrainer):
                 continue  # the rows come in another order, which pools and splits follow
-            found = torch.load(tmp_path / f"{cls.__name__}{variant}.pt")
-            for name, value in expected.items():
-                if not name.startswith("split_"):
-                    torch.testing.assert_close(
-                        *(found[name], value),
-                        rtol=1e-6,
-                        atol=1e-6,
-                        msg=lambda m, n=f"{cls.__name__} {variant}, {name}": f"{n}: {m}",
-                        check_dtype=False,
-                    )
+            assert_state(torch.load(tmp_path / f"{cls.__name__}{variant}.pt"), expected, f"{cls.__name__}{variant}")
+        # Of two processes, in one.
+        if cls in CHECKPOINTS:
+            checkpoint = tmp_path / "two" / cls.__name__ / f"checkpoint-{CHECKPOINTS[cls]}"
+            resumed = few_steps(cls, tmp_path / "resumed", batch=16, checkpoint=checkpoint)
+            assert_state(state_of(resumed), expected, f"{cls.__name__}, resumed in one process")
     assert 1 / 3 < unpack_mask(torch.load(tmp_path / "SafeCLIPTrainer.pt")["split"], 80).mean() < 2 / 3
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["resumed_equals_uninterrupted"] == dict.fromkeys(RESUMED, True)
+    assert (
+        report["sharded_resumed_equals_uninterrupted"] and report["sharded_figures"] == report["sharded_figures_after"]
+    )
     assert report["ranks_agree"] == {
         **dict.fromkeys([cls.__name__ + variant for cls in TRAINERS for variant in VARIANTS], True),
         **dict.fromkeys([f"{name}, resumed" for name in RESUMED], True),
@@ -277,17 +310,77 @@ def ranks_agree(trainer: CLIPTrainer) -> bool:
     return len(set(gather_object([digest.hexdigest()]))) == 1
 
 
-def script(output: Path) -> None:
-    """What the launched processes do: everything that needs two of them, in one launch."""
+@contextlib.contextmanager
+def sharding() -> Iterator[None]:
+    """FSDP on CPUs, where accelerate leaves it out, although torch has it there."""
+    original = AcceleratorState.__init__
+
+    def patched(self: Any, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
+        original(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        self.distributed_type = DistributedType.FSDP
+        if fsdp_plugin is not None:
+            self.fsdp_plugin = fsdp_plugin
+
+    settings = yaml.safe_load((EXAMPLES / "accelerate" / "fsdp.yaml").read_text())["fsdp_config"]
+    environment = {
+        "ACCELERATE_USE_FSDP": "true",
+        **{name.upper(): str(value).lower() for name, value in settings.items()},
+        "FSDP_AUTO_WRAP_POLICY": settings["fsdp_auto_wrap_policy"],
+        "FSDP_TRANSFORMER_CLS_TO_WRAP": settings["fsdp_transformer_layer_cls_to_wrap"],
+        "FSDP_STATE_DICT_TYPE": settings["fsdp_state_dict_type"],
+    }
+    AcceleratorState._reset_state()
+    with mock.patch.dict(os.environ, environment), mock.patch.object(AcceleratorState, "__init__", patched):
+        yield
+    AcceleratorState._reset_state()
+
+
+def sharded(output: Path) -> dict[str, Any]:
+    """Everything that needs the weights divided among the processes."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for cls in TRAINERS:
+        for variant, given in SHARDED.items():
+            trainer = few_steps(cls, output / "sharded", 8, **given)
+            assert isinstance(trainer.model, FSDPModule)
+            state = state_of(trainer)
+            if trainer.is_world_process_zero():
+                torch.save(state, output / f"{cls.__name__}, sharded{variant}.pt")
+    evaluator = ZeroShotEvaluator(digits("test").select(range(21)), CLASS_NAMES, CAPTION_TEMPLATES)
+    options: dict[str, Any] = {"num_train_epochs": 4, "evaluators": [evaluator], "eval_strategy": "epoch", **SPLIT}
+    pair = train_and_resume(SafeCLIPTrainer, output / "sharded-resumed", step=10, **options)
+    states = [state_of(trainer) for trainer in pair]
+    figure = "eval_clean_top5_accuracy"
+    return {
+        "sharded_resumed_equals_uninterrupted": training_log(pair[0]) == training_log(pair[1])
+        and all(torch.equal(value.nan_to_num(), states[1][name].nan_to_num()) for name, value in states[0].items()),
+        "sharded_figures": [entry[figure] for entry in pair[1].state.log_history if figure in entry][-1],
+        "sharded_figures_after": pair[1].run_evaluators()["clean_top5_accuracy"],
+    }
+
+
+def four(output: Path) -> None:
+    """What four processes do: the same steps, and those after a checkpoint of two processes."""
+    for cls in TRAINERS:
+        step = CHECKPOINTS.get(cls)
+        checkpoint = output / "two" / cls.__name__ / f"checkpoint-{step}" if step else None
+        trainer = few_steps(cls, output / "four", 4, checkpoint)
+        state = state_of(trainer)
+        if trainer.is_world_process_zero():
+            torch.save(state, output / f"{cls.__name__}, four.pt")
+
+
+def two(output: Path) -> None:
+    """What two processes do, in one launch."""
     from recording import RecordedRoCLIP, RecordedSafeCLIP
     from test_base import broken
-    from training import assert_same_bits, train_and_resume
 
     report: dict[str, Any] = {"resumed_equals_uninterrupted": {}, "ranks_agree": {}, "matching_steps": {}}
     main = int(os.environ["RANK"]) == 0
     for cls in TRAINERS:
         for variant, (batch, given) in VARIANTS.items():
-            trainer = few_steps(cls, output / "two", batch, **given)
+            saving = {"save_strategy": "steps", "save_steps": CHECKPOINTS[cls]} if cls in CHECKPOINTS else {}
+            trainer = few_steps(cls, output / f"two{variant}" / cls.__name__, batch, **saving, **given)
             report["ranks_agree"][cls.__name__ + variant] = ranks_agree(trainer)
             state = state_of(trainer)
             if main:
@@ -335,9 +428,11 @@ def script(output: Path) -> None:
     trainer = make_trainer(CleanCLIPTrainer, output / "stream", train_dataset=stream, max_steps=3)
     trainer.train()
     report["streamed_steps"] = trainer.state.global_step
+    with sharding():
+        report.update(sharded(output))
     if main:
         (output / "report.json").write_text(json.dumps(report))
 
 
 if __name__ == "__main__":
-    script(Path(sys.argv[2]))
+    {"two": two, "four": four}[sys.argv[1]](Path(sys.argv[2]))

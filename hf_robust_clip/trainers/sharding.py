@@ -1,0 +1,80 @@
+"""What FSDP needs to know of a dual encoder: its temperature is a scalar, which cannot be divided among processes."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+#: What losses and evaluators call beside `forward`; the whole weights must come together for them, too.
+_METHODS = ("get_image_features", "get_text_features")
+
+
+@contextlib.contextmanager
+def shardable(model: Any, accelerator: Accelerator) -> Iterator[None]:
+    """
+    A context in which FSDP takes a dual encoder. Its temperature and its bias stay whole on every process, from where
+    losses read them, and their gradients are averaged.
+
+    Args:
+        model (`nn.Module`): Before it is wrapped.
+        accelerator (`Accelerator`): Set up for FSDP.
+
+    Raises:
+        `ValueError`: For settings of FSDP that cannot work with it.
+    """
+    from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+
+    if isinstance(model, FSDPModule):
+        yield
+        return
+    plugin: Any = accelerator.state.fsdp_plugin
+    for name, accepted in (("fsdp_version", 2), ("cpu_ram_efficient_loading", False)):
+        if getattr(plugin, name) != accepted:
+            setting = name if name.startswith("fsdp_") else f"fsdp_{name}"
+            raise ValueError(
+                f"{setting}={getattr(plugin, name)!r} of accelerate's FSDP settings does not work with a model that "
+                f"has a scalar parameter, logit_scale: set it to {str(accepted).lower()}"
+            )
+    spared = [
+        parameter
+        for name, parameter in model.named_parameters()
+        if parameter.dim() == 0 or name.rpartition(".")[2] in ("logit_scale", "logit_bias")
+    ]
+    for parameter in spared:
+        parameter.data = parameter.data.to(accelerator.device)
+        dist.broadcast(parameter.data, src=0)
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(_average)
+    ignored = plugin.ignored_modules or []
+    if isinstance(ignored, str):
+        ignored = [module for name, module in model.named_modules() if re.fullmatch(ignored, name)]
+    plugin.ignored_modules = [*ignored, nn.ParameterList(spared)]
+    # accelerate asks for them to shard them by themselves, and a dual encoder has none to name.
+    inputs_of = model.get_input_embeddings
+    model.get_input_embeddings = _none
+    try:
+        yield
+    finally:
+        model.get_input_embeddings = inputs_of
+    for method in _METHODS:
+        register_fsdp_forward_method(model, method)
+
+
+def _none() -> None:
+    return None
+
+
+def _average(parameter: torch.Tensor) -> None:
+    # Of accumulated gradients, too: what was averaged before is the same on all processes.
+    assert parameter.grad is not None  # it has just been accumulated
+    dist.all_reduce(parameter.grad)
+    parameter.grad /= dist.get_world_size()
