@@ -35,6 +35,7 @@ _PLUMBING = (
     "accumulate_negatives",
     "max_logit_scale",
     "merge_adapters",
+    "stop_on_non_finite",
     "on_bad_row",
     "adversarial_phrase",
 )

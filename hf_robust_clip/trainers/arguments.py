@@ -51,6 +51,8 @@ class CLIPTrainingArguments(TrainingArguments):
         merge_adapters (`bool`, defaults to `False`): With `peft_config`: whether `save_model` and `push_to_hub` write
             the whole model with the adapters merged in, which loads without PEFT and without the model that training
             started from, instead of the adapters alone. Checkpoints hold the adapters either way.
+        stop_on_non_finite (`bool`, defaults to `True`): Whether to stop at a loss or a gradient that is not finite,
+            and write the step, its rows and its loss terms to `non_finite.json` in `output_dir`.
         on_bad_row (`str`, defaults to `"raise"`): What to do about an image that does not decode or a caption that is
             no string: `"raise"`, or `"skip"`: train on the next usable row instead, and list the rows at the end.
     """
@@ -84,6 +86,9 @@ class CLIPTrainingArguments(TrainingArguments):
     max_logit_scale: float = field(default=100.0, metadata={"help": "Upper bound of exp(logit_scale), at least 1."})
     merge_adapters: bool = field(
         default=False, metadata={"help": "With adapters: save and push the model with them merged in."}
+    )
+    stop_on_non_finite: bool = field(
+        default=True, metadata={"help": "Stop at a loss or a gradient that is not finite, and say in which rows."}
     )
     on_bad_row: str = field(
         default="raise", metadata={"help": "What to do about an unusable row: 'raise', or 'skip' and list it."}

@@ -45,6 +45,7 @@ from .checks import (
     warn_of_half_precision,
 )
 from .chunking import Batch, chunked_step, scale_of, unused_of
+from .finite import FiniteCheck
 from .publishing import PublishingTrainer
 from .sharding import shardable
 
@@ -190,6 +191,7 @@ class CLIPTrainer(PublishingTrainer):
         self._pending: list[Batch] = []
         self._bad_rows: set[int] = set()
         self._loader_generator = torch.Generator()
+        self._finite = FiniteCheck(self) if args.stop_on_non_finite else None
         self._sums: dict[str, torch.Tensor] = {}
         self._pairs_since_log = 0
         self._last_log = time.perf_counter()
@@ -323,6 +325,8 @@ class CLIPTrainer(PublishingTrainer):
     def contrast(self, views: dict[str, Embeddings], scale: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
         """The sum of [`loss_components`], which are logged."""
         terms = self.loss_components(views, scale, inputs)
+        if self._finite is not None:
+            self._finite.note_batch(terms, views, inputs)
         self._accumulate({**terms, "logit_scale": scale.squeeze()})
         self._accumulate_similarities(views[self.views[0]], inputs.get(POISONED))
         return torch.stack(list(terms.values())).sum()
@@ -366,6 +370,8 @@ class CLIPTrainer(PublishingTrainer):
         self._epoch = None
         self._pending.clear()
         self._sums.clear()
+        if self._finite is not None:
+            self._finite.clear()
         self._pairs_since_log = 0
         self._last_log = time.perf_counter()
         self.begin_record()
@@ -388,6 +394,8 @@ class CLIPTrainer(PublishingTrainer):
 
     def on_train_end(self) -> None:
         """Called when training is over."""
+        if self._finite is not None:
+            self._finite.check()
         self.end_record()
         skipped = self.skipped_rows
         if skipped:
@@ -506,6 +514,12 @@ class CLIPTrainer(PublishingTrainer):
 
     # ---- Optimizer ----
 
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm)
+        if self._finite is not None:
+            self._finite.note_gradient(norm)
+        return norm
+
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         sharded = shardable(self.unwrapped_model, self.accelerator) if self.is_fsdp_enabled else nullcontext()
         with sharded:
@@ -560,6 +574,11 @@ class CLIPTrainer(PublishingTrainer):
         )
 
     # ---- Checkpoints ----
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        if self._finite is not None:
+            self._finite.check()
+        super()._save_checkpoint(*args, **kwargs)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)

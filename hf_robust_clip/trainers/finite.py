@@ -1,0 +1,153 @@
+"""Stops a training whose loss or gradient is not finite, and writes down where it went wrong."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import deque
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..data.rows import ROW_INDEX
+from ..files import write_text
+
+if TYPE_CHECKING:
+    from .base import CLIPTrainer, Embeddings
+
+FILE = "non_finite.json"
+#: Steps after which an accelerator has long computed what is asked for, so that asking does not make it wait.
+_LAG = 2
+#: Names of parameters that are listed.
+_LISTED = 20
+
+
+class NonFiniteError(FloatingPointError):
+    """A loss or a gradient that is not finite; the message says which, and in which file the rest is."""
+
+
+class FiniteCheck:
+    """
+    Follows the loss terms and the gradient norm of each step, and stops at the first that is not finite.
+
+    On a CPU before the weights are updated; on an accelerator, which is not made to wait, two steps later, but before
+    anything is saved.
+
+    Args:
+        trainer ([`CLIPTrainer`]): Whose training it follows.
+    """
+
+    def __init__(self, trainer: CLIPTrainer) -> None:
+        self._trainer = trainer
+        self._batches: list[dict[str, Any]] = []
+        self._steps: deque[dict[str, Any]] = deque()
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._batches.clear()
+        self._steps.clear()
+
+    @torch.no_grad()
+    def note_batch(
+        self, terms: Mapping[str, torch.Tensor], views: Mapping[str, Embeddings], inputs: Mapping[str, Any]
+    ) -> None:
+        """Take in a batch: its loss terms, its embeddings and its rows."""
+        finite = [side.isfinite().all(dim=1) for view in views.values() for side in view]  # (B,) each
+        self._batches.append(
+            {
+                "terms": {name: term.detach() for name, term in terms.items()},
+                "usable": torch.stack(finite).all(dim=0),
+                "rows": inputs.get(ROW_INDEX),
+            }
+        )
+
+    def note_gradient(self, norm: Any) -> None:
+        """Take in the norm of a step's gradient, after its batches and before its update."""
+        device = self._trainer.args.device
+        values = [term for batch in self._batches for term in batch["terms"].values()]
+        # A gradient scaler looks for gradients that are not finite by itself, and leaves their step out.
+        if self._trainer.accelerator.scaler is None:
+            whole = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+            values.append(torch.as_tensor(whole, device=device))
+        if not values:
+            return
+        # Reading a value waits for all that the device was asked to do until then; a copy that it was told to make in
+        # passing has long been made when it is read.
+        copied = torch.stack([value.float().reshape(()) for value in values]).to("cpu", non_blocking=True)
+        made = torch.Event(device) if device.type != "cpu" else None
+        if made is not None:
+            made.record()
+        self._steps.append(
+            {
+                "step": self._trainer.state.global_step + 1,
+                "epoch": self._trainer.state.epoch,
+                "values": copied,
+                "made": made,
+                "batches": self._batches,
+            }
+        )
+        self._batches = []
+        self.check(lag=0 if device.type == "cpu" else _LAG)
+
+    def check(self, lag: int = 0) -> None:
+        """
+        Look at all steps but the last `lag`.
+
+        Raises:
+            [`NonFiniteError`]: At the first that is not finite.
+        """
+        while len(self._steps) > lag:
+            step = self._steps.popleft()
+            if step["made"] is not None:
+                step["made"].synchronize()
+            values = iter(step["values"].tolist())
+            terms = [{name: next(values) for name in batch["terms"]} for batch in step["batches"]]
+            norm = next(values, None)
+            wrong = {name for batch in terms for name, value in batch.items() if not math.isfinite(value)}
+            if wrong or not (norm is None or math.isfinite(norm)):
+                self._stop(step, terms, sorted(wrong) or ["gradient_norm"], norm)
+
+    def _stop(self, step: dict[str, Any], terms: list[dict[str, float]], wrong: list[str], norm: float | None) -> None:
+        args, model = self._trainer.args, self._trainer.unwrapped_model
+        rows = [_rows(batch["rows"]) for batch in step["batches"]]
+        broken = [_rows(batch["rows"], ~batch["usable"]) for batch in step["batches"]]
+        path = Path(str(args.output_dir)) / (FILE if args.process_index == 0 else f"rank-{args.process_index}-{FILE}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = {
+            "step": step["step"],
+            "epoch": step["epoch"],
+            "process": args.process_index,
+            "not_finite": wrong,
+            "terms": [{name: repr(value) for name, value in batch.items()} for batch in terms],
+            "gradient_norm": repr(norm),
+            "rows": rows,
+            "rows_with_embeddings_not_finite": broken,
+            # Not the gradients: clipping divides all of them by their norm.
+            "parameters_not_finite": _not_finite(model),
+        }
+        write_text(path, json.dumps(content, indent=2) + "\n")
+        suspects = sorted({row for batch in broken for row in batch or ()})
+        raise NonFiniteError(
+            f"step {step['step']}: {', '.join(wrong)} not finite. "
+            + (f"The embeddings of rows {', '.join(map(str, suspects[:10]))} are not. " if suspects else "")
+            + f"{path} has the rows and the terms. Checkpoints saved before are finite: resume from the newest with a "
+            "lower learning_rate, a max_grad_norm, or without those rows; stop_on_non_finite=False goes on regardless"
+        )
+
+
+def _rows(numbers: torch.Tensor | None, where: torch.Tensor | None = None) -> list[int] | None:
+    if numbers is None:
+        return None
+    chosen: list[int] = (numbers if where is None else numbers[where.to(numbers.device)]).tolist()
+    return chosen
+
+
+def _not_finite(model: torch.nn.Module) -> list[str]:
+    # Of sharded weights each process knows its own.
+    parts = (
+        (name, value.to_local() if hasattr(value, "to_local") else value) for name, value in model.named_parameters()
+    )
+    names = [name for name, value in parts if not bool(value.isfinite().all())]
+    return names if len(names) <= _LISTED else [*names[:_LISTED], f"and {len(names) - _LISTED} more"]
