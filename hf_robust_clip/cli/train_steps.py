@@ -9,13 +9,13 @@ from typing import Any
 
 import datasets
 from transformers import PrinterCallback, ProgressCallback, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from ..data.rows import column_values
 from ..data.scratch import build_model, build_processor
 from ..record import jsonable
 from ..trainers.arguments import CLIPTrainingArguments
 from ..trainers.base import CLIPTrainer
+from ..trainers.checkpoints import newest_checkpoint
 from ..trainers.cleanclip import CleanCLIPTrainer
 from ..trainers.roclip import RoCLIPTrainer
 from ..trainers.safeclip import SafeCLIPTrainer
@@ -118,7 +118,7 @@ def _checkpoint(args: argparse.Namespace, arguments: CLIPTrainingArguments) -> s
             raise UsageError(f"--resume-from-checkpoint: {arguments.resume_from_checkpoint} is not a folder")
         return arguments.resume_from_checkpoint
     folder = Path(args.output_dir)
-    newest = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    newest = newest_checkpoint(folder)
     if newest is not None and not args.resume:
         raise UsageError(
             f"--output-dir: {folder} holds {Path(newest).name} of an earlier run: give another folder, or --resume to "

@@ -585,7 +585,7 @@ class CLIPTrainer(PublishingTrainer):
         state = self.training_state()
         if self.args.should_save:
             metadata = {"trainer": type(self).__name__, "rows": str(self._dataset_length())}
-            save_file(state, os.path.join(output_dir, STATE_FILE), metadata=metadata)
+            save_file(state, os.path.join(self._staged(output_dir), STATE_FILE), metadata=metadata)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         path = os.path.join(checkpoint, STATE_FILE) if checkpoint is not None else ""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from huggingface_hub import HfApi
 from transformers import Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from ..cards import kept_card, license_of, write_card
@@ -23,6 +24,7 @@ from .adapters import (
     warn_of_local_base,
 )
 from .arguments import CLIPTrainingArguments
+from .checkpoints import Staging, newest_checkpoint, trouble_with
 from .pictures import save_report_of
 from .recording import record_of
 
@@ -45,7 +47,7 @@ class PublishingTrainer(Trainer):
     figures_after: dict[str, float] | None = None
     _seconds_before = 0.0
     _train_begin: float | None = None
-    _saving_checkpoint = False
+    _staging: Staging | None = None
     _unwrapped: tuple[Any, Any] | None = None
     _described: tuple[Any, dict[str, Any]] | None = None
 
@@ -136,7 +138,7 @@ class PublishingTrainer(Trainer):
         folder = output_dir or str(self.args.output_dir)
         if not has_adapters(self.unwrapped_model):
             super()._save(output_dir, state_dict)
-        elif self.args.merge_adapters and not self._saving_checkpoint:
+        elif self.args.merge_adapters and self._staging is None:
             self._save_merged(folder, state_dict)
         else:
             with kept_card(folder):
@@ -153,12 +155,53 @@ class PublishingTrainer(Trainer):
             self.model = trained
         remove_adapter_files(folder)
 
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        self._saving_checkpoint = True
+    # ---- Checkpoints ----
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """
+        As the Trainer's. `resume_from_checkpoint=True` takes the newest checkpoint that is whole, and names those that
+        are not.
+
+        Raises:
+            `ValueError`: If there is none, or the one that is named is not whole.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = newest_checkpoint(str(self.args.output_dir))
+            if resume_from_checkpoint is None:
+                folder = str(self.args.output_dir)
+                raise ValueError(f"resume_from_checkpoint=True, but output_dir={folder!r} has no whole checkpoint")
+        elif isinstance(resume_from_checkpoint, (str, os.PathLike)):
+            trouble = trouble_with(Path(resume_from_checkpoint))
+            if trouble is not None:
+                raise ValueError(f"resume_from_checkpoint={str(resume_from_checkpoint)!r} is no checkpoint: {trouble}")
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        final = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        self._staging = Staging(self, final)
         try:
-            super()._save_checkpoint(*args, **kwargs)
+            with self._staging.open():
+                super()._save_checkpoint(model, trial)
         finally:
-            self._saving_checkpoint = False
+            self._staging = None
+
+    def _staged(self, output_dir: str) -> str:
+        return output_dir if self._staging is None else self._staging.path(output_dir)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As the Trainer's, with the record of the run beside the model."""
+        super().save_model(output_dir if output_dir is None else self._staged(output_dir), _internal_call)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(self._staged(output_dir))
+
+    def _save_scaler(self, output_dir: str) -> None:
+        super()._save_scaler(self._staged(output_dir))
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(self._staged(output_dir))
+        if self._staging is not None:
+            self._staging.all_written()
 
     # ---- The Hub ----
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -21,6 +23,7 @@ from transformers import TrainerState
 
 from hf_robust_clip import CleanCLIPTrainer, CLIPTrainer, RoCLIPTrainer, SafeCLIPTrainer
 from hf_robust_clip.trainers.base import STATE_FILE
+from hf_robust_clip.trainers.checkpoints import CheckpointError
 
 #: Four steps an epoch. RoCLIP matches in epochs 1 and 3, with pools full from step 3 on; SafeCLIP splits from epoch 2.
 RUNS: dict[type[CLIPTrainer], dict[str, Any]] = {
@@ -172,6 +175,68 @@ def test_save_only_model_leaves_no_training_state(tmp_path: Path) -> None:
     assert not names & {"optimizer.pt", "robust_clip_state.safetensors"}
 
 
+# ---- Checkpoints that are not whole ----
+
+
+def test_newest_whole_checkpoint_is_taken_and_others_are_named(
+    whole: Whole, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    uninterrupted, checkpoints = whole(CLIPTrainer)
+    for step in (3, 6, 8, 10):
+        shutil.copytree(checkpoints / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
+    (tmp_path / "checkpoint-8" / "trainer_state.json").unlink()
+    (tmp_path / "checkpoint-10" / "trainer_state.json").write_text('{"global_step": 1')
+    trainer = make_trainer(CLIPTrainer, tmp_path, **RUNS[CLIPTrainer])
+    trainer.train(resume_from_checkpoint=True)
+    assert_same_bits(uninterrupted, trainer)
+    for step, reason in ((8, "it has no trainer_state.json, which is written last"), (10, "cannot be read")):
+        assert re.search(rf"checkpoint-{step} is not taken to resume from: .*{reason}", caplog.text)
+    with pytest.raises(ValueError, match=r"checkpoint-8' is no checkpoint: it has no trainer_state.json"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+
+
+def test_no_whole_checkpoint_is_said(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"resume_from_checkpoint=True, but output_dir='.*' has no whole checkpoint"):
+        make_trainer(CLIPTrainer, tmp_path).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("when", ["save_model", "_save_optimizer_and_scheduler", "_save_rng_state"])
+def test_full_disk_leaves_earlier_checkpoints_and_says_so(
+    when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"rows": 32, "num_train_epochs": 2, "save_strategy": "steps", "save_steps": 2}
+    options["save_total_limit"] = 1
+    trainer = make_trainer(CLIPTrainer, tmp_path, **options)
+    save = getattr(trainer, when)
+
+    def save_until_full(*args: Any, **kwargs: Any) -> None:
+        save(*args, **kwargs)
+        if trainer.state.global_step == 4:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(trainer, when, save_until_full)
+    with pytest.raises(CheckpointError, match=r"checkpoint-4 could not be written: .*No space left.*MB are free"):
+        trainer.train()
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
+    assert is_whole(tmp_path / "checkpoint-2")
+    resumed = make_trainer(CLIPTrainer, tmp_path, **options)
+    resumed.train(resume_from_checkpoint=True)
+    uninterrupted = make_trainer(CLIPTrainer, tmp_path / "whole", **options)
+    uninterrupted.train()
+    assert_same_bits(uninterrupted, resumed)
+
+
+def test_what_a_killed_save_left_behind_is_removed_and_replaced(whole: Whole, tmp_path: Path) -> None:
+    shutil.copytree(whole(CLIPTrainer)[1] / "checkpoint-3", tmp_path / "checkpoint-3")
+    for name in (".saving-checkpoint-4", "checkpoint-6"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "stale").write_text("torn")
+    trainer = make_trainer(CLIPTrainer, tmp_path, save_strategy="steps", save_steps=1, **RUNS[CLIPTrainer])
+    trainer.train(resume_from_checkpoint=True)
+    assert {path.name for path in tmp_path.iterdir()} == {f"checkpoint-{step}" for step in range(3, 13)}
+    assert not (tmp_path / "checkpoint-6" / "stale").exists()
+
+
 # ---- Killed ----
 
 KILLED: list[type[CLIPTrainer]] = [RoCLIPTrainer, SafeCLIPTrainer]
@@ -215,13 +280,11 @@ def test_killed_at_any_moment_and_resumed_equals_uninterrupted(whole: Whole, tmp
             time.sleep(0.005)
         assert parent.wait(timeout=60) == 0
     for cls in KILLED:
-        steps = [
-            step
-            for step in saved_steps(tmp_path / cls.__name__)
-            if is_whole(tmp_path / cls.__name__ / f"checkpoint-{step}")
-        ]
-        resumed = make_trainer(cls, tmp_path / "resumed", **RUNS[cls])
-        resumed.train(resume_from_checkpoint=str(tmp_path / cls.__name__ / f"checkpoint-{steps[-1]}"))
+        steps = saved_steps(tmp_path / cls.__name__)
+        # None is there that is not whole.
+        assert all(is_whole(tmp_path / cls.__name__ / f"checkpoint-{step}") for step in steps)
+        resumed = make_trainer(cls, tmp_path / cls.__name__, **RUNS[cls])
+        resumed.train(resume_from_checkpoint=True)
         try:
             assert_same_bits(whole(cls)[0], resumed)
         except AssertionError as error:

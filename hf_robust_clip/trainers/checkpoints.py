@@ -1,0 +1,157 @@
+"""Checkpoints that are whole or not there: written beside their place, and moved there when they are complete."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
+
+if TYPE_CHECKING:
+    from .publishing import PublishingTrainer
+
+logger = logging.get_logger(__name__)
+
+_NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
+#: What a folder's name begins with while it is being written: nothing takes it for a checkpoint.
+_STAGED = ".saving-"
+
+
+class CheckpointError(OSError):
+    """A checkpoint could not be written."""
+
+
+class Staging:
+    """
+    Where the Trainer writes what belongs to a checkpoint, until it is complete.
+
+    Args:
+        trainer ([`PublishingTrainer`]): Whose checkpoint it is.
+        final (`Path`): The checkpoint's folder.
+    """
+
+    def __init__(self, trainer: PublishingTrainer, final: Path) -> None:
+        self._trainer = trainer
+        self.final = final
+        self.folder = final.with_name(_STAGED + final.name)
+
+    def path(self, output_dir: str) -> str:
+        """Where to write what is meant for a folder: the same, unless that is the checkpoint's."""
+        return str(self.folder) if Path(output_dir) == self.final else output_dir
+
+    @contextlib.contextmanager
+    def open(self) -> Iterator[None]:
+        """
+        A context in which the checkpoint is written.
+
+        Raises:
+            [`CheckpointError`]: If it cannot be written. Nothing of it is left, and earlier ones are as they were.
+        """
+        state = self._trainer.state
+        if self._trainer.args.should_save:
+            for left in self.final.parent.glob(f"{_STAGED}*"):  # by a training that was killed
+                shutil.rmtree(left, ignore_errors=True)
+        self._wait()
+        # The last that the Trainer writes, on the one process that does.
+        state.save_to_json = self._complete  # type: ignore[method-assign]
+        try:
+            yield
+        except Exception as error:
+            if self._trainer.args.should_save:
+                shutil.rmtree(self.folder, ignore_errors=True)
+            if not _is_of_the_disk(error):
+                raise
+            raise CheckpointError(
+                f"{self.final} could not be written: {error}. {_free(self.final.parent)} MB are free there. Earlier "
+                "checkpoints are whole: with room for another, train(resume_from_checkpoint=True) goes on"
+            ) from error
+        finally:
+            del state.save_to_json
+        self._wait()
+        self._note_best()
+
+    def all_written(self) -> None:
+        """To be called by every process after its last file but the state's."""
+        self._wait()
+
+    def _complete(self, json_path: str) -> None:
+        self._note_best()
+        type(self._trainer.state).save_to_json(self._trainer.state, os.path.join(self.folder, Path(json_path).name))
+        for path in (*self.folder.rglob("*"), self.folder):
+            _to_disk(path)
+        if self.final.is_dir():  # of the same step, before this training was resumed
+            shutil.rmtree(self.final)
+        os.replace(self.folder, self.final)
+        _to_disk(self.final.parent)
+
+    def _note_best(self) -> None:
+        # The Trainer looks whether the folder of the best checkpoint is there, which this one's was not.
+        state = self._trainer.state
+        if state.best_global_step and self.final.name == f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}":
+            state.best_model_checkpoint = str(self.final)
+
+    def _wait(self) -> None:
+        if self._trainer.args.world_size > 1:
+            dist.barrier()
+
+
+def newest_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
+    """
+    The newest checkpoint in a folder that is whole; newer ones that are not are named in a warning.
+
+    Args:
+        output_dir (`str` or path): Of a training.
+
+    Returns:
+        `str` or `None`: Its folder.
+    """
+    folder = Path(output_dir)
+    found = [(int(match[1]), path) for path in folder.glob("*") if (match := _NAME.fullmatch(path.name))]
+    for _, path in sorted(found, reverse=True):
+        trouble = trouble_with(path)
+        if trouble is None:
+            return str(path)
+        logger.warning(f"{path} is not taken to resume from: {trouble}")
+    return None
+
+
+def trouble_with(checkpoint: Path) -> str | None:
+    """Why training cannot be resumed from a folder, `None` if it can be, as far as its list of files tells."""
+    try:
+        state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return f"it has no {TRAINER_STATE_NAME}, which is written last"
+    except (OSError, ValueError) as error:
+        return f"its {TRAINER_STATE_NAME} cannot be read: {error}"
+    return None if isinstance(state, dict) else f"its {TRAINER_STATE_NAME} holds no state"
+
+
+def _is_of_the_disk(error: BaseException | None) -> bool:
+    """Whether an error, or what led to it, is the operating system's, under whatever name a library passes it on."""
+    while error is not None:
+        if isinstance(error, OSError) or "os error" in str(error) or "PytorchStreamWriter" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _free(folder: Path) -> int:
+    return shutil.disk_usage(folder).free // 10**6
+
+
+def _to_disk(path: Path) -> None:
+    # Or a power cut could leave the move of a folder, and not what is in it.
+    descriptor: Any = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
