@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
 import torch
-from training import assert_same_bits, digits, make_trainer
+from training import assert_same_bits, digits, make_trainer, train_and_resume
 
 from hf_robust_clip import BlendedTrigger, CleanCLIPTrainer, CLIPTrainer, PoisonSpec, RoCLIPTrainer, poison_stream
-from hf_robust_clip.trainers.streaming import STREAM_FILE
+from hf_robust_clip.trainers.streaming import STREAM_FILE, StreamedTraining
 
 
 class TorchStream(torch.utils.data.IterableDataset[dict[str, Any]]):
@@ -76,14 +77,156 @@ def webdataset(folder: Path, rows: tuple[int, ...]) -> datasets.IterableDataset:
     return stream["train"]
 
 
-class Watched(CLIPTrainer):
-    """Keeps the captions of the batches that it was trained on."""
+class Watching:
+    """Keeps the batches that a trainer was trained on: the shape of the images, and the captions."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.seen: list[list[str]] = []
 
-    def loss_components(self, views: Any, scale: torch.Tensor, inputs: Any) -> dict[str, torch.Tensor]:
-        tokenizer = self.processing_class.tokenizer
-        self.seen.append([str(inputs["pixel_values"].shape), *tokenizer.batch_decode(inputs["input_ids"])])
+    def loss_components(self: Any, views: Any, scale: torch.Tensor, inputs: Any) -> dict[str, torch.Tensor]:
+        texts = self.processing_class.tokenizer.batch_decode(inputs["input_ids"], skip_special_tokens=True)
+        self.seen.append([*map(str, inputs["pixel_values"].shape), *texts])
         return super().loss_components(views, scale, inputs)
+
+
+class Watched(Watching, CLIPTrainer):
+    pass
+
+
+class Curious(Watched):
+    """Makes loaders that nobody asked for."""
+
+    def on_step_begin(self) -> None:
+        super().on_step_begin()
+        self.get_train_dataloader()
+
+
+class WatchedCleanCLIP(Watching, CleanCLIPTrainer):
+    pass
+
+
+class WatchedRoCLIP(Watching, RoCLIPTrainer):
+    pass
+
+
+def shards(rows: int = 37, shards: int = 3) -> datasets.IterableDataset:
+    return digits().select(range(rows)).to_iterable_dataset(num_shards=shards)
+
+
+#: Trainer, stream, steps and the step of the checkpoint, arguments. A pass has 3 to 5 batches of 8.
+RUNS: dict[str, tuple[type[CLIPTrainer], Callable[[Path], Any], int, int, dict[str, Any]]] = {
+    "shuffled, workers": (
+        *(WatchedCleanCLIP, lambda folder: shards().shuffle(seed=3, buffer_size=6), 6, 5),
+        {"dataloader_num_workers": 2},
+    ),
+    "shards, workers": (
+        *(Watched, lambda folder: shards(), 9, 3),
+        {"dataloader_num_workers": 2, "dataloader_drop_last": False},
+    ),
+    "poisoned": (Watched, lambda folder: poisoned(24), 4, 2, {}),
+    "accumulated": (Watched, lambda folder: shards(), 4, 3, {"gradient_accumulation_steps": 2}),
+    "torch": (Curious, lambda folder: TorchStream(27), 6, 5, {}),
+    "unusable rows": (Watched, lambda folder: broken(29), 6, 2, {"on_bad_row": "skip", "dataloader_drop_last": False}),
+    "RoCLIP on tar files": (
+        *(WatchedRoCLIP, lambda folder: webdataset(folder, (12, 17)), 8, 6),
+        {"steps_per_matching_epoch": 2, "pool_size": 10, "image_column": "jpg", "caption_column": "txt"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_resumed_equals_uninterrupted(name: str, tmp_path: Path) -> None:
+    cls, make, steps, step, options = RUNS[name]
+    stream = make(tmp_path)
+    options = {"max_steps": steps, "train_dataset": stream, **options}
+    whole, resumed = train_and_resume(cls, tmp_path, step=step, **options)
+    batches = options.get("gradient_accumulation_steps", 1) * (steps - step)
+    assert len(resumed.seen) == batches and resumed.seen == whole.seen[-batches:]
+    assert_same_bits(whole, resumed)
+    assert whole.state.epoch > 1  # in the second pass or later
+
+
+@pytest.mark.parametrize("strategy", ["steps", "epoch"])
+def test_saved_after_the_last_step_of_a_pass(strategy: str, tmp_path: Path) -> None:
+    options = {"train_dataset": shards(19, 1), "max_steps": 5, "save_strategy": strategy, "save_steps": 2}
+    whole = make_trainer(Watched, tmp_path / "whole", **options)
+    whole.train()
+    resumed = make_trainer(Watched, tmp_path, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert resumed.seen == whole.seen[2:]
+    assert_same_bits(whole, resumed)
+
+
+def test_what_is_too_little_for_a_step_is_left_out(tmp_path: Path) -> None:
+    # Three batches a pass, in steps of two; and steps of four, which never come together.
+    trainer = make_trainer(Watched, tmp_path, train_dataset=shards(24), max_steps=3, gradient_accumulation_steps=2)
+    trainer.train()
+    assert len(trainer.seen) == 6 and int(trainer.state.epoch) == 2
+    trainer = make_trainer(Watched, tmp_path, train_dataset=shards(24), max_steps=3, gradient_accumulation_steps=4)
+    with pytest.raises(ValueError, match="nothing was trained"):
+        trainer.train()
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """A checkpoint in the second pass over a stream, and the trainer that it is of, which went on."""
+    folder = tmp_path_factory.mktemp("stopped")
+    trainer = make_trainer(Watched, folder, train_dataset=shards(), max_steps=6, save_strategy="steps", save_steps=5)
+    trainer.train()
+    return folder / "checkpoint-5", trainer
+
+
+@pytest.mark.parametrize(
+    "name, was, now",
+    [
+        ("number of processes", 2, 1),
+        ("dataloader_num_workers", 2, 0),
+        ("batch size of a process", 4, 8),
+        ("dataloader_drop_last", False, True),
+        ("on_bad_row", "skip", "raise"),
+    ],
+)
+def test_places_of_other_workers_are_refused_with_a_way_out(
+    name: str, was: Any, now: Any, stopped: tuple[Path, Any], tmp_path: Path
+) -> None:
+    state = json.loads((stopped[0] / STREAM_FILE).read_text())
+    state["settings"][name] = was
+    (tmp_path / STREAM_FILE).write_text(json.dumps(state))
+    streamed = StreamedTraining(stopped[1], shards(), batch_size=8)
+    with pytest.raises(ValueError, match=f"its {name} was {was!r}, but is {now!r} now.*ignore_data_skip=True"):
+        streamed.load(str(tmp_path), epoch=1, steps_in_pass=6)
+
+
+def test_batches_out_of_order_cannot_be_repeated(
+    stopped: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stopped[1].args, "dataloader_num_workers", 2)
+    monkeypatch.setattr(stopped[1].args, "dataloader_in_order", False)
+    streamed = StreamedTraining(stopped[1], shards(), batch_size=8)
+    streamed.save(str(tmp_path))
+    with pytest.raises(ValueError, match="dataloader_in_order=False: which batches"):
+        streamed.load(str(tmp_path), epoch=0, steps_in_pass=6)
+
+
+@pytest.mark.parametrize("without", ["ignore_data_skip", "places"])
+def test_the_pass_begins_anew_where_its_place_is_not_asked_for_or_not_known(
+    without: str, stopped: tuple[Path, Any], tmp_path: Path
+) -> None:
+    checkpoint = shutil.copytree(stopped[0], tmp_path / "checkpoint-5")
+    options: dict[str, Any] = {"dataloader_num_workers": 1, "ignore_data_skip": True}
+    if without == "places":
+        options = {}
+        (checkpoint / STREAM_FILE).unlink()
+    trainer = make_trainer(Watched, tmp_path, train_dataset=shards(), max_steps=6, **options)
+    trainer.train(resume_from_checkpoint=str(checkpoint))
+    assert trainer.seen == [stopped[1].seen[4]]  # the first batch of the second pass
+
+
+@pytest.mark.parametrize("setting", ["split_batches", "dispatch_batches"])
+def test_batches_made_by_accelerate_are_refused(
+    setting: str, stopped: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stopped[1].args.accelerator_config, setting, True)
+    with pytest.raises(ValueError, match=f"accelerator_config.{setting}=True does not work with an iterable"):
+        StreamedTraining(stopped[1], shards(), batch_size=8)
