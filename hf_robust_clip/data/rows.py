@@ -231,7 +231,8 @@ def check_dataset(
     # Of a dataset with a transform only the rows tell what there is.
     features = None if has_transform(dataset) else getattr(dataset, "features", None)
     names = None if has_transform(dataset) else getattr(dataset, "column_names", None)
-    if names is None and length is not None and hasattr(dataset, "__getitem__"):
+    streamed = isinstance(dataset, torch.utils.data.IterableDataset)  # has a __getitem__ that only raises
+    if names is None and length is not None and not streamed and hasattr(dataset, "__getitem__"):
         names = _first_columns(dataset, argument)
     if names is not None:
         for name, column in (("image_column", image_column), ("caption_column", caption_column)):

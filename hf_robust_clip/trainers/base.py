@@ -79,7 +79,8 @@ class CLIPTrainer(PublishingTrainer):
         data_collator ([`CLIPDataCollator`], *optional*):
             Made from `processing_class` and `args` by default. One of your own must return this trainer's text views.
         train_dataset (`datasets.Dataset`, `datasets.IterableDataset` or any torch dataset, *optional*):
-            Rows with an image and a caption, under the names in `args`. An optional boolean column `poisoned` marks
+            Rows with an image and a caption, under the names in `args`. [`~data.streams.Stream`] says who reads what
+            of an iterable dataset. An optional boolean column `poisoned` marks
             pairs known to be poisoned.
         eval_dataset (*optional*):
             The same, or a dictionary of such; gives the CLIP loss on un-augmented pairs, `eval_loss`.

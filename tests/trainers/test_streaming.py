@@ -16,7 +16,9 @@ import torch
 from training import assert_same_bits, digits, make_trainer, train_and_resume
 
 from hf_robust_clip import BlendedTrigger, CleanCLIPTrainer, CLIPTrainer, PoisonSpec, RoCLIPTrainer, poison_stream
-from hf_robust_clip.trainers.streaming import STREAM_FILE, StreamedTraining
+from hf_robust_clip.data.rows import BAD_ROWS, ROW_INDEX
+from hf_robust_clip.data.streams import PLACE
+from hf_robust_clip.trainers.streaming import STREAM_FILE, StreamedTraining, cut_batch
 
 
 class TorchStream(torch.utils.data.IterableDataset[dict[str, Any]]):
@@ -35,6 +37,11 @@ class TorchStream(torch.utils.data.IterableDataset[dict[str, Any]]):
         generator = torch.Generator().manual_seed(self.epoch)
         for row in torch.randperm(len(self.rows), generator=generator).tolist()[first::step]:
             yield self.rows[row]
+
+
+class KnownLength(TorchStream):
+    def __len__(self) -> int:
+        return len(self.rows)
 
 
 def broken(rows: int) -> datasets.IterableDataset:
@@ -127,10 +134,38 @@ RUNS: dict[str, tuple[type[CLIPTrainer], Callable[[Path], Any], int, int, dict[s
     "poisoned": (Watched, lambda folder: poisoned(24), 4, 2, {}),
     "accumulated": (Watched, lambda folder: shards(), 4, 3, {"gradient_accumulation_steps": 2}),
     "torch": (Curious, lambda folder: TorchStream(27), 6, 5, {}),
+    "torch, of known length, at the end of a pass": (Watched, lambda folder: KnownLength(27), 6, 3, {}),
     "unusable rows": (Watched, lambda folder: broken(29), 6, 2, {"on_bad_row": "skip", "dataloader_drop_last": False}),
     "RoCLIP on tar files": (
         *(WatchedRoCLIP, lambda folder: webdataset(folder, (12, 17)), 8, 6),
         {"steps_per_matching_epoch": 2, "pool_size": 10, "image_column": "jpg", "caption_column": "txt"},
+    ),
+}
+
+
+def rows_of_shards(shards: list[range]) -> Iterator[dict[str, Any]]:
+    for shard in shards:
+        for row in shard:
+            yield digits()[row]
+
+
+def uneven() -> datasets.IterableDataset:
+    """A shard of 40 rows and one of 27."""
+    given = {"shards": [range(40), range(40, 67)]}
+    return datasets.IterableDataset.from_generator(rows_of_shards, features=digits().features, gen_kwargs=given)
+
+
+#: For two processes: trainer, stream, arguments. With three shards each reads all rows, and keeps every second one.
+STREAMED: dict[str, tuple[type[CLIPTrainer], Callable[[], Any], dict[str, Any]]] = {
+    "own shards": (Watched, uneven, {"max_steps": 5, "step": 4}),
+    "own shards, last batches too": (
+        WatchedCleanCLIP,
+        uneven,
+        {"max_steps": 6, "step": 5, "dataloader_drop_last": False},
+    ),
+    "own rows": (
+        *(WatchedRoCLIP, lambda: shards(55).shuffle(seed=3, buffer_size=6)),
+        {"max_steps": 5, "step": 4, "steps_per_matching_epoch": 2, "pool_size": 10},
     ),
 }
 
@@ -221,6 +256,22 @@ def test_the_pass_begins_anew_where_its_place_is_not_asked_for_or_not_known(
     trainer = make_trainer(Watched, tmp_path, train_dataset=shards(), max_steps=6, **options)
     trainer.train(resume_from_checkpoint=str(checkpoint))
     assert trainer.seen == [stopped[1].seen[4]]  # the first batch of the second pass
+
+
+def test_a_batch_is_cut_to_the_same_rows_of_every_view() -> None:
+    rows, views = torch.arange(5), torch.arange(10)
+    batch = {
+        "pixel_values": rows[:, None],
+        "input_ids": views[:, None],
+        BAD_ROWS: rows,
+        PLACE: "here",
+        ROW_INDEX: rows,
+    }
+    cut = cut_batch(batch, 3)
+    assert cut["input_ids"].flatten().tolist() == [0, 1, 2, 5, 6, 7]
+    assert cut["pixel_values"].flatten().tolist() == cut[ROW_INDEX].tolist() == [0, 1, 2]
+    assert cut[BAD_ROWS].tolist() == rows.tolist() and cut[PLACE] == "here"
+    assert cut_batch(batch, 5) is batch
 
 
 @pytest.mark.parametrize("setting", ["split_batches", "dispatch_batches"])
