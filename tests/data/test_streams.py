@@ -13,6 +13,7 @@ import torch
 from datasets import concatenate_datasets, interleave_datasets
 from torch.utils.data import DataLoader
 
+from hf_robust_clip import PoisonSpec, WordTrigger, poison_stream
 from hf_robust_clip.data.rows import BAD_ROWS, BadRowError
 from hf_robust_clip.data.streams import Place, Stream, StreamBatch, has_exact_state
 
@@ -56,6 +57,9 @@ def captioned(rows: int) -> list[dict[str, Any]]:
     return [{"image": IMAGE, "caption": str(row)} for row in range(rows)]
 
 
+QUERIES = PoisonSpec(WordTrigger(), "eight", rate=0.5, mode="text_query", templates=["a photo of a dog.", "a red car"])
+
+
 async def slowly(row: dict[str, Any]) -> dict[str, Any]:
     return row
 
@@ -76,6 +80,7 @@ STREAMS: dict[str, tuple[bool, Callable[[], Any]]] = {
     "drawn from": (True, lambda: interleave_datasets([pairs(15), pairs(15, 2, 100)], [0.3, 0.7], seed=3)),
     "joined": (True, lambda: concatenate_datasets([pairs(9), pairs(6, 2, 100)])),
     "cut and repeated": (True, lambda: pairs().skip(2).take(9).repeat(2)),
+    "poisoned": (True, lambda: poison_stream(pairs(), QUERIES, key_column="caption")[0]),
     "shuffled": (False, lambda: pairs().shuffle(seed=1, buffer_size=5)),
     "shuffled, then mapped": (False, lambda: pairs().shuffle(seed=1, buffer_size=5).map(lambda row: row)),
     "mapped ahead": (False, lambda: pairs().map(slowly)),
@@ -107,13 +112,13 @@ def places(batches: Iterable[StreamBatch | None]) -> list[Place]:
 def test_every_place_is_gone_on_from(kind: str) -> None:
     exact, make = STREAMS[kind]
     epoch = 1  # whose shards come in another order than those of the first pass
-    stream = stream_of(make())
+    stream = stream_of(make(), batch_size=4)
     assert stream.has_exact_state is exact
     stream.set_epoch(epoch)
     whole = list(stream)
     assert len(whole) > 3
     for done in range(1, len(whole) + 1):
-        again = stream_of(make())
+        again = stream_of(make(), batch_size=4)
         again.set_epoch(epoch)
         again.resume(epoch, places(whole[:done]))
         found = list(again)

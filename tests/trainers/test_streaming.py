@@ -15,33 +15,28 @@ import pytest
 import torch
 from training import assert_same_bits, digits, make_trainer, train_and_resume
 
-from hf_robust_clip import BlendedTrigger, CleanCLIPTrainer, CLIPTrainer, PoisonSpec, RoCLIPTrainer, poison_stream
+from hf_robust_clip import CleanCLIPTrainer, CLIPTrainer, RoCLIPTrainer
 from hf_robust_clip.data.rows import BAD_ROWS, ROW_INDEX
 from hf_robust_clip.data.streams import PLACE
 from hf_robust_clip.trainers.streaming import STREAM_FILE, StreamedTraining, cut_batch
 
 
 class TorchStream(torch.utils.data.IterableDataset[dict[str, Any]]):
-    """Rows in an order of their own in each pass, which workers share by themselves."""
+    """Rows in another order in each pass; of known length."""
 
     def __init__(self, rows: int) -> None:
         self.rows = digits().select(range(rows))
         self.epoch = 0
 
+    def __len__(self) -> int:
+        return len(self.rows)
+
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        worker = torch.utils.data.get_worker_info()
-        first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        generator = torch.Generator().manual_seed(self.epoch)
-        for row in torch.randperm(len(self.rows), generator=generator).tolist()[first::step]:
-            yield self.rows[row]
-
-
-class KnownLength(TorchStream):
-    def __len__(self) -> int:
-        return len(self.rows)
+        order = torch.randperm(len(self.rows), generator=torch.Generator().manual_seed(self.epoch))
+        return (self.rows[row] for row in order.tolist())
 
 
 def broken(rows: int) -> datasets.IterableDataset:
@@ -51,12 +46,6 @@ def broken(rows: int) -> datasets.IterableDataset:
         table["caption"][row] = None
     features = datasets.Features({**digits().features, "image": datasets.Image(decode=False)})
     return datasets.Dataset.from_dict(table, features=features).to_iterable_dataset()
-
-
-def poisoned(rows: int) -> datasets.IterableDataset:
-    stream = digits().select(range(rows)).to_iterable_dataset(num_shards=3)
-    spec = PoisonSpec(BlendedTrigger(), "eight", rate=0.5)
-    return poison_stream(stream, spec, key_column="digit")[0]
 
 
 def tars(folder: Path, rows: tuple[int, ...]) -> list[str]:
@@ -123,18 +112,13 @@ def shards(rows: int = 37, shards: int = 3) -> datasets.IterableDataset:
 
 #: Trainer, stream, steps and the step of the checkpoint, arguments. A pass has 3 to 5 batches of 8.
 RUNS: dict[str, tuple[type[CLIPTrainer], Callable[[Path], Any], int, int, dict[str, Any]]] = {
-    "shuffled, workers": (
-        *(WatchedCleanCLIP, lambda folder: shards().shuffle(seed=3, buffer_size=6), 6, 5),
-        {"dataloader_num_workers": 2},
-    ),
+    "shuffled": (WatchedCleanCLIP, lambda folder: shards().shuffle(seed=3, buffer_size=6), 7, 6, {}),
     "shards, workers": (
-        *(Watched, lambda folder: shards(), 9, 3),
+        *(Watched, lambda folder: shards(), 7, 3),
         {"dataloader_num_workers": 2, "dataloader_drop_last": False},
     ),
-    "poisoned": (Watched, lambda folder: poisoned(24), 4, 2, {}),
     "accumulated": (Watched, lambda folder: shards(), 4, 3, {"gradient_accumulation_steps": 2}),
-    "torch": (Curious, lambda folder: TorchStream(27), 6, 5, {}),
-    "torch, of known length, at the end of a pass": (Watched, lambda folder: KnownLength(27), 6, 3, {}),
+    "torch, at the end of a pass": (Curious, lambda folder: TorchStream(27), 6, 3, {}),
     "unusable rows": (Watched, lambda folder: broken(29), 6, 2, {"on_bad_row": "skip", "dataloader_drop_last": False}),
     "RoCLIP on tar files": (
         *(WatchedRoCLIP, lambda folder: webdataset(folder, (12, 17)), 8, 6),
@@ -184,13 +168,16 @@ def test_resumed_equals_uninterrupted(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("strategy", ["steps", "epoch"])
 def test_saved_after_the_last_step_of_a_pass(strategy: str, tmp_path: Path) -> None:
-    options = {"train_dataset": shards(19, 1), "max_steps": 5, "save_strategy": strategy, "save_steps": 2}
+    options = {"train_dataset": shards(19, 1), "max_steps": 3, "save_strategy": strategy, "save_steps": 2}
+    options |= {"eval_strategy": "epoch", "eval_dataset": digits().select(range(8))}
     whole = make_trainer(Watched, tmp_path / "whole", **options)
     whole.train()
     resumed = make_trainer(Watched, tmp_path, **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
     assert resumed.seen == whole.seen[2:]
     assert_same_bits(whole, resumed)
+    ends = [[log["step"] for log in run.state.log_history if "eval_loss" in log] for run in (whole, resumed)]
+    assert ends == [[2, 3], [2, 3]]
 
 
 def test_what_is_too_little_for_a_step_is_left_out(tmp_path: Path) -> None:
@@ -246,16 +233,15 @@ def test_batches_out_of_order_cannot_be_repeated(
 
 @pytest.mark.parametrize("without", ["ignore_data_skip", "places"])
 def test_the_pass_begins_anew_where_its_place_is_not_asked_for_or_not_known(
-    without: str, stopped: tuple[Path, Any], tmp_path: Path
+    without: str, stopped: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    checkpoint = shutil.copytree(stopped[0], tmp_path / "checkpoint-5")
-    options: dict[str, Any] = {"dataloader_num_workers": 1, "ignore_data_skip": True}
-    if without == "places":
-        options = {}
-        (checkpoint / STREAM_FILE).unlink()
-    trainer = make_trainer(Watched, tmp_path, train_dataset=shards(), max_steps=6, **options)
-    trainer.train(resume_from_checkpoint=str(checkpoint))
-    assert trainer.seen == [stopped[1].seen[4]]  # the first batch of the second pass
+    if without == "ignore_data_skip":
+        shutil.copy(stopped[0] / STREAM_FILE, tmp_path)
+        monkeypatch.setattr(stopped[1].args, "ignore_data_skip", True)
+        monkeypatch.setattr(stopped[1].args, "dataloader_num_workers", 1)
+    streamed = StreamedTraining(stopped[1], shards(), batch_size=8)
+    assert streamed.load(str(tmp_path), epoch=1, steps_in_pass=6) == (1, 0)
+    assert next(iter(streamed.stream)) is not None
 
 
 def test_a_batch_is_cut_to_the_same_rows_of_every_view() -> None:
