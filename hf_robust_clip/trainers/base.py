@@ -504,6 +504,8 @@ class CLIPTrainer(PublishingTrainer):
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         """As the Trainer's; of an iterable dataset, none but those of a whole step, and as many on every rank."""
+        if self._streamed is not None and self._streamed.ended:
+            return [], None  # the Trainer asks on until max_steps
         batch_samples, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self._streamed is not None:
             batch_samples = self._streamed.take(batch_samples, num_batches)

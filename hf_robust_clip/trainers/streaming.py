@@ -69,6 +69,8 @@ class StreamedTraining:
             world_size=args.world_size,
         )
         accelerator = trainer.accelerator
+        #: Whether the pass is over, on all ranks.
+        self.ended = False
         self.loader = DataLoaderShard(
             self.stream,
             device=accelerator.device if accelerator.device_placement else None,
@@ -84,7 +86,7 @@ class StreamedTraining:
 
     def _begin(self, epoch: int, places: Sequence[Place]) -> None:
         self.epoch = epoch
-        self._ended = False
+        self.ended = False
         self._places = {place.worker: place for place in places}
         self.stream.resume(epoch, places)
 
@@ -94,14 +96,12 @@ class StreamedTraining:
             self._begin(epoch, [])
 
     def take(self, batch_samples: list[dict[str, Any]], wanted: int) -> list[dict[str, Any]]:
-        """The batches of the next step out of those that this rank has; none if its pass is over on any rank."""
-        if self._ended:
-            return []
+        """Of the batches that this rank has, those of the next step; if any rank has too few, none: the pass is over."""
         sizes = [len(batch["pixel_values"]) for batch in batch_samples] + [0] * (wanted - len(batch_samples))
         if self.args.world_size > 1:
             sizes = self._smallest(sizes)
         if 0 in sizes:
-            self._ended = True
+            self.ended = True
             return []
         return [cut_batch(batch, size) for batch, size in zip(batch_samples, sizes, strict=True)]
 
@@ -135,7 +135,7 @@ class StreamedTraining:
         places = [sorted(self._places.values())]
         if self.args.world_size > 1:
             places = gather_object(places)
-        state = {"epoch": self.epoch, "ended": self._ended, "settings": self._settings(), "places": places}
+        state = {"epoch": self.epoch, "ended": self.ended, "settings": self._settings(), "places": places}
         if self.args.should_save:
             write_text(Path(folder, STREAM_FILE), json.dumps(state))
 

@@ -190,6 +190,13 @@ def test_what_is_too_little_for_a_step_is_left_out(tmp_path: Path) -> None:
         trainer.train()
 
 
+def test_nothing_is_read_of_a_pass_that_is_over(stopped: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    batches = iter([{"pixel_values": torch.zeros(8)}] * 3)
+    monkeypatch.setattr(stopped[1]._streamed, "ended", True)
+    assert stopped[1].get_batch_samples(batches, 1, torch.device("cpu")) == ([], None)
+    assert len(list(batches)) == 3
+
+
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     """A checkpoint in the second pass over a stream, and the trainer that it is of, which went on."""
