@@ -96,7 +96,7 @@ class StreamedTraining:
             self._begin(epoch, [])
 
     def take(self, batch_samples: list[dict[str, Any]], wanted: int) -> list[dict[str, Any]]:
-        """Of the batches that this rank has, those of the next step; if any rank has too few, none: the pass is over."""
+        """Of the batches that this rank has, those of the next step; none, as the pass is over, if any has too few."""
         sizes = [len(batch["pixel_values"]) for batch in batch_samples] + [0] * (wanted - len(batch_samples))
         if self.args.world_size > 1:
             sizes = self._smallest(sizes)
