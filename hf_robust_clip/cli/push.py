@@ -11,7 +11,8 @@ from .output import UsageError, say, usage_errors
 #: What is left out: checkpoints, what only training resumes from, and pickled arguments with local paths in them.
 LEFT_OUT = (
     *("_*", "*/_*", ".*", "*/.*", "checkpoint-*", "optimizer*", "scheduler.pt", "scaler.pt", "rng_state*"),
-    *("trainer_state.json", "training_args.bin", "robust_clip_state.safetensors", "global_step*"),
+    *("trainer_state.json", "training_args.bin", "robust_clip_state.safetensors", "robust_clip_stream.json"),
+    "global_step*",
 )
 
 

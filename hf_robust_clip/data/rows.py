@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import datasets
@@ -168,23 +168,42 @@ class SkippingIterableDataset(torch.utils.data.IterableDataset[dict[str, Any]]):
             self.dataset.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        bad: list[int] = []
-        held: dict[str, Any] | None = None  # one behind, so that the last one can list what comes after it
-        for position, row in enumerate(self.dataset):
-            try:
-                usable = decode_row(row, *self.columns)
-            except BadRowError as error:
-                bad.append(position)
-                last = error
-                continue
-            if held is not None:
-                yield held
-            held, bad = {**usable, BAD_ROWS: bad}, []
-        if held is not None:
-            yield {**held, BAD_ROWS: [*held[BAD_ROWS], *bad]}
         worker = torch.utils.data.get_worker_info()
-        if held is None and bad and (worker is None or worker.num_workers == 1):
-            raise BadRowError(f"none of the {len(bad)} rows can be used; the last: {last}") from last
+        yield from usable_rows(self.dataset, *self.columns, needs_one=worker is None or worker.num_workers == 1)
+
+
+def usable_rows(
+    rows: Iterable[Mapping[str, Any]], image_column: str, caption_column: str, first: int = 0, needs_one: bool = True
+) -> Iterator[dict[str, Any]]:
+    """
+    The usable rows of a stream, decoded. Each lists the unusable ones before it under `"bad_rows"`, by their position,
+    and the last one those after it too.
+
+    Args:
+        rows (iterable of mappings): The stream.
+        image_column, caption_column (`str`): Names of the columns.
+        first (`int`, defaults to 0): Position of the first row.
+        needs_one (`bool`, defaults to `True`): Whether a stream without a usable row is an error.
+
+    Raises:
+        [`BadRowError`]: If there are rows, and none is usable.
+    """
+    bad: list[int] = []
+    held: dict[str, Any] | None = None  # one behind, so that the last one can list what comes after it
+    for position, row in enumerate(rows, first):
+        try:
+            usable = decode_row(row, image_column, caption_column)
+        except BadRowError as error:
+            bad.append(position)
+            last = error
+            continue
+        if held is not None:
+            yield held
+        held, bad = {**usable, BAD_ROWS: bad}, []
+    if held is not None:
+        yield {**held, BAD_ROWS: [*held[BAD_ROWS], *bad]}
+    elif bad and needs_one:
+        raise BadRowError(f"none of the {len(bad)} rows can be used; the last: {last}") from last
 
 
 def check_dataset(
@@ -212,7 +231,8 @@ def check_dataset(
     # Of a dataset with a transform only the rows tell what there is.
     features = None if has_transform(dataset) else getattr(dataset, "features", None)
     names = None if has_transform(dataset) else getattr(dataset, "column_names", None)
-    if names is None and length is not None and hasattr(dataset, "__getitem__"):
+    streamed = isinstance(dataset, torch.utils.data.IterableDataset)  # has a __getitem__ that only raises
+    if names is None and length is not None and not streamed and hasattr(dataset, "__getitem__"):
         names = _first_columns(dataset, argument)
     if names is not None:
         for name, column in (("image_column", image_column), ("caption_column", caption_column)):

@@ -30,6 +30,7 @@ from ..data.rows import (
     check_dataset,
     undecoded,
 )
+from ..data.streams import PLACE
 from ..evaluation.embedding import Embedder
 from ..evaluation.running import run_evaluators
 from ..losses import clip_loss
@@ -48,6 +49,7 @@ from .chunking import Batch, chunked_step, scale_of, unused_of
 from .finite import FiniteCheck
 from .publishing import PublishingTrainer
 from .sharding import shardable
+from .streaming import StreamedTraining
 
 logger = logging.get_logger(__name__)
 
@@ -80,7 +82,8 @@ class CLIPTrainer(PublishingTrainer):
         data_collator ([`CLIPDataCollator`], *optional*):
             Made from `processing_class` and `args` by default. One of your own must return this trainer's text views.
         train_dataset (`datasets.Dataset`, `datasets.IterableDataset` or any torch dataset, *optional*):
-            Rows with an image and a caption, under the names in `args`. An optional boolean column `poisoned` marks
+            Rows with an image and a caption, under the names in `args`. [`~data.streams.Stream`] says who reads what
+            of an iterable dataset. An optional boolean column `poisoned` marks
             pairs known to be poisoned.
         eval_dataset (*optional*):
             The same, or a dictionary of such; gives the CLIP loss on un-augmented pairs, `eval_loss`.
@@ -192,6 +195,8 @@ class CLIPTrainer(PublishingTrainer):
         self._bad_rows: set[int] = set()
         self._loader_generator = torch.Generator()
         self._finite = FiniteCheck(self) if args.stop_on_non_finite else None
+        self._streamed: StreamedTraining | None = None
+        self._streamed_next: StreamedTraining | None = None
         self._sums: dict[str, torch.Tensor] = {}
         self._pairs_since_log = 0
         self._last_log = time.perf_counter()
@@ -257,10 +262,12 @@ class CLIPTrainer(PublishingTrainer):
             return self.stack_views(batch.inputs, views)
 
     def receive(self, inputs: dict[str, Any]) -> Batch:
-        """Move a batch to the device, and note the rows that it leaves out."""
-        bad_rows = inputs.pop(BAD_ROWS, None)
+        """Move a batch to the device, and note the rows that it leaves out, and where it is in a stream."""
+        bad_rows, place = inputs.pop(BAD_ROWS, None), inputs.pop(PLACE, None)
         if self.unwrapped_model.training and bad_rows is not None:
             self._bad_rows.update(bad_rows.tolist())
+        if self._streamed is not None and place is not None:
+            self._streamed.note(place)
         seed = derive_seed(self.args.seed, self.state.global_step, self._micro_step, self.args.process_index)
         self._micro_step += 1
         return Batch(super()._prepare_inputs(inputs), seed)
@@ -378,8 +385,10 @@ class CLIPTrainer(PublishingTrainer):
 
     def on_epoch_begin(self) -> None:
         """Called before each epoch, and again when training resumes within one."""
-        # The state counts an iterable dataset's steps against max_steps, not against a pass over it.
-        self._epoch = int(self.state.epoch or 0) if self._epoch is None else self._epoch + 1
+        first = int(self.state.epoch or 0) if self._streamed is None else self._streamed.epoch
+        self._epoch = first if self._epoch is None else self._epoch + 1
+        if self._streamed is not None:
+            self._streamed.begin_pass(self._epoch)
         self.data_collator.set_epoch(self._epoch)
         self._loader_generator.manual_seed(derive_seed(self.args.seed, self._epoch, self.args.process_index))
 
@@ -458,6 +467,13 @@ class CLIPTrainer(PublishingTrainer):
         given = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
         if all(dataset is not checked for checked in (self.train_dataset, *given)):
             check_dataset(dataset, *columns, argument="eval_dataset", on_bad_row=on_bad_row)
+        # A loader draws a seed for its workers at each epoch, but with persistent workers at the first only, and after
+        # resuming within an epoch once more: from the global generator, that would shift the model's dropout.
+        generator = self._loader_generator if kwargs.get("is_training") else torch.Generator()
+        if kwargs.get("is_training") and isinstance(dataset, torch.utils.data.IterableDataset):
+            self._streamed_next = StreamedTraining(self, dataset, batch_size)
+            self._streamed_next.loader.base_dataloader.generator = generator
+            return self._streamed_next.loader
         if not isinstance(dataset, torch.utils.data.IterableDataset):
             dataset = IndexedDataset(dataset, *columns, on_bad_row=on_bad_row)
         elif on_bad_row == "skip":
@@ -484,9 +500,6 @@ class CLIPTrainer(PublishingTrainer):
                 dataloader = super()._get_dataloader(dataset, description, batch_size, **kwargs)
             finally:
                 self.args.dataloader_drop_last = drop_last
-        # A loader draws a seed for its workers at each epoch, but with persistent workers at the first only, and after
-        # resuming within an epoch once more: from the global generator, that would shift the model's dropout.
-        generator = self._loader_generator if kwargs.get("is_training") else torch.Generator()
         getattr(dataloader, "base_dataloader", dataloader).generator = generator
         return dataloader
 
@@ -500,11 +513,13 @@ class CLIPTrainer(PublishingTrainer):
         }
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
-        """As the Trainer's; of an iterable dataset, too, `dataloader_drop_last` drops the batches that fall short."""
-        if self.args.dataloader_drop_last and self._dataset_length() is None:
-            full = self._train_batch_size
-            epoch_iterator = filter(lambda batch: len(batch["pixel_values"]) == full, epoch_iterator)
-        return super().get_batch_samples(epoch_iterator, num_batches, device)
+        """As the Trainer's; of an iterable dataset, none but those of a whole step, and as many on every rank."""
+        if self._streamed is not None and self._streamed.ended:
+            return [], None  # the Trainer asks on until max_steps
+        batch_samples, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self._streamed is not None:
+            batch_samples = self._streamed.take(batch_samples, num_batches)
+        return batch_samples, num_items
 
     def _get_collator_with_removed_columns(
         self, data_collator: Callable[..., Any], description: str | None = None
@@ -582,6 +597,8 @@ class CLIPTrainer(PublishingTrainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
+        if self._streamed is not None:
+            self._streamed.save(self._staged(output_dir))
         state = self.training_state()
         if self.args.should_save:
             metadata = {"trainer": type(self).__name__, "rows": str(self._dataset_length())}
@@ -602,11 +619,23 @@ class CLIPTrainer(PublishingTrainer):
                 "training goes on from its weights, but not as it would have without the interruption."
             )
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and self._dataset_length() is None and (self.state.epoch or 0) >= 1:
-            logger.warning(
-                "The checkpoint is from a later pass over the iterable train_dataset: the Trainer cannot tell how far "
-                "into it, so that training goes on with other rows than it would have without the interruption."
-            )
+
+    def _init_training_state(
+        self,
+        max_steps: int,
+        num_update_steps_per_epoch: int,
+        num_train_epochs: int,
+        checkpoint: str | None,
+        trial: Any,
+    ) -> tuple[int, int]:
+        begin = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, checkpoint, trial
+        )
+        self._streamed, self._streamed_next = self._streamed_next, None
+        # The Trainer counts the steps of an iterable dataset against max_steps, not against a pass over it.
+        if self._streamed is not None and checkpoint is not None:
+            return self._streamed.load(checkpoint, int(self.state.epoch or 0), num_update_steps_per_epoch)
+        return begin
 
     def _check_checkpoint(self, metadata: Mapping[str, str], checkpoint: str) -> None:
         for name, saved, current in (

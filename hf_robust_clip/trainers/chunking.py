@@ -50,7 +50,7 @@ def chunked_step(trainer: CLIPTrainer, model: nn.Module, batches: Sequence[Batch
     chunks = [
         _Chunk(number, inputs, derive_seed(batch.seed, place))
         for number, batch in enumerate(batches)
-        for place, inputs in enumerate(_cut(batch.inputs, views, size))
+        for place, inputs in enumerate(cut(batch.inputs, views, size))
     ]
     with torch.no_grad():
         found = [_encode(trainer, model, chunk) for chunk in chunks]
@@ -117,7 +117,7 @@ def _rows(inputs: Mapping[str, Any], views: int) -> int:
     return int(inputs["input_ids"].shape[0]) // views
 
 
-def _cut(inputs: Mapping[str, Any], views: int, size: int) -> Iterator[dict[str, Any]]:
+def cut(inputs: Mapping[str, Any], views: int, size: int) -> Iterator[dict[str, Any]]:
     """A batch in chunks of so many rows, each with all views of its rows."""
     rows = _rows(inputs, views)
     for start in range(0, rows, size):

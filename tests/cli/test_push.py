@@ -26,7 +26,7 @@ MODEL = {
 LEFT_OUT = (
     *("checkpoint-5/model.safetensors", "checkpoint-5/optimizer.pt", "_private/notes.txt", "_notes.txt", ".hidden"),
     *("optimizer.pt", "scheduler.pt", "rng_state.pth", "rng_state_0.pth", "training_args.bin", "trainer_state.json"),
-    *("robust_clip_state.safetensors",),
+    *("robust_clip_state.safetensors", "robust_clip_stream.json"),
 )
 
 
