@@ -36,6 +36,7 @@ _PLUMBING = (
     "max_logit_scale",
     "merge_adapters",
     "on_bad_row",
+    "draft_decoding",
     "adversarial_phrase",
 )
 #: Names of augmentations, which may have been given as objects: `augmentation` says what was used.

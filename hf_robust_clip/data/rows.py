@@ -31,7 +31,9 @@ class BadRowError(ValueError):
 UNREADABLE = (ValueError, OSError, SyntaxError, EOFError)
 
 
-def decode_row(row: Mapping[str, Any], image_column: str, caption_column: str) -> dict[str, Any]:
+def decode_row(
+    row: Mapping[str, Any], image_column: str, caption_column: str, least_side: int | None = None
+) -> dict[str, Any]:
     """
     Decode a row's image and check its caption.
 
@@ -39,6 +41,7 @@ def decode_row(row: Mapping[str, Any], image_column: str, caption_column: str) -
         row (mapping): Of column name to value, with its number under `"row_index"` where it is known.
         image_column (`str`): Any image that [`~imaging.decode_image`] takes.
         caption_column (`str`): A string, or a non-empty list of strings of which one is drawn at each visit.
+        least_side (`int`, *optional*): As of [`~imaging.decode_image`].
 
     Returns:
         `dict`: The row with an RGB `PIL.Image.Image` in place of the image, and a `bool` under `"poisoned"` where it
@@ -72,7 +75,7 @@ def decode_row(row: Mapping[str, Any], image_column: str, caption_column: str) -
             raise BadRowError(f"{where}, column {POISONED!r}: it must be boolean, but is {flag!r}")
         row = {**row, POISONED: flag}
     try:
-        image = decode_image(row[image_column])
+        image = decode_image(row[image_column], least_side)
     except ValueError as error:
         raise BadRowError(f"{where}, column {image_column!r}: {error}") from error
     return {**row, image_column: image}
@@ -115,12 +118,22 @@ class IndexedDataset(torch.utils.data.Dataset[dict[str, Any]]):
             usable row in its place, so that batches keep their size on every rank, and lists the number of the row
             passed over under `"bad_rows"`. A row that the dataset itself fails to read (its transform meets a broken
             image, say) is unusable too.
+        least_side (`int`, *optional*): As of [`~imaging.decode_image`], for `on_bad_row="skip"`, which decodes images
+            here; otherwise the collator does.
     """
 
-    def __init__(self, dataset: Any, image_column: str, caption_column: str, on_bad_row: OnBadRow = "raise") -> None:
+    def __init__(
+        self,
+        dataset: Any,
+        image_column: str,
+        caption_column: str,
+        on_bad_row: OnBadRow = "raise",
+        least_side: int | None = None,
+    ) -> None:
         self.dataset = undecoded(dataset, image_column, caption_column)
         self.columns = (image_column, caption_column)
         self.on_bad_row = on_bad_row
+        self.least_side = least_side
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -143,7 +156,7 @@ class IndexedDataset(torch.utils.data.Dataset[dict[str, Any]]):
         for index in itertools.chain(range(first, len(self)), range(first)):
             try:
                 row = {**self.dataset[index], ROW_INDEX: index}
-                return {**decode_row(row, *self.columns), BAD_ROWS: bad}
+                return {**decode_row(row, *self.columns, self.least_side), BAD_ROWS: bad}
             except UNREADABLE as error:
                 bad.append(index)
                 last = error
@@ -153,15 +166,17 @@ class IndexedDataset(torch.utils.data.Dataset[dict[str, Any]]):
 class SkippingIterableDataset(torch.utils.data.IterableDataset[dict[str, Any]]):
     """
     An iterable dataset without its unusable rows. The next usable row, or the last one for those at the end, lists
-    them under `"bad_rows"`, by their position in the stream as its worker sees it.
+    them under `"bad_rows"`, by their position in the stream as its worker sees it. `least_side` is that of
+    [`~imaging.decode_image`].
 
     Raises, when iterated:
         [`BadRowError`]: If every row is unusable. Of several workers, one whose share is all unusable yields nothing.
     """
 
-    def __init__(self, dataset: Any, image_column: str, caption_column: str) -> None:
+    def __init__(self, dataset: Any, image_column: str, caption_column: str, least_side: int | None = None) -> None:
         self.dataset = undecoded(dataset, image_column, caption_column)
         self.columns = (image_column, caption_column)
+        self.least_side = least_side
 
     def set_epoch(self, epoch: int) -> None:
         if hasattr(self.dataset, "set_epoch"):
@@ -172,7 +187,7 @@ class SkippingIterableDataset(torch.utils.data.IterableDataset[dict[str, Any]]):
         held: dict[str, Any] | None = None  # one behind, so that the last one can list what comes after it
         for position, row in enumerate(self.dataset):
             try:
-                usable = decode_row(row, *self.columns)
+                usable = decode_row(row, *self.columns, self.least_side)
             except BadRowError as error:
                 bad.append(position)
                 last = error

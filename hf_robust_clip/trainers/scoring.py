@@ -51,7 +51,9 @@ def score_pairs(trainer: CLIPTrainer, epoch: int, augmented: bool = False) -> Pa
     """
     args = trainer.args
     on_bad_row: Any = args.on_bad_row
-    dataset = IndexedDataset(trainer.train_dataset, args.image_column, args.caption_column, on_bad_row=on_bad_row)
+    columns = (args.image_column, args.caption_column)
+    # Rows are scored on the pixels that they are trained on.
+    dataset = IndexedDataset(trainer.train_dataset, *columns, on_bad_row, trainer.data_collator.least_side)
     share = -(-len(dataset) // args.world_size)
     first = args.process_index * share
     rows = torch.arange(first, first + share).clamp(max=len(dataset) - 1)
