@@ -13,6 +13,7 @@ from ..models import check_processor
 from ..seeding import derive_seed
 from .images import ImagePreprocessor
 from .rows import BAD_ROWS, POISONED, ROW_INDEX, decode_row
+from .tokens import TOKENS_PREFIX, StoredTokens
 
 ORIGINAL = "original"
 #: How much larger than the model's size a drafted image stays. With 2 the pixels of photos of 2,000 to 4,000 pixels
@@ -27,9 +28,10 @@ class CLIPDataCollator:
 
     Each image is decoded once, converted to RGB, and resized and cropped by the model's own image processor; the
     pixels stay uint8, and the trainer makes and normalises the image views on the device. The text views are drawn
-    here and tokenised in one call, view after view. What is drawn depends on (seed, epoch, row), so it is the same
-    with any number of workers and after resuming. Rows without a number (iterable datasets) are keyed by their
-    content.
+    here and tokenised in one call, view after view; those captions whose tokens [`prepare_dataset`] stored with the
+    dataset, for this tokenizer and `max_length`, are not tokenised again. What is drawn depends on (seed, epoch, row),
+    so it is the same with any number of workers and after resuming. Rows without a number (iterable datasets) are
+    keyed by their content.
 
     Args:
         processor (`transformers.ProcessorMixin`):
@@ -96,6 +98,7 @@ class CLIPDataCollator:
                 f"shortest_edge, but {type(processor.image_processor).__name__} has {found}"
             )
         self._first_caption_only = False
+        self._stored_tokens: StoredTokens | None = None
         # In shared memory, so that worker processes that live on through the epochs see the number change.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
@@ -152,10 +155,7 @@ class CLIPDataCollator:
         texts = [
             self._view(caption, key, view) for view in self.views for caption, key in zip(captions, keys, strict=True)
         ]
-        tokens = self.tokenizer(
-            texts, padding=self.padding, truncation=True, max_length=self.max_length, return_tensors="pt"
-        )
-        batch = {"pixel_values": pixels, **tokens}
+        batch = {"pixel_values": pixels, **self._tokens(texts, decoded * len(self.views))}
         if all(ROW_INDEX in row for row in decoded):
             batch[ROW_INDEX] = torch.tensor([row[ROW_INDEX] for row in decoded])
         if all(isinstance(row.get(POISONED), bool) for row in decoded):
@@ -164,6 +164,20 @@ class CLIPDataCollator:
         if bad:
             batch[BAD_ROWS] = torch.tensor(bad)
         return batch
+
+    def _tokens(self, texts: list[str], rows: Sequence[Mapping[str, Any]]) -> Mapping[str, torch.Tensor]:
+        """The tokens of all texts, each of the row at its place: as stored where they are, else of one call."""
+        stored = None
+        if any(column.startswith(TOKENS_PREFIX) for column in rows[0]):
+            if self._stored_tokens is None:
+                self._stored_tokens = StoredTokens(self.tokenizer, self.max_length)
+            stored = self._stored_tokens(texts, rows, self.padding)
+        if stored is not None:
+            return stored
+        tokens: Mapping[str, torch.Tensor] = self.tokenizer(
+            texts, padding=self.padding, truncation=True, max_length=self.max_length, return_tensors="pt"
+        )
+        return tokens
 
     def _key(self, row: Mapping[str, Any], pixels: torch.Tensor, epoch: int) -> int:
         number = row.get(ROW_INDEX)
