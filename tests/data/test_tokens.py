@@ -30,6 +30,14 @@ def typed(tokenizer) -> PreTrainedTokenizerFast:
     )
 
 
+class Counting(PreTrainedTokenizerFast):
+    """Returns more than ids tell."""
+
+    def __call__(self, *args, **kwargs):
+        found = super().__call__(*args, **kwargs)
+        return {**found, "length": torch.ones(len(found["input_ids"]))}
+
+
 def stored_rows(stored: StoredTokens, texts: list[str]) -> list[dict]:
     return [{stored.column: [entry]} for entry in stored.encode(texts)]
 
@@ -97,5 +105,6 @@ def test_a_tokenizer_whose_batches_ids_do_not_tell_has_no_column(tokenizer):
     assert StoredTokens(SimpleNamespace(is_fast=False)).column is None
     unpadded = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, model_max_length=16)
     assert StoredTokens(unpadded).column is None
-    tokenizer.model_input_names = ["input_ids", "attention_mask", "special_tokens_mask"]
-    assert "special_tokens_mask" in tokenizer(["a"]) and StoredTokens(tokenizer).column is None
+    tokenizer.model_input_names = ["input_ids", "attention_mask", "token_type_ids"]
+    assert StoredTokens(tokenizer).column is not None
+    assert StoredTokens(Counting(tokenizer_object=tokenizer.backend_tokenizer, pad_token="!")).column is None
