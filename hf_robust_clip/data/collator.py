@@ -17,8 +17,8 @@ from .tokens import TOKENS_PREFIX, StoredTokens
 
 ORIGINAL = "original"
 #: How much larger than the model's size a drafted image stays. With 2 the pixels of photos of 2,000 to 4,000 pixels
-#: differed by 0.5 of 255 in the mean and by 6 at most (49 to 50 dB), with 1 by 2 and 19 (38 to 40 dB), and what takes
-#: time, resizing at full size, is saved either way.
+#: differed by 0.6 of 255 in the mean and by 6 at most (49 to 50 dB), with 1 by 2 and 19 (38 to 40 dB), in a half and a
+#: third of the time.
 _DRAFT_MARGIN = 2
 
 
