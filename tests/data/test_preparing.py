@@ -18,6 +18,7 @@ from training import ARGUMENTS, make_trainer
 from transformers import CLIPImageProcessor, CLIPProcessor
 
 from hf_robust_clip import CLIPDataCollator, CLIPTrainer, PatchTrigger, PoisonSpec, poison_dataset, prepare_dataset
+from hf_robust_clip.data import preparing
 from hf_robust_clip.data.loading import load_pairs
 from hf_robust_clip.data.rows import BadRowError, IndexedDataset, SkippingIterableDataset, undecoded
 from hf_robust_clip.data.tokens import TOKENS_PREFIX, StoredTokens
@@ -264,6 +265,33 @@ def test_resumed_equals_uninterrupted(source, processor, folder: Path, tmp_path:
     prepare(source, processor, tmp_path)
     assert contents(tmp_path) == contents(folder)
     assert {name: (tmp_path / name).stat().st_mtime_ns for name in done} == times
+
+
+def prepare_alone(log: Path, source: datasets.Dataset, processor, folder: Path) -> None:
+    """Prepare, and note in a file each shard that this process writes."""
+    torch.set_num_threads(1)
+    write = preparing.write_shard
+
+    def noted(path: Path, *given):
+        with log.open("a") as file:
+            file.write(f"{path.name}\n")
+        return write(path, *given)
+
+    preparing.write_shard = noted
+    prepare(source, processor, folder)
+
+
+def test_of_several_processes_one_works(source, processor, folder: Path, tmp_path: Path):
+    arguments = (tmp_path / "log", source, processor, tmp_path / "out")
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=prepare_alone, args=arguments) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    assert contents(tmp_path / "out") == contents(folder)
+    assert (tmp_path / "log").read_text().split() == sorted(path.name for path in folder.glob("*.arrow"))
 
 
 def test_an_error_leaves_whole_shards_and_nothing_else(processor, tmp_path: Path):
