@@ -55,7 +55,7 @@ def add_parser(commands: Any) -> None:
         type=int,
         default=2048,
         metavar="N",
-        help="rows in a file, and at most lost to an interruption (default: %(default)s)",
+        help="rows in a file, which one process makes (default: %(default)s)",
     )
     add(*spelled("--num-proc"), type=int, metavar="N", help="processes that decode (default: this one)")
     add(

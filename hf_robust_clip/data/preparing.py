@@ -5,11 +5,11 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import datasets
 import pyarrow as pa
@@ -39,8 +39,8 @@ logger = logging.get_logger(__name__)
 
 IMAGE_FORMATS = ("ppm", "png")
 _LOCK_FILE = ".prepared.lock"
-#: Rows that a process makes at a time.
-_CHUNK = 64
+#: Rows of a record batch: few, since they hold images.
+_GROUP = 64
 
 
 def prepare_dataset(
@@ -84,7 +84,7 @@ def prepare_dataset(
             Longest caption in tokens. `None`: the tokenizer's `model_max_length`. Training with another one tokenises
             anew.
         rows_per_shard (`int`, defaults to 2048):
-            Rows in a file, and at most lost to an interruption.
+            Rows in a file, which one process makes, and which an interruption may cost each of them.
         num_proc (`int`, *optional*):
             Processes that decode, beside this one; the result is the same for any number. `None`: this one does.
         on_bad_row (`str`, defaults to `"raise"`):
@@ -104,14 +104,16 @@ def prepare_dataset(
     check_processor(processor, "processor")
     if max_length is not None and max_length < 2:
         raise ValueError(f"max_length must be None or at least 2 tokens, but is {max_length!r}")
-    chunks = _Chunks(dataset, processor, (image_column, caption_column), image_format, max_length, on_bad_row)
+    preparation = _Preparation(
+        dataset, processor, (image_column, caption_column), image_format, max_length, on_bad_row
+    )
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise ValueError(
             f"folder={str(folder)!r} is a file; accepted is a new or empty folder, or that of a same call"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    made_from = {**chunks.made_from(), "rows_per_shard": rows_per_shard, "on_bad_row": on_bad_row}
+    made_from = {**preparation.made_from(), "rows_per_shard": rows_per_shard, "on_bad_row": on_bad_row}
     with FileLock(folder / _LOCK_FILE):
         shards = whole_shards(folder, made_from)
         starts = range(0, len(dataset), rows_per_shard)
@@ -121,11 +123,11 @@ def prepare_dataset(
             for name, start in zip(names, starts, strict=True)
             if name not in shards
         }
-        for name, shard in _write_shards(folder, wanted, chunks, num_proc):
+        for name, shard in _write_shards(folder, wanted, preparation, num_proc):
             shards[name] = shard
             write_record(folder, made_from, shards)
         if wanted or not is_finished(folder):
-            finish(folder, names, chunks.features, dataset, made_from)
+            finish(folder, names, preparation.features, dataset, made_from)
     bad = [row for name in names for row in shards[name]["bad_rows"]]
     if len(bad) == len(dataset):
         raise BadRowError(f"none of the {len(dataset)} rows of dataset can be used; see {folder / RECORD_FILE}")
@@ -136,17 +138,8 @@ def prepare_dataset(
     return prepared
 
 
-class _Chunk(NamedTuple):
-    """Some rows, decoded and encoded anew: their numbers, images and tokens, and the numbers of those left out."""
-
-    rows: list[int]
-    images: list[bytes]
-    tokens: list[list[bytes]]
-    bad_rows: list[int]
-
-
-class _Chunks(torch.utils.data.Dataset[_Chunk]):
-    """What worker processes make of rows; indexed by a tuple of row numbers, so that each item is a chunk."""
+class _Preparation(torch.utils.data.Dataset[dict[str, Any]]):
+    """Makes shards, in worker processes: indexed by the path of one and its rows, so that little has to come back."""
 
     def __init__(
         self,
@@ -202,46 +195,39 @@ class _Chunks(torch.utils.data.Dataset[_Chunk]):
         plain: dict[str, Any] = json.loads(json.dumps(found))
         return plain
 
-    def __getitem__(self, numbers: Sequence[int]) -> _Chunk:
-        chunk = _Chunk([], [], [], [])
-        captions: list[list[str]] = []
-        image_column, caption_column = self.columns
+    def __getitem__(self, shard: tuple[Path, range]) -> dict[str, Any]:
+        path, rows = shard
+        bad: list[int] = []
+        tables = (self._table(rows[i : i + _GROUP], bad) for i in range(0, len(rows), _GROUP))
+        return {**write_shard(path, self.features.arrow_schema, tables), "bad_rows": bad}
+
+    def _table(self, numbers: Sequence[int], bad_rows: list[int]) -> pa.Table:
+        """These rows as they are stored, without those that cannot be used, which are added to `bad_rows`."""
+        kept, images, captions = [], [], []
         for row in self.rows.__getitems__(numbers):
             try:
                 decoded = decode_row(row, *self.columns)
             except BadRowError:
                 if self.on_bad_row == "raise":
                     raise
-                chunk.bad_rows.append(row[ROW_INDEX])
+                bad_rows.append(row[ROW_INDEX])
                 continue
-            chunk.rows.append(row[ROW_INDEX])
-            chunk.images.append(self._encoded(decoded[image_column]))
-            caption = decoded[caption_column]
+            kept.append(row[ROW_INDEX])
+            images.append({"bytes": self._encoded(decoded[self.columns[0]]), "path": None})
+            caption = decoded[self.columns[1]]
             captions.append([caption] if isinstance(caption, str) else list(caption))
-        if self.tokens.column is not None and captions:
-            entries = iter(self.tokens.encode([caption for several in captions for caption in several]))
-            chunk.tokens.extend(list(islice(entries, len(several))) for several in captions)
-        return chunk
-
-    def tables(
-        self, chunks: Iterable[_Chunk], bad_rows: list[int], update: Callable[[int], Any]
-    ) -> Iterator[pa.Table]:
-        """Chunks with the columns that were not made anew; adds the rows left out to `bad_rows`."""
+        new: dict[str, list[Any]] = {self.columns[0]: images}
+        if self.tokens.column is not None:
+            flat = [caption for several in captions for caption in several]
+            entries = iter(self.tokens.encode(flat) if flat else ())
+            new[self.tokens.column] = [list(islice(entries, len(several))) for several in captions]
         schema = self.features.arrow_schema
-        given = [name for name in self.features if name not in (self.columns[0], self.tokens.column)]
-        others = self.dataset.with_format("arrow").select_columns(given)
-        for chunk in chunks:
-            if chunk.rows:
-                rows = others[chunk.rows]
-                images = [{"bytes": image, "path": None} for image in chunk.images]
-                new = {self.columns[0]: images, self.tokens.column: chunk.tokens}
-                columns = [
-                    pa.array(new[field.name], type=field.type) if field.name in new else rows[field.name]
-                    for field in schema
-                ]
-                yield pa.Table.from_arrays(columns, schema=schema)
-            bad_rows += chunk.bad_rows
-            update(len(chunk.rows) + len(chunk.bad_rows))
+        given = [name for name in self.features if name not in new]
+        others = self.dataset.with_format("arrow").select_columns(given)[kept]
+        columns = [
+            pa.array(new[field.name], field.type) if field.name in new else others[field.name] for field in schema
+        ]
+        return pa.Table.from_arrays(columns, schema=schema)
 
     def _encoded(self, image: Image.Image) -> bytes:
         pixels = self.preprocess([image])[0]  # (3, H, W)
@@ -277,23 +263,20 @@ def _check_arguments(
 
 
 def _write_shards(
-    folder: Path, wanted: Mapping[str, range], chunks: _Chunks, num_proc: int | None
+    folder: Path, wanted: Mapping[str, range], preparation: _Preparation, num_proc: int | None
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Write these shards, and yield the name and the record of each as soon as it is whole."""
-    parts = {name: [rows[i : i + _CHUNK] for i in range(0, len(rows), _CHUNK)] for name, rows in wanted.items()}
-    loader: DataLoader[_Chunk] = DataLoader(
-        chunks,
+    """Write these shards, and yield the name and the record of each as soon as it is whole, in order."""
+    loader: DataLoader[dict[str, Any]] = DataLoader(
+        preparation,
         batch_size=1,
-        sampler=[part for several in parts.values() for part in several],
-        num_workers=num_proc or 0,
+        sampler=[(folder / name, rows) for name, rows in wanted.items()],
+        num_workers=min(num_proc or 0, len(wanted)),
         collate_fn=itemgetter(0),
         generator=torch.Generator(),  # its own, or the workers' seed would be drawn from the global one
     )
-    made = iter(loader)
-    rows = sum(map(len, wanted.values()))
+    total = sum(map(len, wanted.values()))
     # disable=None: no bar where stderr is no terminal.
-    with tqdm(total=rows, desc="Preparing rows", unit="row", leave=False, disable=None if rows else True) as bar:
-        for name, several in parts.items():
-            bad: list[int] = []
-            tables = chunks.tables(islice(made, len(several)), bad, bar.update)
-            yield name, {**write_shard(folder / name, chunks.features.arrow_schema, tables), "bad_rows": bad}
+    with tqdm(total=total, desc="Preparing rows", unit="row", leave=False, disable=None if total else True) as bar:
+        for (name, rows), shard in zip(wanted.items(), loader, strict=True):
+            bar.update(len(rows))
+            yield name, shard

@@ -18,6 +18,7 @@ from ..files import write_text
 RECORD_FILE = "prepared.json"
 #: What makes a folder one that `datasets` loads, written last.
 _STATE_FILE = "state.json"
+_PARTIAL = ".partial"
 
 
 def shard_name(number: int, count: int) -> str:
@@ -27,7 +28,8 @@ def shard_name(number: int, count: int) -> str:
 
 def whole_shards(folder: Path, made_from: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """
-    The shards of an earlier call that are whole: file names to what [`write_shard`] returned.
+    The shards of an earlier call that are whole: file names to what [`write_shard`] returned. Removes files that an
+    interrupted one left unfinished.
 
     Args:
         folder (`Path`): Is there.
@@ -36,6 +38,8 @@ def whole_shards(folder: Path, made_from: Mapping[str, Any]) -> dict[str, dict[s
     Raises:
         `ValueError`: If the folder was made from something else, which the message says, or holds other things.
     """
+    for partial in folder.glob(f".*{_PARTIAL}"):
+        partial.unlink(missing_ok=True)  # of a call that was killed
     path = folder / RECORD_FILE
     if not path.is_file():
         foreign = sorted(file.name for file in folder.iterdir() if not file.name.startswith("."))
@@ -71,7 +75,8 @@ def write_record(folder: Path, made_from: Mapping[str, Any], shards: Mapping[str
 def write_shard(path: Path, schema: pa.Schema, tables: Iterable[pa.Table]) -> dict[str, Any]:
     """Write an Arrow file in one move. Returns how many `rows` and `bytes` it has."""
     rows = 0
-    partial = path.with_name(f".{path.name}.partial")
+    # With the process's number: one whose parent was killed may still be at the same shard.
+    partial = path.with_name(f".{path.name}.{os.getpid()}{_PARTIAL}")
     try:
         with partial.open("wb") as file:
             with pa.ipc.new_stream(file, schema) as writer:

@@ -217,7 +217,7 @@ def test_bad_rows_are_named_or_left_out_and_listed(processor, tmp_path: Path, ca
     broken = (2, 6, 7, 8, 9, 10, 11, 21)  # a whole shard among them
     data = pairs(broken)
     with pytest.raises(BadRowError, match=r"row 2, column 'image': .*does not decode"):
-        prepare(data, processor, tmp_path / "raise")
+        prepare(data, processor, tmp_path / "raise", num_proc=2)
     prepared = prepare(data, processor, tmp_path / "skip", on_bad_row="skip")
     assert prepared["key"] == [f"row {i}" for i in range(ROWS) if i not in broken]
     record = json.loads((tmp_path / "skip" / "prepared.json").read_text())
