@@ -138,7 +138,7 @@ def prepare_dataset(
     return prepared
 
 
-class _Preparation(torch.utils.data.Dataset[dict[str, Any]]):
+class _Preparation(torch.utils.data.Dataset[Any]):
     """Makes shards, in worker processes: indexed by the path of one and its rows, so that little has to come back."""
 
     def __init__(
@@ -195,11 +195,15 @@ class _Preparation(torch.utils.data.Dataset[dict[str, Any]]):
         plain: dict[str, Any] = json.loads(json.dumps(found))
         return plain
 
-    def __getitem__(self, shard: tuple[Path, range]) -> dict[str, Any]:
+    def __getitem__(self, shard: tuple[Path, range]) -> dict[str, Any] | BadRowError:
         path, rows = shard
         bad: list[int] = []
         tables = (self._table(rows[i : i + _GROUP], bad) for i in range(0, len(rows), _GROUP))
-        return {**write_shard(path, self.features.arrow_schema, tables), "bad_rows": bad}
+        try:
+            return {**write_shard(path, self.features.arrow_schema, tables), "bad_rows": bad}
+        except BadRowError as error:
+            # Raised here, it would keep the loader alive in its traceback, and with it the other processes.
+            return error
 
     def _table(self, numbers: Sequence[int], bad_rows: list[int]) -> pa.Table:
         """These rows as they are stored, without those that cannot be used, which are added to `bad_rows`."""
@@ -266,7 +270,7 @@ def _write_shards(
     folder: Path, wanted: Mapping[str, range], preparation: _Preparation, num_proc: int | None
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Write these shards, and yield the name and the record of each as soon as it is whole, in order."""
-    loader: DataLoader[dict[str, Any]] = DataLoader(
+    loader: DataLoader[Any] = DataLoader(
         preparation,
         batch_size=1,
         sampler=[(folder / name, rows) for name, rows in wanted.items()],
@@ -278,5 +282,7 @@ def _write_shards(
     # disable=None: no bar where stderr is no terminal.
     with tqdm(total=total, desc="Preparing rows", unit="row", leave=False, disable=None if total else True) as bar:
         for (name, rows), shard in zip(wanted.items(), loader, strict=True):
+            if isinstance(shard, BadRowError):
+                raise shard
             bar.update(len(rows))
             yield name, shard

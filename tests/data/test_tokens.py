@@ -103,6 +103,7 @@ def test_the_name_is_of_what_the_tokenizer_makes(tokenizer, tmp_path: Path):
 
 def test_a_tokenizer_whose_batches_ids_do_not_tell_has_no_column(tokenizer):
     assert StoredTokens(SimpleNamespace(is_fast=False)).column is None
+    tokenizer.backend_tokenizer.no_padding()  # an earlier call's would bring its token along
     unpadded = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, model_max_length=16)
     assert StoredTokens(unpadded).column is None
     tokenizer.model_input_names = ["input_ids", "attention_mask", "token_type_ids"]
