@@ -6,8 +6,10 @@ augmented views of a JPEG of 500 x 375 pixels, at 224 pixels.
 
 Here a worker decodes an image once, resizes it once, keeps bytes, and tokenizes the captions of a batch together;
 augmentation is for the device. The usual way decodes and augments each view by itself in the worker, with PIL, and
-hands over floats. Both augment captions alike. Each round measures every contender in turn; ratios are medians over
-rounds. With `--workers`, also the images a second of a loader with so many processes.
+hands over floats. Both augment captions alike. Then what one view of the pairs costs, read from a dataset of these
+JPEGs, from what `prepare_dataset` makes of it, and from JPEGs of 2,000 x 1,500 pixels, drafted and not. Each round
+measures every contender in turn; ratios are medians over rounds. With `--workers`, also the images a second of a
+loader with so many processes.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import argparse
 import io
 import random
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,7 +32,7 @@ from bench.output import write_result
 from PIL import Image, ImageEnhance, ImageFilter
 from torch.utils.data import DataLoader
 
-from hf_robust_clip import CLIPDataCollator, ImageAugmentation, TextAugmentation
+from hf_robust_clip import CLIPDataCollator, ImageAugmentation, TextAugmentation, prepare_dataset
 from hf_robust_clip.augment.images import PRESETS, to_float
 from hf_robust_clip.data.rows import IndexedDataset
 from hf_robust_clip.data.scratch import build_processor
@@ -40,11 +43,12 @@ SIZE = 224
 VIEWS = ("first", "second")
 
 
-def jpeg(seed: int) -> bytes:
+def jpeg(seed: int, width: int = 500) -> bytes:
     """A photo-like image: smooth shapes under a little noise."""
+    height = width * 3 // 4
     generator = np.random.default_rng(seed)
-    coarse = Image.fromarray(generator.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize((500, 375))
-    noisy = np.asarray(coarse, dtype=np.int16) + generator.normal(0, 6, (375, 500, 3)).astype(np.int16)
+    coarse = Image.fromarray(generator.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize((width, height))
+    noisy = np.asarray(coarse, dtype=np.int16) + generator.normal(0, 6, (height, width, 3)).astype(np.int16)
     buffer = io.BytesIO()
     Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=90)
     return buffer.getvalue()
@@ -82,8 +86,17 @@ def augment_with_pil(image: Image.Image, draw: random.Random) -> Image.Image:
     return image
 
 
-def stages(batch: int) -> dict[str, Callable[[], Any]]:
-    """What is measured, each over a batch of so many pairs."""
+def dataset_of(files: list[bytes]) -> datasets.Dataset:
+    """Pairs of these files and a caption each."""
+    captions = [CAPTIONS[number % len(CAPTIONS)] for number in range(len(files))]
+    return datasets.Dataset.from_dict(
+        {"image": [{"bytes": file, "path": None} for file in files], "caption": captions},
+        features=datasets.Features({"image": datasets.Image(), "caption": datasets.Value("string")}),
+    )
+
+
+def stages(batch: int, folder: Path) -> dict[str, Callable[[], Any]]:
+    """What is measured, each over a batch of so many pairs. Prepared datasets go into the folder."""
     processor = build_processor(CAPTIONS, image_size=SIZE)
     files = [jpeg(number) for number in range(batch)]
     captions = [CAPTIONS[number % len(CAPTIONS)] for number in range(batch)]
@@ -111,6 +124,18 @@ def stages(batch: int) -> dict[str, Callable[[], Any]]:
         ids = [tokens["input_ids"][0] for _, tokens in collected]
         return [stacked, torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)]
 
+    source = dataset_of(files)
+    prepared = {name: prepare_dataset(source, processor, folder / name, image_format=name) for name in ("ppm", "png")}
+    few = [jpeg(number, width=2000) for number in range(4)]
+    large = dataset_of([few[number % 4] for number in range(batch)])
+    plain = CLIPDataCollator(processor)
+    drafting = CLIPDataCollator(processor, draft_decoding=True)
+    storing = CLIPDataCollator(processor, stored_tokens=True)
+
+    def one_view(dataset: datasets.Dataset, collator: CLIPDataCollator = plain) -> Callable[[], Any]:
+        indexed = IndexedDataset(dataset, "image", "caption")
+        return lambda: collator(indexed.__getitems__(range(batch)))
+
     return {
         "this package's worker": lambda: collator(rows),
         "the usual worker": usual,
@@ -120,6 +145,12 @@ def stages(batch: int) -> dict[str, Callable[[], Any]]:
         "tokenizing": lambda: processor.tokenizer(captions * len(VIEWS), padding=True, return_tensors="pt"),
         "augmenting images, on a CPU": lambda: augmentation(to_float(pixels)),
         "the same with PIL": lambda: [to_bytes(augment_with_pil(image, draw)) for image in small],
+        "one view, from JPEG files": one_view(source),
+        "one view, prepared as ppm": one_view(prepared["ppm"]),
+        "one view, prepared as ppm, with its tokens": one_view(prepared["ppm"], storing),
+        "one view, prepared as png": one_view(prepared["png"]),
+        "one view, from large JPEG files": one_view(large),
+        "one view, from large JPEG files, drafted": one_view(large, drafting),
     }
 
 
@@ -129,10 +160,8 @@ def to_bytes(image: Image.Image) -> torch.Tensor:
 
 def loaded(workers: int, pairs: int, batch: int) -> float:
     """Pairs a second of a loader, its start left out."""
-    dataset = datasets.Dataset.from_dict(
-        {"image": [{"bytes": jpeg(i % 64), "path": None} for i in range(pairs)], "caption": CAPTIONS[:1] * pairs},
-        features=datasets.Features({"image": datasets.Image(), "caption": datasets.Value("string")}),
-    )
+    files = [jpeg(number) for number in range(64)]
+    dataset = dataset_of([files[number % 64] for number in range(pairs)])
     processor = build_processor(CAPTIONS, image_size=SIZE)
     collator = CLIPDataCollator(processor, views=VIEWS, text_augmentation=TextAugmentation.from_preset("eda"))
     rows: Any = IndexedDataset(dataset, "image", "caption")
@@ -153,7 +182,8 @@ def main() -> None:
     transformers.utils.logging.set_verbosity_error()
     datasets.disable_progress_bars()
     torch.set_num_threads(1)
-    contenders = stages(options.batch)
+    folder = tempfile.TemporaryDirectory()
+    contenders = stages(options.batch, Path(folder.name))
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for number in range(options.rounds + 1):
         for name, work in contenders.items():
@@ -168,12 +198,19 @@ def main() -> None:
     ratios = {
         "data_path_over_usual": ratio("this package's worker", "the usual worker"),
         "augment_on_cpu_over_pil": ratio("augmenting images, on a CPU", "the same with PIL"),
+        "ppm_over_jpeg": ratio("one view, prepared as ppm", "one view, from JPEG files"),
+        "png_over_jpeg": ratio("one view, prepared as png", "one view, from JPEG files"),
+        "stored_tokens_over_tokenizing": ratio(
+            "one view, prepared as ppm, with its tokens", "one view, prepared as ppm"
+        ),
+        "drafted_over_whole": ratio("one view, from large JPEG files, drafted", "one view, from large JPEG files"),
     }
     print("| | CPU, ms a pair |\n|---|---|")
     for name, times in seconds.items():
         print(f"| {name} | {statistics.median(times) * 1e3:.2f} |")
     for name, value in ratios.items():
         print(f"{name:>30}: {value:.2f}")
+    folder.cleanup()
     rates = {str(workers): loaded(workers, 40 * options.batch, options.batch) for workers in options.workers}
     for workers, rate in rates.items():
         print(f"{workers} workers: {rate:.0f} pairs a second")

@@ -37,6 +37,7 @@ _PUBLIC = {
     "fit_similarity_mixture": "mixture",
     "poison_dataset": "attacks.poisoning",
     "poison_stream": "attacks.streaming",
+    "prepare_dataset": "data.preparing",
     "replay_manifest": "attacks.poisoning",
     "targeted_specs": "attacks.spec",
 }

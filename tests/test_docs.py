@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = {path.name: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
 FENCE = re.compile(r"^(?:<!-- not run: (?P<reason>.+) -->\n)?```(?P<language>\w+)\n(?P<code>.*?)^```$", re.M | re.S)
 #: Commands of `hf-robust-clip` that resolve their arguments with --dry-run.
-DRY = ("train", "poison", "evaluate")
+DRY = ("train", "poison", "prepare", "evaluate")
 #: What the pages do to a checkpoint and a large dataset, as tests do it to a few digits.
 SMALL = {
     "CLIPModel(CLIPConfig())": 'CLIPModel.from_pretrained("openai/clip-vit-base-patch32")',
@@ -229,6 +229,12 @@ def test_every_argument_is_on_its_page(page: str, name: str, site: Path) -> None
 def test_costs_are_those_of_the_committed_results(page: str, name: str, digits: str) -> None:
     ratios = json.loads((ROOT / "benchmarks" / "results" / "step_cost.json").read_text())["ratios"]
     assert digits.format(ratios[name]) in PAGES[page].replace("\n", " ")
+
+
+@pytest.mark.parametrize("name", ["ppm_over_jpeg", "png_over_jpeg", "drafted_over_whole"])
+def test_times_of_the_data_path_are_those_of_the_committed_results(name: str) -> None:
+    ratios = json.loads((ROOT / "benchmarks" / "results" / "data_path.json").read_text())["ratios"]
+    assert f"{ratios[name]:.0%}" in PAGES["data.md"]
 
 
 def test_table_of_adapters_is_that_of_the_committed_results() -> None:

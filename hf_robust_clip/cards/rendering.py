@@ -37,6 +37,8 @@ _PLUMBING = (
     "merge_adapters",
     "stop_on_non_finite",
     "on_bad_row",
+    "draft_decoding",
+    "stored_tokens",
     "adversarial_phrase",
 )
 #: Names of augmentations, which may have been given as objects: `augmentation` says what was used.

@@ -20,11 +20,15 @@ class ImagePreprocessor:
     Args:
         image_processor (`transformers.BaseImageProcessor`):
             As of `processor.image_processor`.
+
+    Attributes:
+        kept_size (`tuple[int, int]` or `None`): Width and height of the images that it leaves as they are, if there
+            is such a size.
     """
 
     def __init__(self, image_processor: Any) -> None:
         self.image_processor = image_processor
-        self._unchanged = _size_left_alone(image_processor)
+        self.kept_size = _size_left_alone(image_processor)
 
     def __call__(self, images: Sequence[Image.Image]) -> torch.Tensor:
         """
@@ -34,7 +38,7 @@ class ImagePreprocessor:
         Returns:
             `torch.Tensor` of shape `(B, 3, H, W)`, uint8.
         """
-        if all(image.size == self._unchanged for image in images):
+        if all(image.size == self.kept_size for image in images):
             # Resizing and cropping to the size that they have: a third of the time of a small model's step.
             return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2).contiguous()
         pixels = self.image_processor(list(images), do_rescale=False, do_normalize=False, return_tensors="pt")
@@ -45,6 +49,13 @@ class ImagePreprocessor:
                 "do_normalize=False; an image processor that keeps uint8 is needed"
             )
         return pixels
+
+    @property
+    def resized_side(self) -> int | None:
+        """The longer side that the image processor resizes to, before it crops; `None` where it names none."""
+        size = dict(getattr(self.image_processor, "size", None) or {})
+        sides = [size[name] for name in ("height", "width", "shortest_edge") if size.get(name) is not None]
+        return max(sides) if sides and getattr(self.image_processor, "do_resize", False) else None
 
     @property
     def image_shape(self) -> tuple[int, int]:
@@ -86,7 +97,6 @@ class ImagePreprocessor:
 
 
 def _size_left_alone(image_processor: Any) -> tuple[int, int] | None:
-    """Width and height of the images that an image processor leaves as they are, if there is such a size."""
     size = dict(getattr(image_processor, "size", None) or {})
     width, height = (size.get(name, size.get("shortest_edge")) for name in ("width", "height"))
     if width is None or height is None:

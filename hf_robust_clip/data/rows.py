@@ -12,6 +12,7 @@ import torch
 
 from ..attacks.rows import POISONED
 from ..imaging import decode_image
+from .tokens import TOKENS_PREFIX
 
 OnBadRow = Literal["raise", "skip"]
 ON_BAD_ROW: tuple[OnBadRow, ...] = ("raise", "skip")
@@ -31,7 +32,9 @@ class BadRowError(ValueError):
 UNREADABLE = (ValueError, OSError, SyntaxError, EOFError)
 
 
-def decode_row(row: Mapping[str, Any], image_column: str, caption_column: str) -> dict[str, Any]:
+def decode_row(
+    row: Mapping[str, Any], image_column: str, caption_column: str, least_side: int | None = None
+) -> dict[str, Any]:
     """
     Decode a row's image and check its caption.
 
@@ -39,6 +42,7 @@ def decode_row(row: Mapping[str, Any], image_column: str, caption_column: str) -
         row (mapping): Of column name to value, with its number under `"row_index"` where it is known.
         image_column (`str`): Any image that [`~imaging.decode_image`] takes.
         caption_column (`str`): A string, or a non-empty list of strings of which one is drawn at each visit.
+        least_side (`int`, *optional*): As of [`~imaging.decode_image`].
 
     Returns:
         `dict`: The row with an RGB `PIL.Image.Image` in place of the image, and a `bool` under `"poisoned"` where it
@@ -72,7 +76,7 @@ def decode_row(row: Mapping[str, Any], image_column: str, caption_column: str) -
             raise BadRowError(f"{where}, column {POISONED!r}: it must be boolean, but is {flag!r}")
         row = {**row, POISONED: flag}
     try:
-        image = decode_image(row[image_column])
+        image = decode_image(row[image_column], least_side)
     except ValueError as error:
         raise BadRowError(f"{where}, column {image_column!r}: {error}") from error
     return {**row, image_column: image}
@@ -80,8 +84,8 @@ def decode_row(row: Mapping[str, Any], image_column: str, caption_column: str) -
 
 def undecoded(dataset: Any, image_column: str, caption_column: str) -> Any:
     """
-    The same `datasets` dataset with only the columns that training reads, unformatted, and its images left as encoded
-    bytes.
+    The same `datasets` dataset with only the columns that training reads, stored tokens among them, unformatted, and
+    its images left as encoded bytes.
 
     Other kinds of dataset, and those with a transform of their own, come back as they are.
     """
@@ -90,6 +94,7 @@ def undecoded(dataset: Any, image_column: str, caption_column: str) -> Any:
     if has_transform(dataset):
         return dataset
     wanted = [name for name in dict.fromkeys((image_column, caption_column, POISONED)) if name in dataset.features]
+    wanted += [name for name in dataset.features if name.startswith(TOKENS_PREFIX) and name not in wanted]
     # A format ("torch", "numpy") would decode the images, and leave captions and flags in types of its own.
     dataset = dataset.with_format(None).select_columns(wanted)
     # `datasets` decodes a whole batch at once and its error does not say which row failed, so rows decode here.
@@ -115,12 +120,22 @@ class IndexedDataset(torch.utils.data.Dataset[dict[str, Any]]):
             usable row in its place, so that batches keep their size on every rank, and lists the number of the row
             passed over under `"bad_rows"`. A row that the dataset itself fails to read (its transform meets a broken
             image, say) is unusable too.
+        least_side (`int`, *optional*): As of [`~imaging.decode_image`], for `on_bad_row="skip"`, which decodes images
+            here; otherwise the collator does.
     """
 
-    def __init__(self, dataset: Any, image_column: str, caption_column: str, on_bad_row: OnBadRow = "raise") -> None:
+    def __init__(
+        self,
+        dataset: Any,
+        image_column: str,
+        caption_column: str,
+        on_bad_row: OnBadRow = "raise",
+        least_side: int | None = None,
+    ) -> None:
         self.dataset = undecoded(dataset, image_column, caption_column)
         self.columns = (image_column, caption_column)
         self.on_bad_row = on_bad_row
+        self.least_side = least_side
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -143,7 +158,7 @@ class IndexedDataset(torch.utils.data.Dataset[dict[str, Any]]):
         for index in itertools.chain(range(first, len(self)), range(first)):
             try:
                 row = {**self.dataset[index], ROW_INDEX: index}
-                return {**decode_row(row, *self.columns), BAD_ROWS: bad}
+                return {**decode_row(row, *self.columns, self.least_side), BAD_ROWS: bad}
             except UNREADABLE as error:
                 bad.append(index)
                 last = error
@@ -153,15 +168,17 @@ class IndexedDataset(torch.utils.data.Dataset[dict[str, Any]]):
 class SkippingIterableDataset(torch.utils.data.IterableDataset[dict[str, Any]]):
     """
     An iterable dataset without its unusable rows. The next usable row, or the last one for those at the end, lists
-    them under `"bad_rows"`, by their position in the stream as its worker sees it.
+    them under `"bad_rows"`, by their position in the stream as its worker sees it. `least_side` is that of
+    [`~imaging.decode_image`].
 
     Raises, when iterated:
         [`BadRowError`]: If every row is unusable. Of several workers, one whose share is all unusable yields nothing.
     """
 
-    def __init__(self, dataset: Any, image_column: str, caption_column: str) -> None:
+    def __init__(self, dataset: Any, image_column: str, caption_column: str, least_side: int | None = None) -> None:
         self.dataset = undecoded(dataset, image_column, caption_column)
         self.columns = (image_column, caption_column)
+        self.least_side = least_side
 
     def set_epoch(self, epoch: int) -> None:
         if hasattr(self.dataset, "set_epoch"):
@@ -169,11 +186,17 @@ class SkippingIterableDataset(torch.utils.data.IterableDataset[dict[str, Any]]):
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         worker = torch.utils.data.get_worker_info()
-        yield from usable_rows(self.dataset, *self.columns, needs_one=worker is None or worker.num_workers == 1)
+        alone = worker is None or worker.num_workers == 1
+        yield from usable_rows(self.dataset, *self.columns, self.least_side, needs_one=alone)
 
 
 def usable_rows(
-    rows: Iterable[Mapping[str, Any]], image_column: str, caption_column: str, first: int = 0, needs_one: bool = True
+    rows: Iterable[Mapping[str, Any]],
+    image_column: str,
+    caption_column: str,
+    least_side: int | None = None,
+    first: int = 0,
+    needs_one: bool = True,
 ) -> Iterator[dict[str, Any]]:
     """
     The usable rows of a stream, decoded. Each lists the unusable ones before it under `"bad_rows"`, by their position,
@@ -182,6 +205,7 @@ def usable_rows(
     Args:
         rows (iterable of mappings): The stream.
         image_column, caption_column (`str`): Names of the columns.
+        least_side (`int`, *optional*): As of [`~imaging.decode_image`].
         first (`int`, defaults to 0): Position of the first row.
         needs_one (`bool`, defaults to `True`): Whether a stream without a usable row is an error.
 
@@ -192,7 +216,7 @@ def usable_rows(
     held: dict[str, Any] | None = None  # one behind, so that the last one can list what comes after it
     for position, row in enumerate(rows, first):
         try:
-            usable = decode_row(row, image_column, caption_column)
+            usable = decode_row(row, image_column, caption_column, least_side)
         except BadRowError as error:
             bad.append(position)
             last = error

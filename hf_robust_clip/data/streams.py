@@ -78,6 +78,7 @@ class Stream(torch.utils.data.IterableDataset[StreamBatch | None]):
         batch_size (`int`): Rows of a batch.
         drop_last (`bool`): Whether a worker leaves out its last batch where it is smaller.
         on_bad_row (`str`): `"skip"` passes over unusable rows, as of [`~data.rows.usable_rows`].
+        least_side (`int`, *optional*): As of [`~imaging.decode_image`], for `on_bad_row="skip"`.
         rank, world_size (`int`): Of this process.
     """
 
@@ -89,6 +90,7 @@ class Stream(torch.utils.data.IterableDataset[StreamBatch | None]):
         batch_size: int,
         drop_last: bool,
         on_bad_row: OnBadRow = "raise",
+        least_side: int | None = None,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
@@ -96,6 +98,7 @@ class Stream(torch.utils.data.IterableDataset[StreamBatch | None]):
         self.batch_size = batch_size
         self.drop_last = drop_last
         self.on_bad_row = on_bad_row
+        self.least_side = least_side
         self.world_size = world_size
         dataset = undecoded(dataset, *self.columns)
         self._stride: tuple[int, int] | None = None
@@ -136,7 +139,8 @@ class Stream(torch.utils.data.IterableDataset[StreamBatch | None]):
         rows: Iterator[dict[str, Any]] = self._read(start)
         if self.on_bad_row == "skip":
             alone = self.world_size == 1 and (worker is None or worker.num_workers == 1)
-            rows = usable_rows(rows, *self.columns, first=start.rows, needs_one=alone and start.rows == 0)
+            needs_one = alone and start.rows == 0
+            rows = usable_rows(rows, *self.columns, self.least_side, first=start.rows, needs_one=needs_one)
         for batches in itertools.count(start.batches + 1):
             batch = list(itertools.islice(rows, self.batch_size))
             if not batch or (self.drop_last and len(batch) < self.batch_size):

@@ -162,6 +162,8 @@ class CLIPTrainer(PublishingTrainer):
                 max_length=args.max_length or longest_caption(encoder, processing_class.tokenizer),
                 padding=caption_padding(encoder),
                 seed=args.data_seed if args.data_seed is not None else args.seed,
+                draft_decoding=args.draft_decoding,
+                stored_tokens=args.stored_tokens,
             )
         if peft_config is not None:
             encoder = add_adapters(encoder, peft_config, args.seed)
@@ -475,9 +477,9 @@ class CLIPTrainer(PublishingTrainer):
             self._streamed_next.loader.base_dataloader.generator = generator
             return self._streamed_next.loader
         if not isinstance(dataset, torch.utils.data.IterableDataset):
-            dataset = IndexedDataset(dataset, *columns, on_bad_row=on_bad_row)
+            dataset = IndexedDataset(dataset, *columns, on_bad_row, self.data_collator.least_side)
         elif on_bad_row == "skip":
-            dataset = SkippingIterableDataset(dataset, *columns)
+            dataset = SkippingIterableDataset(dataset, *columns, self.data_collator.least_side)
         else:
             dataset = undecoded(dataset, *columns)
         batch_sampler = self.make_batch_sampler(batch_size) if kwargs.get("is_training") else None

@@ -79,7 +79,7 @@ def check_collator(collator: Any, args: CLIPTrainingArguments, text_augmentation
     """`ValueError` for a collator that contradicts the arguments."""
     if not isinstance(collator, CLIPDataCollator):
         raise ValueError(f"data_collator must be a CLIPDataCollator, but is {type(collator).__name__}")
-    for name in ("image_column", "caption_column"):
+    for name in ("image_column", "caption_column", "draft_decoding", "stored_tokens"):
         if getattr(collator, name) != getattr(args, name):
             raise ValueError(
                 f"{name} is {getattr(args, name)!r} in args, but {getattr(collator, name)!r} in data_collator"

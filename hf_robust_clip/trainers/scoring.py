@@ -61,7 +61,9 @@ def score_pairs(trainer: CLIPTrainer, epoch: int, augmented: bool = False) -> Pa
     """
     args = trainer.args
     on_bad_row: Any = args.on_bad_row
-    dataset = IndexedDataset(trainer.train_dataset, args.image_column, args.caption_column, on_bad_row=on_bad_row)
+    columns = (args.image_column, args.caption_column)
+    # Rows are scored on the pixels that they are trained on.
+    dataset = IndexedDataset(trainer.train_dataset, *columns, on_bad_row, trainer.data_collator.least_side)
     rows = len(dataset)
     share = -(-rows // args.world_size)
     scores = np.empty(share, dtype=SCORE)

@@ -65,6 +65,7 @@ class StreamedTraining:
             batch_size=batch_size,
             drop_last=args.dataloader_drop_last,
             on_bad_row=on_bad_row,
+            least_side=trainer.data_collator.least_side,
             rank=args.process_index,
             world_size=args.world_size,
         )

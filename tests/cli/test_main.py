@@ -17,7 +17,7 @@ from hf_robust_clip.cli.main import main
 from hf_robust_clip.cli.output import UsageError
 from hf_robust_clip.cli.train import METHODS
 
-NAMES = ("demo", "poison", "train", "evaluate", "card", "push", "info")
+NAMES = ("demo", "poison", "prepare", "train", "evaluate", "card", "push", "info")
 #: What has to answer without the heavy libraries, with the exit code that it ends with.
 LIGHT: list[tuple[list[str], int]] = [
     ([], 2),
@@ -31,6 +31,8 @@ LIGHT: list[tuple[list[str], int]] = [
     (["poison", "pairs", "--output-dir", "x", "--target", "dog", "--trigger", "patch"], 2),
     (["poison", "pairs", "--output-dir", "x", "--target", "dog", "--rate", "2", "--trigger", "patch"], 2),
     (["poison", "pairs", "--output-dir", "x", "--target", "dog", "--rate", "0.1"], 2),
+    (["prepare", "there/is/none", "--model", "model", "--output-dir", "x"], 2),
+    (["prepare", "pairs", "--model", "model", "--output-dir", "x", "--num-proc", "0"], 2),
     (["evaluate", "model"], 2),
     (["evaluate", "model", "--data", "none.parquet"], 2),
     (["evaluate", "model", "--data", "images", "--trigger", "sticker"], 2),

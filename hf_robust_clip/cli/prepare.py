@@ -1,0 +1,105 @@
+"""`hf-robust-clip prepare`: a dataset in, a folder out that is decoded, resized and tokenised for a model."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from .flags import check_source, check_whole, spelled
+from .output import UsageError, say, usage_errors
+
+
+def add_parser(commands: Any) -> None:
+    """Add the sub-command to those of `hf-robust-clip`."""
+    parser = commands.add_parser(
+        "prepare",
+        required=("data", "model", "output_dir"),
+        help="decode, resize and tokenize a dataset once, for training that reads it fast",
+        description="Decode, resize and tokenize image-caption pairs once, for one model. Training on the output "
+        "folder is, to the bit, training on DATA. After an interruption the same command goes on where it stopped.",
+    )
+    add = parser.add_argument
+    add(
+        "data",
+        nargs="?",
+        metavar="DATA",
+        help="pairs: a Parquet, CSV, JSON or Arrow file, a folder, or a dataset on the Hub",
+    )
+    add("--model", metavar="MODEL", help="model that will be trained, whose processor is used: a folder or a Hub id")
+    add(*spelled("--output-dir"), type=Path, metavar="FOLDER", help="new folder, or that of an interrupted run")
+    add("--split", default="train", help="split of DATA, where it has several (default: %(default)s)")
+    add(
+        *spelled("--image-column"),
+        default="image",
+        metavar="NAME",
+        help="column with the image (default: %(default)s)",
+    )
+    add(
+        *spelled("--caption-column"), default="caption", metavar="NAME", help="with the caption (default: %(default)s)"
+    )
+    add(
+        *spelled("--image-format"),
+        choices=("ppm", "png"),
+        default="ppm",
+        help="ppm is read fastest, png is smaller (default: %(default)s)",
+    )
+    add(
+        *spelled("--max-length"),
+        type=int,
+        metavar="TOKENS",
+        help="longest caption, as in training (default: what the tokenizer takes)",
+    )
+    add(
+        *spelled("--rows-per-shard"),
+        type=int,
+        default=2048,
+        metavar="N",
+        help="rows in a file, which one process makes (default: %(default)s)",
+    )
+    add(*spelled("--num-proc"), type=int, metavar="N", help="processes that decode (default: this one)")
+    add(
+        *spelled("--on-bad-row"),
+        choices=("raise", "skip"),
+        default="raise",
+        help="what to do about an unusable row: fail, or leave it out and list it (default: %(default)s)",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the sub-command as its arguments say."""
+    check_source("DATA", args.data)
+    for flag, least in (("--max-length", 2), ("--rows-per-shard", 1), ("--num-proc", 1)):
+        check_whole(flag, getattr(args, flag[2:].replace("-", "_")), least)
+    source, folder = Path(args.data).resolve(), args.output_dir.resolve()
+    if source == folder or folder in source.parents:
+        raise UsageError(f"--output-dir: {args.output_dir} holds DATA, {args.data}; give another folder")
+    if args.dry_run:
+        say(args.parser.dump(args).rstrip())
+        return 0
+    # What follows imports torch and datasets, which takes seconds.
+    from ..data.preparing import prepare_dataset
+    from ..models import load_processor
+    from .measuring import load_data
+    from .progress import quiet_libraries
+
+    with quiet_libraries():
+        dataset = load_data("DATA", args.data, args.split, args.image_column)
+        processor = load_processor(args.model, None)
+        with usage_errors():
+            prepared = prepare_dataset(
+                dataset,
+                processor,
+                args.output_dir,
+                image_column=args.image_column,
+                caption_column=args.caption_column,
+                image_format=args.image_format,
+                max_length=args.max_length,
+                rows_per_shard=args.rows_per_shard,
+                num_proc=args.num_proc,
+                on_bad_row=args.on_bad_row,
+            )
+    size = sum(path.stat().st_size for path in args.output_dir.glob("*.arrow"))
+    say(f"{len(prepared)} of {len(dataset)} pairs are prepared, {size / 1e6:.1f} MB: {args.output_dir}")
+    return 0
