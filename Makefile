@@ -38,6 +38,12 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/memory.py --json benchmarks/results/memory.json
 	$(BIN)/python benchmarks/data_path.py --json benchmarks/results/data_path.json
 	$(BIN)/python benchmarks/mixture_fit.py --json benchmarks/results/mixture_fit.json
+	$(BIN)/python benchmarks/profile_step.py --json benchmarks/results/profile_step.json
+	$(BIN)/python benchmarks/scoring_pass.py --json benchmarks/results/scoring_pass.json
+	$(BIN)/python benchmarks/split_at_scale.py --json benchmarks/results/split_at_scale.json
+	$(BIN)/python benchmarks/scaling.py --json benchmarks/results/scaling.json
+	$(BIN)/python benchmarks/cost_model.py --json benchmarks/results/cost_model.json
+	$(BIN)/python benchmarks/pages.py
 
 # The reference cards in model_cards/, one for each defence, with the runs that they are made from.
 model-cards: $(STAMP)

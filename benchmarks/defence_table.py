@@ -24,6 +24,7 @@ from typing import Any
 
 from bench.cell import Cell, with_learning_rate
 from bench.grid import Results, run_cells
+from bench.marked import put_between
 from bench.plots import plot_table
 from bench.study import ROWS, Study, load_study
 from bench.table import accuracy_title, page, summary, table_figures
@@ -119,13 +120,7 @@ def readme_marks(study: str) -> tuple[str, str]:
 
 def put_into_readme(study: str, content: Mapping[str, Any]) -> None:
     """The table in short into README.md, between its marks."""
-    begin, end = readme_marks(study)
-    text = README.read_text()
-    if begin not in text or end not in text:
-        raise ValueError(
-            f"README.md has no place for the table of {study!r}: it needs the lines {begin!r} and {end!r}"
-        )
-    README.write_text(text.split(begin)[0] + begin + "\n" + summary(content) + end + text.split(end)[1])
+    put_between(README, readme_marks(study), "\n" + summary(content))
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bench.marked import put_between
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
@@ -119,9 +121,7 @@ def main() -> None:
                 path.write_text(json.dumps(run(table.defence, trigger, seed), indent=2) + "\n")
         print(table.markdown())
         if options.readme:
-            text = README.read_text()
-            before, after = text.split(table.begin)[0], text.split(table.end)[1]
-            README.write_text(before + table.begin + table.markdown() + table.end + after)
+            put_between(README, (table.begin, table.end), table.markdown())
 
 
 if __name__ == "__main__":

@@ -23,7 +23,8 @@ import torch
 import transformers
 from bench.cell import TRAINERS
 from bench.output import write_result
-from step_cost import CAPTIONS, make_rows
+from bench.phases import CAPTIONS
+from step_cost import make_rows
 from torch.profiler import ProfilerActivity, profile
 from transformers import PrinterCallback, TrainerCallback
 

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from bench.machine import run_seconds
 from bench.output import write_result
 from torch.profiler import ProfilerActivity, profile
 
@@ -26,17 +26,6 @@ from hf_robust_clip.pool import FeaturePool
 
 SIZES = ("256x21845x512", "64x5000x64", "256x200000x512")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-def seconds(run: Callable[[], Any], device: torch.device) -> float:
-    """Of one run, waiting for the device before and after."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    run()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def peak_bytes(run: Callable[[], Any], device: torch.device) -> int:
@@ -75,7 +64,7 @@ def measure(batch: int, size: int, dim: int, dtype: torch.dtype, rounds: int, de
         run()
     for number in range(rounds):
         for name in sorted(runs, reverse=bool(number % 2)):
-            times[name].append(statistics.median(seconds(runs[name], device) for _ in range(repeats)))
+            times[name].append(statistics.median(run_seconds(runs[name], device) for _ in range(repeats)))
     return {
         "batch": batch,
         "size": size,

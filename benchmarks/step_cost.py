@@ -26,9 +26,10 @@ import numpy as np
 import torch
 import transformers
 from bench.output import write_result
+from bench.phases import CAPTIONS, FillPools, full_pools, large_clip
 from PIL import Image
 from torch.utils.data import DataLoader
-from transformers import CLIPModel, CLIPProcessor, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import CLIPModel, CLIPProcessor, PrinterCallback, Trainer, TrainingArguments
 
 from hf_robust_clip import (
     CleanCLIPTrainer,
@@ -40,11 +41,9 @@ from hf_robust_clip import (
     SafeCLIPTrainer,
     SafeCLIPTrainingArguments,
 )
-from hf_robust_clip.data.scratch import build_model, build_processor
 from hf_robust_clip.losses import clip_loss
 from hf_robust_clip.trainers.scoring import score_pairs
 
-CAPTIONS = ["a dog runs over the wet snow", "two children play on a beach", "a man climbs a steep rock face"]
 #: Of contenders, or of several together, over another.
 RATIOS: dict[str, tuple[str | tuple[str, ...], str]] = {
     "stock_trainer_over_bare_loop": ("stock_trainer", "bare_loop"),
@@ -141,7 +140,7 @@ def contenders(
     two_views = TwoViews(copy.deepcopy(model), augmented, **ours)
     for trainer in (stock, clip, two_views, cleanclip, *roclip, safeclip):
         trainer.remove_callback(PrinterCallback)
-    features = full_pools(model.config.projection_dim)
+    features = full_pools(POOL_SIZE, model.config.projection_dim)
     for trainer in (*roclip, safeclip):
         trainer.add_callback(FillPools(trainer, features))
     return {
@@ -157,12 +156,6 @@ def contenders(
     }
 
 
-def full_pools(dim: int) -> list[torch.Tensor]:
-    """Features of nothing in particular for every slot of an image and of a text pool."""
-    generator = torch.Generator().manual_seed(0)
-    return [torch.nn.functional.normalize(torch.randn(POOL_SIZE, dim, generator=generator)) for _ in range(2)]
-
-
 class TwoViews(CLIPTrainer):
     """CLIP on two augmented views of each pair, as SafeCLIP's are: what two views cost without a defence."""
 
@@ -170,17 +163,6 @@ class TwoViews(CLIPTrainer):
 
     def loss_components(self, views: Any, scale: torch.Tensor, inputs: Any) -> dict[str, torch.Tensor]:
         return {f"{name}_loss": 0.5 * clip_loss(*views[name], scale, gather=True) for name in self.views}
-
-
-class FillPools(TrainerCallback):
-    """Training starts with empty pools, and matches once they are full; a benchmark does not wait for that."""
-
-    def __init__(self, trainer: Any, features: list[torch.Tensor]) -> None:
-        self.trainer = trainer
-        self.features = [side.to(trainer.args.device) for side in features]
-
-    def on_epoch_begin(self, *args: Any, **kwargs: Any) -> None:
-        self.trainer.pools.enqueue(*self.features)
 
 
 def measure(runs: dict[str, Callable[[], Any]], rounds: int, steps: int) -> dict[str, list[float]]:
@@ -211,18 +193,7 @@ def main() -> None:
     options = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
     datasets.disable_progress_bars()
-    # About 0.8 MFLOP a pixel and training step, between ViT-B/32 (0.5) and ViT-B/16 (2.1) at 224 px, so that what the
-    # data cost weighs here as it does in use.
-    processor = build_processor(CAPTIONS, image_size=options.image_size)
-    model = build_model(
-        processor,
-        patch_size=16,
-        vision_width=512,
-        vision_layers=10,
-        text_width=256,
-        text_layers=4,
-        projection_dim=256,
-    )
+    model, processor = large_clip(options.image_size)
     rows = make_rows(options.batch * options.steps, options.image_size)
     with tempfile.TemporaryDirectory() as output:
         runs = contenders(model, processor, rows, options.batch, output)

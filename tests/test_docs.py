@@ -14,6 +14,8 @@ from urllib.parse import unquote, urlsplit
 
 import datasets
 import pytest
+from bench.marked import table_marks
+from pages import PAGES as TABLES
 from stand_in import HubStandIn, run_script
 from transformers import CLIPModel, CLIPProcessor
 
@@ -247,6 +249,19 @@ def test_table_of_adapters_is_that_of_the_committed_results() -> None:
     spec.loader.exec_module(module)
     table = module.table(json.loads(results.read_text()))
     assert table in PAGES["lora.md"].partition(begin)[2].partition(end)[0]
+
+
+@pytest.mark.parametrize("page", TABLES)
+def test_tables_of_speed_and_scale_are_those_of_the_committed_results(page: str) -> None:
+    for name, table in TABLES[page].items():
+        begin, end = table_marks(name, "pages.py")
+        assert begin + table() + end in PAGES[page], f"{name}: run benchmarks/pages.py"
+
+
+def test_cost_model_agrees_with_what_was_counted() -> None:
+    results = ROOT / "benchmarks" / "results"
+    assert json.loads((results / "scaling.json").read_text())["bytes_are_as_computed"]
+    assert json.loads((results / "cost_model.json").read_text())["bytes_agree"]
 
 
 # ---- Code ----
