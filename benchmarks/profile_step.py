@@ -144,7 +144,8 @@ class Timed(TrainerCallback):
         clock.around(trainer, "_prepare_inputs", "transfer")
         clock.around(trainer, "_image_view", "augmentation")
         clock.around(trainer, "compute_loss", "loss")
-        for name in ("_accumulate", "_accumulate_similarities", "_accumulate_matches"):
+        clock.around(trainer.means, "add", "logging")
+        for name in ("_note_similarities", "_note_matches"):
             if hasattr(trainer, name):
                 clock.around(trainer, name, "logging")
         clock.around(trainer, "_maybe_log_save_evaluate", "logging")

@@ -46,7 +46,9 @@ from .checks import (
     warn_of_half_precision,
 )
 from .chunking import Batch, chunked_step, scale_of, unused_of
+from .collapse import CollapseWatch
 from .finite import FiniteCheck
+from .means import RunningMeans
 from .publishing import PublishingTrainer
 from .sharding import shardable
 from .streaming import StreamedTraining
@@ -199,7 +201,9 @@ class CLIPTrainer(PublishingTrainer):
         self._finite = FiniteCheck(self) if args.stop_on_non_finite else None
         self._streamed: StreamedTraining | None = None
         self._streamed_next: StreamedTraining | None = None
-        self._sums: dict[str, torch.Tensor] = {}
+        #: What is logged as a mean; see [`~trainers.means.RunningMeans`].
+        self.means = RunningMeans(self.accelerator)
+        self._collapse = CollapseWatch()
         self._pairs_since_log = 0
         self._last_log = time.perf_counter()
         self.add_callback(TrainerHooks(self))
@@ -336,8 +340,9 @@ class CLIPTrainer(PublishingTrainer):
         terms = self.loss_components(views, scale, inputs)
         if self._finite is not None:
             self._finite.note_batch(terms, views, inputs)
-        self._accumulate({**terms, "logit_scale": scale.squeeze()})
-        self._accumulate_similarities(views[self.views[0]], inputs.get(POISONED))
+        pairs = views[self.views[0]]
+        self.means.add({**terms, "logit_scale": scale.squeeze(), **self._collapse.measure(pairs)})
+        self._note_similarities(pairs, inputs.get(POISONED))
         return torch.stack(list(terms.values())).sum()
 
     def training_step(
@@ -362,13 +367,13 @@ class CLIPTrainer(PublishingTrainer):
         divisor = 1 if args.accumulate_negatives else int(self.current_gradient_accumulation_steps)
         return chunked_step(self, model, batches, divisor)
 
-    def _accumulate_similarities(self, pairs: Embeddings, poisoned: torch.Tensor | None) -> None:
+    def _note_similarities(self, pairs: Embeddings, poisoned: torch.Tensor | None) -> None:
         similarities = (pairs.image_embeds * pairs.text_embeds).sum(dim=-1).detach()  # (B,)
         self._pairs_since_log += similarities.shape[0]
-        self._accumulate({"pair_similarity": similarities})
+        self.means.add({"pair_similarity": similarities})
         if poisoned is not None:
-            self._accumulate({"clean_pair_similarity": similarities}, ~poisoned)
-            self._accumulate({"poisoned_pair_similarity": similarities}, poisoned)
+            self.means.add({"clean_pair_similarity": similarities}, ~poisoned)
+            self.means.add({"poisoned_pair_similarity": similarities}, poisoned)
 
     # ---- Events ----
 
@@ -378,7 +383,7 @@ class CLIPTrainer(PublishingTrainer):
             self.reset_training_state()
         self._epoch = None
         self._pending.clear()
-        self._sums.clear()
+        self.means.clear()
         if self._finite is not None:
             self._finite.clear()
         self._pairs_since_log = 0
@@ -421,39 +426,13 @@ class CLIPTrainer(PublishingTrainer):
 
     # ---- Logging ----
 
-    def _accumulate(self, values: Mapping[str, torch.Tensor], where: torch.Tensor | None = None) -> None:
-        """
-        Log the means of these values, of all ranks and of all calls since the last log.
-
-        Args:
-            values (mapping of `str` to `torch.Tensor`): Scalars, or one value a row `(B,)`.
-            where (`torch.Tensor` of shape `(B,)`, bool, *optional*): The rows that count.
-        """
-        # On the device until they are logged: reading them here would make every step wait for the last.
-        for name, value in values.items():
-            value = value.detach().float()
-            counted = torch.ones_like(value) if where is None else where.to(value.dtype)
-            summed = torch.stack([(value * counted).sum(), counted.sum()])
-            self._sums[name] = self._sums[name] + summed if name in self._sums else summed
-
-    def _logged_means(self) -> dict[str, float]:
-        names = sorted(self._sums)
-        if self.args.world_size > 1:
-            # A batch whose rows do not all have a value is logged without it, on its rank.
-            names = sorted(set(gather_object(names)))
-        if not names:
-            return {}
-        nothing = torch.zeros(2, device=self.args.device)
-        sums = torch.stack([self._sums.get(name, nothing) for name in names])  # (names, 2)
-        sums = self.accelerator.reduce(sums, reduction="sum")
-        self._sums.clear()
-        return {name: total / count for name, (total, count) in zip(names, sums.tolist(), strict=True) if count}
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the mean of each loss term since the last log, over all ranks, and the throughput, to training logs."""
         if "loss" in logs:
             now = time.perf_counter()
-            logs.update(self._logged_means())
+            means = self.means.take()
+            self._collapse.look(means, self.state.global_step, self.state.max_steps)
+            logs.update(means)
             logs["pairs_per_second"] = self._pairs_since_log * self.args.world_size / (now - self._last_log)
             self._pairs_since_log = 0
             self._last_log = now
@@ -577,6 +556,7 @@ class CLIPTrainer(PublishingTrainer):
         is shared among the ranks: call it on all of them.
         """
         figures = run_evaluators(self.evaluators, self.processing_class, self.make_embedder())
+        self._collapse.judge(figures, self.state.global_step)
         self.note_figures(figures)
         return figures
 

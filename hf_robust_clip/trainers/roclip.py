@@ -90,19 +90,19 @@ class RoCLIPTrainer(CLIPTrainer):
             matching: Any = self.args.matching
             images, texts = _Lookup(self.pools.image), _Lookup(self.pools.text)
             terms = roclip_loss(*pairs, scale, images, texts, matching=matching, gather=gather)
-            self._accumulate_matches(pairs, texts, matching, inputs.get(POISONED))
+            self._note_matches(pairs, texts, matching, inputs.get(POISONED))
         else:
             terms = {"clip_loss": clip_loss(*pairs, scale, gather=gather)}
         self.pools.enqueue(*pairs, keys)
         return terms
 
-    def _accumulate_matches(
+    def _note_matches(
         self, pairs: Embeddings, texts: _Lookup, matching: Matching, poisoned: torch.Tensor | None
     ) -> None:
         queries = pairs.text_embeds if matching == "unimodal" else pairs.image_embeds
         served = torch.zeros(texts.pool.size, device=queries.device)
         served.scatter_add_(0, texts.slots, torch.ones_like(texts.slots, dtype=served.dtype))
-        self._accumulate(
+        self.means.add(
             {
                 "distinct_matches": (served > 0).sum() / len(queries),
                 "largest_match_share": served.max() / len(queries),
@@ -111,7 +111,7 @@ class RoCLIPTrainer(CLIPTrainer):
         )
         if poisoned is not None and self._adversarial is not None:
             rows = texts.pool.keys[texts.slots]
-            self._accumulate({"poisoned_match_adversarial": self._adversarial[rows].float()}, poisoned)
+            self.means.add({"poisoned_match_adversarial": self._adversarial[rows].float()}, poisoned)
 
     def training_state(self) -> dict[str, torch.Tensor]:
         return {**super().training_state(), **(self.pools.state_dict() if self.pools is not None else {})}

@@ -24,6 +24,8 @@ from .split import SplitHistory
 
 logger = logging.get_logger(__name__)
 
+#: Components that are less far apart are one group, in standard deviations (`SplitRecord.separation`).
+ONE_GROUP = 0.5
 #: Of a batch, whether its pairs are safe.
 SAFE = "safe"
 
@@ -208,6 +210,12 @@ class SafeCLIPTrainer(CLIPTrainer):
                 f"The split of epoch {epoch} calls {'no' if record.safe_share == 0 else 'every'} pair safe: the "
                 "similarities do not fall into two groups. Longer warm-up, another safe_threshold or more data may "
                 "help; as it is, SafeCLIP defends against nothing."
+            )
+        elif record.separation < ONE_GROUP:
+            logger.warning(
+                f"The mixture of epoch {epoch} found one group of similarities and not two: its components are "
+                f"{record.separation:.2f} standard deviations apart. Which pairs it calls safe is close to chance. "
+                "Longer warm-up or more data may help."
             )
 
     # ---- Losses and state ----

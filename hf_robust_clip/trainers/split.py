@@ -43,6 +43,14 @@ class SplitRecord(NamedTuple):
     poisons_in_safe_set: float = float("nan")
     safe_set_poison_rate: float = float("nan")
 
+    @property
+    def separation(self) -> float:
+        """
+        How far apart the mixture's components are, in their common standard deviation (Ashman's D: Ashman, Bird and
+        Zepf, The Astronomical Journal 108, 1994): 0 for one group, above 2 for two that hardly overlap.
+        """
+        return (self.safe_mean - self.risky_mean) / math.sqrt((self.safe_variance + self.risky_variance) / 2)
+
 
 class SplitHistory:
     """

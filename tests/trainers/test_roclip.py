@@ -257,7 +257,7 @@ def test_text_tower_learns_nothing_from_image_to_text(tmp_path: Path) -> None:
 
 
 def log_of(trainer: Any, share: float) -> None:
-    trainer._accumulate({"largest_match_share": torch.tensor(share), "distinct_matches": torch.tensor(0.125)})
+    trainer.means.add({"largest_match_share": torch.tensor(share), "distinct_matches": torch.tensor(0.125)})
     trainer.log({"loss": 1.0})
 
 

@@ -271,6 +271,22 @@ def test_split_without_two_kinds_is_warned_of(
     assert f"The split of epoch 2 calls {word} pair safe" in caplog.text
 
 
+def test_split_of_one_group_is_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = np.random.default_rng(0)
+    trainer = make_trainer(SafeCLIPTrainer, tmp_path, safe_threshold=0.5)
+    # Of one mean, some more spread than the others.
+    one = np.concatenate([generator.normal(0.3, 0.02, 3000), generator.normal(0.3, 0.1, 3000)])
+    two = np.concatenate([generator.normal(0.1, 0.05, 3000), generator.normal(0.4, 0.05, 3000)])
+    for epoch, similarities in enumerate((two, one)):
+        monkeypatch.setattr(safeclip, "score_pairs", lambda *_, s=similarities, **__: PairScores(s.astype("f4"), None))
+        trainer._split(epoch)
+    assert trainer.splits.records[0].separation > 5
+    assert "epoch 0" not in caplog.text
+    assert "The mixture of epoch 1 found one group of similarities and not two" in caplog.text
+
+
 # ---- Arguments ----
 
 
