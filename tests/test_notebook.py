@@ -27,6 +27,11 @@ def test_runs_and_shows_the_backdoor_and_its_removal(tmp_path: Path, monkeypatch
     for name in ("IPYTHONDIR", "JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR"):
         monkeypatch.setenv(name, str(tmp_path / name))
     notebook = nbformat.read(NOTEBOOK, as_version=4)
+    # Fewer epochs: enough for the backdoor, not for the classes.
+    for cell in notebook.cells:
+        for whole, fewer in (("num_train_epochs=12", "num_train_epochs=7"), ('_epochs": 3', '_epochs": 2')):
+            cell.source = cell.source.replace(whole, fewer)
+    assert "num_train_epochs=7" in "".join(cell.source for cell in notebook.cells)
     notebook.cells.append(nbformat.v4.new_code_cell("print(outcome.to_json(orient='index'))"))
     resources = {"metadata": {"path": str(tmp_path)}}
     nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3", resources=resources).execute()

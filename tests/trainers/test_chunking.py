@@ -160,7 +160,7 @@ def test_safe_pairs_are_not_contrasted_with_risky_ones(tmp_path: Path) -> None:
     assert any(len(step) == 2 for step in trainer.groups) and any(step == [{True}] for step in trainer.groups)
 
 
-@ALL
+@pytest.mark.parametrize("cls", [CleanCLIPTrainer, RoCLIPTrainer])
 def test_what_is_drawn_for_a_chunk_is_drawn_again_alike(
     cls: type[CLIPTrainer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -175,7 +175,7 @@ def test_what_is_drawn_for_a_chunk_is_drawn_again_alike(
     def in_one_graph(trainer: CLIPTrainer, model: Any, batches: Any, divisor: int) -> torch.Tensor:
         chunks = [
             chunking._Chunk(0, inputs, chunking.derive_seed(batches[0].seed, place))
-            for place, inputs in enumerate(chunking._cut(batches[0].inputs, len(trainer.views), 5))
+            for place, inputs in enumerate(chunking.cut(batches[0].inputs, len(trainer.views), 5))
         ]
         members = [chunking._encode(trainer, model, chunk) for chunk in chunks]
         views = chunking._views(trainer.views, members)
@@ -192,7 +192,7 @@ def test_what_is_drawn_for_a_chunk_is_drawn_again_alike(
     assert (found[0] - without[0]).norm() > 1e-3 * found[0].norm()
 
 
-@ALL
+@pytest.mark.parametrize("cls", [CleanCLIPTrainer, SafeCLIPTrainer])
 def test_resumed_equals_uninterrupted(cls: type[CLIPTrainer], tmp_path: Path) -> None:
     assert_same_bits(
         *train_and_resume(

@@ -51,7 +51,7 @@ def test_nothing_waits_for_the_device(
             return step(*args, **kwargs)
 
     monkeypatch.setattr(owner, "training_step", counted)
-    trainer = make_trainer(cls, tmp_path, logging_steps=100, image_augmentation="weak", **given)
+    trainer = make_trainer(cls, tmp_path, rows=32, logging_steps=100, image_augmentation="weak", **given)
     trainer.train()
     # transformers looks whether a mask of the captions masks anything.
     waits.files.pop("masking_utils.py", None)
