@@ -461,7 +461,7 @@ def png_with_a_broken_chunk() -> bytes:
         (truncated_jpeg(), "truncated"),
         (png_with_a_broken_chunk(), "broken|truncated|checksum"),
         ("no/such/file.jpg", "no/such/file.jpg"),
-        ("", "FileNotFoundError"),
+        ("", "FileNotFoundError|IsADirectoryError"),
         (os.curdir, "IsADirectoryError|PermissionError"),
         (3, "int; accepted"),
         (2.5, "float; accepted"),
