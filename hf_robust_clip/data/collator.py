@@ -13,7 +13,7 @@ from ..models import check_processor
 from ..seeding import derive_seed
 from .images import ImagePreprocessor
 from .rows import BAD_ROWS, POISONED, ROW_INDEX, decode_row
-from .tokens import TOKENS_PREFIX, StoredTokens
+from .tokens import TOKENS_PREFIX, StoredTokens, tokenise
 
 ORIGINAL = "original"
 #: How much larger than the model's size a drafted image stays. With 2 the pixels of photos of 2,000 to 4,000 pixels
@@ -31,7 +31,7 @@ class CLIPDataCollator:
     here and tokenised in one call, view after view; those captions whose tokens [`prepare_dataset`] stored with the
     dataset, for this tokenizer and `max_length`, are not tokenised again. What is drawn depends on (seed, epoch, row),
     so it is the same with any number of workers and after resuming. Rows without a number (iterable datasets) are
-    keyed by their content.
+    keyed by their content. The names of special tokens in a caption are text ([`~data.tokens.tokenise`]).
 
     Args:
         processor (`transformers.ProcessorMixin`):
@@ -178,8 +178,13 @@ class CLIPDataCollator:
             stored = self._found_tokens(texts, rows, self.padding)
         if stored is not None:
             return stored
-        tokens: Mapping[str, torch.Tensor] = self.tokenizer(
-            texts, padding=self.padding, truncation=True, max_length=self.max_length, return_tensors="pt"
+        tokens: Mapping[str, torch.Tensor] = tokenise(
+            self.tokenizer,
+            texts,
+            padding=self.padding,
+            truncation=True,
+            max_length=self.max_length,
+            return_tensors="pt",
         )
         return tokens
 

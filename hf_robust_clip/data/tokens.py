@@ -20,6 +20,21 @@ _ID = np.dtype("<i4")
 _PROBES = ("", "a photo of a dog.", "A  Photo of «ÉCOLE», 日本 🙂 don't 12,345\n", "many different words " * 300)
 
 
+def tokenise(tokenizer: Any, texts: Sequence[str], **options: Any) -> Any:
+    """
+    What a tokenizer makes of texts, in which the names of its special tokens are text like any other.
+
+    Left to itself a tokenizer takes them for the tokens, and CLIP looks no further than the first end: of the caption
+    "a cat<|endoftext|> on a red sofa" it would learn "a cat", and whoever reads or filters captions sees another.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): The model's.
+        texts (sequence of `str`): N texts.
+        **options: Of its call.
+    """
+    return tokenizer(list(texts), split_special_tokens=True, **options)
+
+
 class StoredTokens:
     """
     Token ids that stand in a column of a dataset, beside the captions that they are of.
@@ -57,8 +72,8 @@ class StoredTokens:
         self, texts: Sequence[str], rows: Sequence[Mapping[str, Any]], padding: bool | str
     ) -> dict[str, torch.Tensor] | None:
         """
-        Tokenise texts as `tokenizer(texts, padding=..., truncation=True, max_length=..., return_tensors="pt")` does,
-        those whose ids are stored without tokenising them.
+        Tokenise texts as `tokenise(tokenizer, texts, padding=..., truncation=True, max_length=...,
+        return_tensors="pt")` does, those whose ids are stored without tokenising them.
 
         Args:
             texts (sequence of `str`): N texts.
@@ -83,7 +98,7 @@ class StoredTokens:
         return self._padded([ids for ids in found if ids is not None], width)
 
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
-        ids: list[list[int]] = self.tokenizer(list(texts), truncation=True, max_length=self.max_length)["input_ids"]
+        ids: list[list[int]] = tokenise(self.tokenizer, texts, truncation=True, max_length=self.max_length)["input_ids"]
         return ids
 
     def _padded(self, rows: Sequence[Sequence[int] | np.ndarray], least_width: int) -> dict[str, torch.Tensor]:
@@ -112,15 +127,17 @@ class StoredTokens:
         tokenizer = self.tokenizer
         if not getattr(tokenizer, "is_fast", False) or tokenizer.pad_token_id is None:
             return None
-        probes, ids = list(_PROBES), self._ids(_PROBES)
+        probes = [*_PROBES, " ".join(tokenizer.all_special_tokens)]
+        ids = self._ids(probes)
         options = {"truncation": True, "max_length": self.max_length, "return_tensors": "pt"}
-        self._names = list(tokenizer(probes, padding=True, **options))
+        self._names = list(tokenise(tokenizer, probes, padding=True, **options))
         if not {"input_ids"} <= set(self._names) <= {"input_ids", "attention_mask", "token_type_ids"}:
             return None
         # Tried, not read off its settings: masks, types and sides of padding are each family's own.
         for padding in (True, "max_length"):
             if (width := self._width(padding)) is not None:
-                expected, made = tokenizer(probes, padding=padding, **options), self._padded(ids, width)
+                expected = tokenise(tokenizer, probes, padding=padding, **options)
+                made = self._padded(ids, width)
                 if not all(torch.equal(expected[name], made[name]) for name in self._names):
                     return None
         rules = json.loads(tokenizer.backend_tokenizer.to_str())

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from ..augment.images import ImageNormalization
 from ..data.images import ImagePreprocessor
+from ..data.tokens import tokenise
 from ..distributed import rank
 from ..models import caption_padding, longest_caption
 from .pixels import ImageRequest, Trigger, pixel_batches
@@ -129,8 +130,9 @@ class Embedder:
         return _normalize(self.model.get_image_features(pixel_values=pixels))
 
     def _encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
-        tokens = self.tokenizer(
-            list(texts),
+        tokens = tokenise(
+            self.tokenizer,
+            texts,
             padding=caption_padding(self.model),
             truncation=True,
             max_length=longest_caption(self.model, self.tokenizer),
