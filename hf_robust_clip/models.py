@@ -11,6 +11,9 @@ from transformers import AutoModel, AutoProcessor
 #: Text towers whose positions start behind the padding token's number.
 _OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "altclip_text_model")
 
+#: Not `None`, with which transformers asks on the terminal, and takes a "y" that is piped in for an answer.
+_TRUST_REMOTE_CODE = False
+
 
 def load_dual_encoder(model: str | nn.Module) -> Any:
     """
@@ -22,11 +25,14 @@ def load_dual_encoder(model: str | nn.Module) -> Any:
             ChineseCLIP, VisionTextDualEncoder, a PEFT model of one).
 
     Raises:
-        `ValueError`: If the model is no dual encoder.
+        `ValueError`: If the model is no dual encoder, or takes code of its own from its folder or repository. That
+            code is never run: whoever trusts it loads the model, and passes the object.
     """
     # Left to itself, transformers loads a checkpoint in the precision that it was saved in, and in half precision the
     # steps of a small learning rate are lost to rounding. bf16=True of the arguments computes in it all the same.
-    loaded: Any = AutoModel.from_pretrained(model, dtype=torch.float32) if isinstance(model, str) else model
+    loaded: Any = model
+    if isinstance(model, str):
+        loaded = AutoModel.from_pretrained(model, dtype=torch.float32, trust_remote_code=_TRUST_REMOTE_CODE)
     for attribute in ("get_image_features", "get_text_features", "logit_scale"):
         if not hasattr(loaded, attribute):
             raise ValueError(
@@ -45,7 +51,7 @@ def load_processor(model: str | nn.Module, processing_class: Any) -> Any:
             "processing_class is None, and the model was given as an object: pass its processor, for example "
             "AutoProcessor.from_pretrained(...)"
         )
-    return AutoProcessor.from_pretrained(model)
+    return AutoProcessor.from_pretrained(model, trust_remote_code=_TRUST_REMOTE_CODE)
 
 
 def check_processor(processor: Any, argument: str) -> None:
