@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,13 +25,14 @@ def load_pairs(source: str, split: str = "train", image_column: str = "image") -
             Hub.
         split (`str`, defaults to `"train"`): Which split, where the source has several.
         image_column (`str`, defaults to `"image"`): Column with the image. Paths in it are taken from the folder of
-            their file.
+            their file, and must not lead out of it.
 
     Returns:
         `datasets.Dataset`: With `image_column` as a `datasets.Image`.
 
     Raises:
-        `ValueError`: If the source is a file of another kind, or has no such column or split.
+        `ValueError`: If the source is a file of another kind, has no such column or split, or names an image outside
+            of its folder.
     """
     path = Path(source)
     if path.is_file():
@@ -58,9 +60,27 @@ def load_pairs(source: str, split: str = "train", image_column: str = "image") -
     if isinstance(feature, datasets.Image):
         return dataset
     if path.is_file() and getattr(feature, "dtype", None) in ("string", "large_string"):
-        paths = [str(path.parent / name) for name in column_values(dataset, image_column)]
+        paths = [
+            _within(path.parent, name, f"row {row} of {source!r}, column {image_column!r}")
+            for row, name in enumerate(column_values(dataset, image_column))
+        ]
         dataset = dataset.remove_columns(image_column).add_column(image_column, paths)
     return dataset.cast_column(image_column, datasets.Image())
+
+
+def _within(folder: Path, name: str | None, where: str) -> str | None:
+    """The path of a file in a folder, or below it, by its name there."""
+    if name is None:
+        return None  # a bad row
+    joined = os.path.normpath(folder / name)
+    root = os.path.normpath(folder)
+    # By name alone, without a look at the disk for each of millions: a link in the folder is its owner's doing.
+    if os.path.relpath(joined, root).split(os.sep)[0] == os.pardir:
+        raise ValueError(
+            f"{where}: {name!r} leads out of {str(folder)!r}; accepted are files in that folder or below it. A list "
+            "of images in several places goes into a folder above them all"
+        )
+    return joined
 
 
 def label_by_captions(
