@@ -51,7 +51,9 @@ def decode_image(value: Any, least_side: int | None = None) -> Image.Image:
         `PIL.Image.Image` in mode `RGB`.
 
     Raises:
-        `ValueError`: If the value is none of these or does not decode; the message says why.
+        `ValueError`: If the value is none of these or does not decode; the message says why. A file whose header
+            claims more than `PIL.Image.MAX_IMAGE_PIXELS` is not decoded (Pillow itself decodes up to twice as many,
+            with a warning), nor is PostScript, which is a program.
     """
     name = ""
     if isinstance(value, Mapping):
@@ -66,7 +68,7 @@ def decode_image(value: Any, least_side: int | None = None) -> Image.Image:
         if isinstance(value, (bytes, bytearray, memoryview)):
             if len(value) == 0:
                 raise ValueError("it has no bytes")
-            return _to_rgb(_drafted(Image.open(io.BytesIO(value)), least_side))
+            return _to_rgb(_drafted(_opened(io.BytesIO(value)), least_side))
         if isinstance(value, (str, os.PathLike)):
             return _open(value, least_side)
         if isinstance(value, Image.Image):
@@ -95,8 +97,24 @@ def _open(path: str | os.PathLike[str], least_side: int | None) -> Image.Image:
         import datasets
 
         return _to_rgb(datasets.Image().decode_example({"path": path, "bytes": None}))
-    with Image.open(path) as image:
+    with _opened(path) as image:
         return _to_rgb(_drafted(image, least_side))
+
+
+def _opened(source: io.BytesIO | str | os.PathLike[str]) -> Image.Image:
+    """An image that is not loaded yet, of no more pixels than Pillow's guard says, and no program."""
+    image = Image.open(source)
+    if image.format == "EPS":
+        image.close()
+        raise ValueError("it is PostScript, a program that Pillow would have Ghostscript run")
+    most, pixels = Image.MAX_IMAGE_PIXELS, image.width * image.height
+    if most is not None and pixels > most:
+        image.close()
+        raise Image.DecompressionBombError(
+            f"its header claims {image.width} x {image.height} pixels, more than the {most} of "
+            "PIL.Image.MAX_IMAGE_PIXELS"
+        )
+    return image
 
 
 def _drafted(image: Image.Image, least_side: int | None) -> Image.Image:
