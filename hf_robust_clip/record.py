@@ -7,7 +7,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -21,6 +21,8 @@ from .files import RUN_FILE
 
 #: Most entries of a log that a record keeps, evenly spaced.
 LOG_ENTRIES = 500
+#: Most numbers of skipped rows that a record keeps, and that a card or a report shows.
+SKIPPED_ROWS, _SHOWN_ROWS = 1000, 20
 
 _HUB_FILE = re.compile(r"hf://datasets/([^/@]+/[^/@]+)@([0-9a-f]+)/")
 
@@ -50,6 +52,8 @@ class RunRecord:
         details (`dict`): What a defence notes down: `splits` of SafeCLIP.
         method (`str`): The class of this package that the trainer is or derives from.
         augmentation (`dict`): What augmented `images` and `captions`, whatever the presets say; `None` for nothing.
+        skipped (`dict`): Rows of the training data that were passed over, as [`describe_skipped`] says; empty where
+            there are none.
         environment (`dict`): `versions`, `device`, `processes`, `precision`, `seed`, `seconds`, `command`.
     """
 
@@ -72,6 +76,7 @@ class RunRecord:
     defence_defaults: dict[str, Any] = field(default_factory=dict)
     method: str = ""
     augmentation: dict[str, str | None] = field(default_factory=dict)
+    skipped: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """Its content as JSON."""
@@ -156,6 +161,28 @@ def describe_dataset(dataset: Any) -> dict[str, Any]:
 def dataset_name(described: Mapping[str, Any] | None) -> str | None:
     """What to call a dataset that [`describe_dataset`] described; `None` if nothing is known."""
     return None if described is None else described.get("hub_id") or described.get("name")
+
+
+def describe_skipped(rows: Sequence[int], streamed: bool) -> dict[str, Any]:
+    """
+    What a record says of the rows that `on_bad_row="skip"` passed over; nothing where there are none.
+
+    Args:
+        rows (sequence of `int`): Their numbers, of all ranks, in order.
+        streamed (`bool`): Whether they are positions in the stream of each worker.
+
+    Returns:
+        `dict`: `count`, `rows` (at most the first `SKIPPED_ROWS` numbers) and `streamed`.
+    """
+    return {"count": len(rows), "rows": list(rows[:SKIPPED_ROWS]), "streamed": streamed} if rows else {}
+
+
+def skipped_text(skipped: Mapping[str, Any]) -> str:
+    """How many rows were passed over, and which ones: "2: 3, 17"; the first 20 of many."""
+    shown = skipped["rows"][:_SHOWN_ROWS]
+    more = ", ..." if skipped["count"] > len(shown) else ""
+    positions = " (positions in the stream of each worker)" if skipped["streamed"] else ""
+    return f"{skipped['count']:,}: {', '.join(map(str, shown))}{more}{positions}"
 
 
 def describe_evaluator(evaluator: Any) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from huggingface_hub import ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from ..methods import Method, method_of
-from ..record import RunRecord, jsonable
+from ..record import RunRecord, jsonable, skipped_text
 from ..report.findings import split_findings
 from .escaping import Markdown, escaped, fenced, literal, one_line
 from .figures import Figures, collect, evaluation_results, label_of, parameters_text, shown, subject
@@ -130,6 +130,7 @@ def render_card(
         else [],
         settings=[*_settings(record)],
         dataset=record.data,
+        skipped=skipped_text(record.skipped) if record.skipped else None,
         hub_data=[_linked(name, "datasets/") for name in hub_data],
         dataset_names=_listed(dataset_names),
         dataset_args=_listed(dataset_args),

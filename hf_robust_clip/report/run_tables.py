@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from ..record import RunRecord, dataset_name
+from ..record import RunRecord, dataset_name, skipped_text
 from .run_findings import evaluations_of
 
 #: Figures that are no shares in [0, 1], by how their names end, with their decimals.
@@ -136,6 +136,8 @@ def facts(record: RunRecord) -> list[tuple[str, str]]:
             "unknown, the data has no column that says so" if data.get("poisons") is None else f"{data['poisons']:,}"
         )
         found += [("Training data", ", ".join(parts)), ("Pairs known to be poisoned", known)]
+    if record.skipped:
+        found.append(("Unusable rows left out", skipped_text(record.skipped)))
     found += [(f"Augmentation of {views}", used or "none") for views, used in record.augmentation.items()]
     processes = environment["processes"]
     return [

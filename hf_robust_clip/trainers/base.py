@@ -35,6 +35,7 @@ from ..evaluation.embedding import Embedder
 from ..evaluation.running import run_evaluators
 from ..losses import clip_loss
 from ..models import caption_padding, check_processor, load_dual_encoder, load_processor, longest_caption
+from ..record import describe_skipped, skipped_text
 from ..seeding import derive_seed, forked_rng
 from .adapters import add_adapters, check_adapters
 from .arguments import CLIPTrainingArguments
@@ -247,6 +248,7 @@ class CLIPTrainer(PublishingTrainer):
         the optimizer, as the Trainer does, but counts its epochs, and what a defence does in them, from 0.
         """
         self._bad_rows.clear()
+        self.skipped = {}
 
     def make_batch_sampler(self, batch_size: int) -> Sampler[list[int]] | None:
         """What deals the rows of a map-style `train_dataset` into batches; `None`: the Trainer shuffles them."""
@@ -257,6 +259,10 @@ class CLIPTrainer(PublishingTrainer):
         """Numbers of the rows passed over so far under `on_bad_row="skip"`, on all ranks; call it on all ranks."""
         rows = sorted(self._bad_rows)
         return sorted(set(gather_object(rows))) if self.args.world_size > 1 else rows
+
+    def _note_skipped_rows(self) -> None:
+        # For the record, which is written by one rank alone.
+        self.skipped = describe_skipped(self.skipped_rows, streamed=self._dataset_length() is None)
 
     # ---- Batches and losses ----
 
@@ -413,11 +419,9 @@ class CLIPTrainer(PublishingTrainer):
         if self._finite is not None:
             self._finite.check()
         self.end_record()
-        skipped = self.skipped_rows
-        if skipped:
-            shown = ", ".join(map(str, skipped[:20])) + (", ..." if len(skipped) > 20 else "")
-            streamed = "" if self._dataset_length() is not None else " (positions in the stream of each worker)"
-            logger.warning(f"{len(skipped)} unusable rows of train_dataset were skipped: {shown}{streamed}")
+        self._note_skipped_rows()
+        if self.skipped:
+            logger.warning(f"Unusable rows of train_dataset were skipped, {skipped_text(self.skipped)}")
         if self.state.global_step == 0 and self.state.max_steps > 0:
             raise ValueError(
                 "train_dataset yielded no full batch of "
@@ -575,6 +579,7 @@ class CLIPTrainer(PublishingTrainer):
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         if self._finite is not None:
             self._finite.check()
+        self._note_skipped_rows()
         super()._save_checkpoint(*args, **kwargs)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:

@@ -45,6 +45,8 @@ class PublishingTrainer(Trainer):
     #: The evaluators' figures before training, and after it.
     figures_before: dict[str, float] | None = None
     figures_after: dict[str, float] | None = None
+    #: The rows passed over, as of the last checkpoint or the end of training, on all ranks.
+    skipped: dict[str, Any] = {}  # noqa: RUF012 (replaced, never changed)
     _seconds_before = 0.0
     _train_begin: float | None = None
     _staging: Staging | None = None

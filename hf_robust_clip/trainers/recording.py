@@ -69,6 +69,7 @@ def record_of(trainer: CLIPTrainer) -> RunRecord:
             "images": _describe_augmentation(trainer.image_augmentation),
             "captions": _describe_augmentation(trainer.data_collator.text_augmentation),
         },
+        skipped=trainer.skipped,
         environment={
             "versions": versions(),
             "device": _device_name(args.device),

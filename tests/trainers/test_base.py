@@ -250,7 +250,7 @@ def test_bad_rows_are_skipped_and_listed(workers: int, tmp_path: Path, caplog: p
     trainer.train()
     assert trainer.state.global_step == 3
     assert trainer.skipped_rows == [3, 17]
-    assert "2 unusable rows of train_dataset were skipped: 3, 17" in caplog.text
+    assert "Unusable rows of train_dataset were skipped, 2: 3, 17" in caplog.text
 
 
 def test_bad_rows_of_an_eval_dataset_are_no_rows_of_the_training_set(tmp_path: Path) -> None:
