@@ -13,6 +13,10 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 ACCEPTED = "a PIL image, a path, encoded bytes, a datasets.Image value {'bytes', 'path'}, or an array (H, W[, C])"
 
+#: How many times as long as wide an image is at most before it is resized by its shorter side: of a longer strip that
+#: would make one as long at the model's size, of which a square is kept. 20,000 x 3 pixels would become 334 million.
+LONGEST_STRIP = 64
+
 _CHANNELS = (1, 3, 4)
 #: How far resampling may carry a float image beyond [0, 1].
 _OVERSHOOT = 1e-3
@@ -89,6 +93,15 @@ def decode_image(value: Any, least_side: int | None = None) -> Image.Image:
         reason = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
         raise ValueError(f"the image{name} does not decode: {reason}") from error
     raise ValueError(f"an image cannot be a {type(value).__name__}; accepted: {ACCEPTED}")
+
+
+def without_ends(image: Image.Image) -> Image.Image:
+    """The middle of a strip that is longer than [`LONGEST_STRIP`]; any other image as it is."""
+    most = LONGEST_STRIP * min(image.size)
+    if max(image.size) <= most:
+        return image
+    left, top = max(0, image.width - most) // 2, max(0, image.height - most) // 2
+    return image.crop((left, top, left + min(image.width, most), top + min(image.height, most)))
 
 
 def _open(path: str | os.PathLike[str], least_side: int | None) -> Image.Image:

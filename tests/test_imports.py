@@ -16,7 +16,8 @@ PACKAGE = Path(hf_robust_clip.__file__).parent
 #: From the ground up: a module imports from its own floor and from those below.
 FLOORS: tuple[frozenset[str], ...] = (
     frozenset(
-        {"losses", "distributed", "pool", "lookup", "mixture", "imaging", "seeding", "augment", "files", "versions"}
+        {"losses", "distributed", "pool", "lookup", "mixture", "imaging", "seeding", "augment", "files", "settings"}
+        | {"versions"}
     ),
     frozenset({"attacks"}),
     frozenset({"models", "data", "evaluation"}),

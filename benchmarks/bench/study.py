@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
+from hf_robust_clip.settings import read_settings
 
 STUDIES = Path(__file__).parents[1] / "studies"
 #: What the embedded dataset is called in place of files.
@@ -174,7 +174,7 @@ def load_study(name: str) -> Study:
     if not path.is_file():
         there = ", ".join(sorted(file.stem for file in STUDIES.glob("*.yaml")))
         raise ValueError(f"--study {name!r}: no file {path}; accepted are {there}, or the path of a YAML file")
-    content = yaml.safe_load(path.read_text())
+    content = read_settings(path)
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}; accepted is a mapping with the fields of a study")
     try:
@@ -182,6 +182,7 @@ def load_study(name: str) -> Study:
         missing = [name for name in ("name", "target", "attacks", "arguments", "search") if name not in content]
         if missing:
             raise ValueError(f"{missing[0]} is missing")
+        _check_kinds(content)
         _check_names("search", content["search"], [item.name for item in fields(Search)])
         return Study(**{**content, "search": Search(**content["search"])})
     except (TypeError, ValueError) as error:
@@ -191,6 +192,22 @@ def load_study(name: str) -> Study:
 def digest(settings: Any) -> str:
     """A short name for settings: the same for the same ones."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _check_kinds(content: Mapping[str, Any]) -> None:
+    """That what is looked into is there to be looked into."""
+    for name in ("attacks", "arguments", "search", "model", "image_augmentation"):
+        if name in content and not isinstance(content[name], Mapping):
+            raise ValueError(f"{name} is a {type(content[name]).__name__}; accepted is a mapping")
+    for name in ("attacks", "arguments", "image_augmentation"):
+        for key, value in content.get(name, {}).items():
+            if not isinstance(value, Mapping):
+                raise ValueError(f"{name}.{key} is a {type(value).__name__}; accepted is a mapping")
+    if not isinstance(content["search"].get("learning_rates", {}), Mapping):
+        raise ValueError("search.learning_rates must be a mapping")
+    for name in ("rows", "seeds", "measures"):
+        if not isinstance(content.get(name, []), list):
+            raise ValueError(f"{name} is a {type(content[name]).__name__}; accepted is a list")
 
 
 def _check_names(where: str, names: Any, accepted: Any) -> None:

@@ -16,6 +16,7 @@ from datasets import Dataset, IterableDataset, concatenate_datasets
 from numpy.typing import NDArray
 from PIL import Image
 
+from .manifests import check_dataset_part
 from .rows import (
     build_rows,
     captions_fingerprint,
@@ -45,11 +46,6 @@ __all__ = [
     "replay_manifest",
     "targeted_specs",
 ]
-
-_NEEDED_TO_REPLAY = (
-    *("mode", "trigger", "indices", "captions", "counts"),
-    *("image_size", "columns", "fingerprint", "source_index", "image"),
-)
 
 
 def poison_dataset(
@@ -140,9 +136,7 @@ def _replay(dataset: Dataset | IterableDataset, manifest: Mapping[str, Any]) -> 
             f"dataset is a {type(dataset).__name__}, but the manifest was made on a stream; accepted is a "
             "datasets.IterableDataset"
         )
-    missing = [key for key in _NEEDED_TO_REPLAY if key not in manifest]
-    if missing:
-        raise ValueError(f"manifest: {', '.join(missing)} missing; accepted is what poison_dataset returned")
+    check_dataset_part(manifest)
     columns = manifest["columns"]
     dataset = _check_dataset(dataset, columns["image"], columns["caption"], None)
     if len(dataset) != manifest["counts"]["dataset_length"]:

@@ -23,7 +23,7 @@ from datasets.fingerprint import Hasher
 from numpy.typing import NDArray
 from PIL import Image
 
-from ..imaging import decode_image
+from ..imaging import decode_image, without_ends
 from .triggers import Trigger
 
 POISONED = "poisoned"
@@ -148,6 +148,7 @@ def prepare(image: Image.Image, size: int | None) -> Image.Image:
     """The image, with a `size` resized and cropped as CLIP's image processor does."""
     if size is None:
         return image
+    image = without_ends(image)
     width, height = image.size
     short = min(width, height)
     image = image.resize((width * size // short, height * size // short), Image.Resampling.BICUBIC)

@@ -20,6 +20,7 @@ from datasets import Image as ImageFeature
 from PIL import Image
 
 from ..imaging import decode_image
+from .manifests import check_stream_part
 from .rows import (
     POISONED,
     caption_array,
@@ -38,7 +39,6 @@ from .triggers import Trigger, trigger_from_dict
 
 #: What decides, with the key, over a row. The rate does not: rows poisoned at a low one are so at a higher one.
 _DECIDING = ("seed", "mode", "target", "trigger", "image")
-_NEEDED_TO_REPLAY = (*_DECIDING, "rate", "templates", "image_size", "columns")
 
 
 def poison_stream(
@@ -106,9 +106,7 @@ def poison_stream(
 def replay_stream(stream: IterableDataset, parts: Sequence[Mapping[str, Any]]) -> IterableDataset:
     """[`replay_manifest`] on a stream: `parts` are the manifests of its attacks."""
     for part in parts:
-        missing = [key for key in _NEEDED_TO_REPLAY if key not in part]
-        if missing:
-            raise ValueError(f"manifest: {', '.join(missing)} missing; accepted is what poison_stream returned")
+        check_stream_part(part)
         _check_stream(stream, part["columns"])
     return _carry_out(stream, parts)
 

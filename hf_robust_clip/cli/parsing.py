@@ -113,17 +113,14 @@ class ConfigParser(Parser):
         return "".join(f"# {name} is given, and left out here\n" for name in hidden) + text
 
     def _read(self, path: Path) -> dict[str, Any]:
-        import yaml
+        from ..settings import read_settings
 
         try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+            content = read_settings(path)
         except OSError as error:
             self.error(f"--config: {path} cannot be read: {error.strerror or error}")
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            # The error's own text would show the line, and a token that stands in it.
-            mark = getattr(error, "problem_mark", None)
-            where = f", line {mark.line + 1}" if mark is not None else ""
-            self.error(f"--config: {path} is no YAML{where}: {getattr(error, 'problem', None) or 'it is not text'}")
+        except ValueError as error:
+            self.error(f"--config: {error}")
         if not isinstance(content, dict):
             found = "empty" if content is None else f"a {type(content).__name__}"
             self.error(f"--config: {path} is {found}; accepted is a mapping of argument names to values")

@@ -9,10 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-
-#: How many times as long as wide an image is resized as it is. Of a longer strip CLIP's image processor would make one
-#: as long, at its own width, of which it keeps a square: 20,000 x 3 pixels would become 334 million.
-LONGEST_STRIP = 64
+from ..imaging import without_ends
 
 
 class ImagePreprocessor:
@@ -20,8 +17,8 @@ class ImagePreprocessor:
     Resize and crop images with a model's own image processor, and keep them as bytes.
 
     Rescaling and normalisation wait until the pixels are on the device ([`~augment.images.ImageNormalization`]), so
-    that workers hand over a quarter of the bytes. Of strips more than [`LONGEST_STRIP`] times as long as wide, only so
-    much around the middle is resized, where the processor crops its square from the middle anyway.
+    that workers hand over a quarter of the bytes. Of long strips only what
+    [`~imaging.without_ends`] leaves is resized, where the processor crops its square from the middle anyway.
 
     Args:
         image_processor (`transformers.BaseImageProcessor`):
@@ -50,7 +47,7 @@ class ImagePreprocessor:
             # Resizing and cropping to the size that they have: a third of the time of a small model's step.
             return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2).contiguous()
         if self._crops:
-            images = [_without_ends(image) for image in images]
+            images = [without_ends(image) for image in images]
         pixels = self.image_processor(list(images), do_rescale=False, do_normalize=False, return_tensors="pt")
         pixels = pixels["pixel_values"]
         if pixels.dtype != torch.uint8:
@@ -104,15 +101,6 @@ class ImagePreprocessor:
         factor = self.image_processor.rescale_factor if self.image_processor.do_rescale else 1.0
         white = 255 * float(factor)
         return 1.0 if abs(white - 1) < 1e-6 else white
-
-
-def _without_ends(image: Image.Image) -> Image.Image:
-    """The middle of a strip; any other image as it is."""
-    most = LONGEST_STRIP * min(image.size)
-    if max(image.size) <= most:
-        return image
-    left, top = max(0, image.width - most) // 2, max(0, image.height - most) // 2
-    return image.crop((left, top, left + min(image.width, most), top + min(image.height, most)))
 
 
 def _size_left_alone(image_processor: Any) -> tuple[int, int] | None:

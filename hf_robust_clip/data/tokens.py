@@ -98,7 +98,9 @@ class StoredTokens:
         return self._padded([ids for ids in found if ids is not None], width)
 
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
-        ids: list[list[int]] = tokenise(self.tokenizer, texts, truncation=True, max_length=self.max_length)["input_ids"]
+        ids: list[list[int]] = tokenise(self.tokenizer, texts, truncation=True, max_length=self.max_length)[
+            "input_ids"
+        ]
         return ids
 
     def _padded(self, rows: Sequence[Sequence[int] | np.ndarray], least_width: int) -> dict[str, torch.Tensor]:
