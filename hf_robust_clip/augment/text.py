@@ -8,12 +8,16 @@ import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import resources
+from itertools import islice
 from typing import Any
 
 # A word runs up to white space or punctuation and may hold single joining marks: "t-shirt", "dog's", "9:30". Naming
 # what ends a word, not what it consists of, keeps combining marks (Hindi, Thai) and emoji in one piece.
 _LETTER = r"[^\s!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~\u2010-\u2027\u2030-\u205e\u3000-\u3003\u3008-\u3011\u00ab\u00bb]"
 _WORD = re.compile(rf"{_LETTER}+(?:['\u2019\-.&/:_@]{_LETTER}+)*")
+
+#: How many words of a caption are changed: far more than a text tower reads.
+_MOST_WORDS = 1000
 
 Edit = Callable[[list[str], random.Random], list[list[str]]]
 
@@ -29,9 +33,10 @@ class TextAugmentation:
     - swap exchanges words with others,
     - deletion removes words, never all of them.
 
-    Where the drawn operation can do nothing (no word with a synonym, a single word), another one is drawn. Words
-    that stay keep their case, and punctuation stays in its place. Synonyms are single words, written with the case
-    of the word that they replace; function words and numbers have none.
+    Of a caption of more than 1,000 words the first 1,000 count, and the others stay: text towers read no further, and
+    100,000 words would take seconds at each visit. Where the drawn operation can do nothing (no word with a synonym, a
+    single word), another one is drawn. Words that stay keep their case, and punctuation stays in its place. Synonyms
+    are single words, written with the case of the word that they replace; function words and numbers have none.
 
     The result depends on the caption and the seed alone, not on the process, the worker or the order of calls.
     Python's and NumPy's global generators are neither read nor written. The lexicon and nlpaug (whose import takes
@@ -110,7 +115,7 @@ class TextAugmentation:
         """
         if not any(character.isalpha() for character in caption):
             return caption
-        spans = [match.span() for match in _WORD.finditer(caption)]
+        spans = [match.span() for match in islice(_WORD.finditer(caption), _MOST_WORDS)]
         words = [caption[start:end] for start, end in spans]
         # The caption takes part, so that one seed for many captions does not draw the same positions in all of them.
         # Lone surrogates cannot be encoded otherwise; Python's own hash differs between processes.
