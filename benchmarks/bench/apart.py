@@ -30,7 +30,7 @@ def measure_apart(script: str, *words: str, processes: int = 1) -> Any:
         output = Path(folder) / "result.json"
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         command += [script, *words, "--worker", str(output)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)  # nosec B603 # our own script
         if done.returncode or not output.is_file():
             raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
         return json.loads(output.read_text())

@@ -120,7 +120,7 @@ class TextAugmentation:
         # The caption takes part, so that one seed for many captions does not draw the same positions in all of them.
         # Lone surrogates cannot be encoded otherwise; Python's own hash differs between processes.
         checksum = zlib.crc32(caption.encode("utf-8", "surrogatepass"))
-        rng = random.Random((int(seed) << 32) ^ checksum)
+        rng = random.Random((int(seed) << 32) ^ checksum)  # nosec B311 # repeatable, and no secret
         edits = self._load()
         for edit in rng.sample(edits, len(edits)):
             slots = edit(words, rng)

@@ -162,7 +162,7 @@ def _load_training_pairs(args: argparse.Namespace, arguments: CLIPTrainingArgume
         stream = load_data("--train-data", source, args.train_split, column).to_iterable_dataset()
     else:
         with usage_errors("--train-data"):
-            stream = datasets.load_dataset(source, split=args.train_split, streaming=True)
+            stream = datasets.load_dataset(source, split=args.train_split, streaming=True)  # nosec B615 # the user's choice
     seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
     return stream.shuffle(seed=seed, buffer_size=args.shuffle_buffer)
 

@@ -42,7 +42,7 @@ def load_pairs(source: str, split: str = "train", image_column: str = "image") -
                 f"source={source!r} is a {path.suffix or 'nameless'} file; accepted: {', '.join(_BUILDERS)}"
             )
         options = {"delimiter": "\t"} if path.suffix.lower() == ".tsv" else {}
-        dataset = datasets.load_dataset(builder, data_files=str(path), split="train", **options)
+        dataset = datasets.load_dataset(builder, data_files=str(path), split="train", **options)  # nosec B615 # a file
     elif (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
         dataset = datasets.load_from_disk(str(path))
         if isinstance(dataset, datasets.DatasetDict):
@@ -50,7 +50,7 @@ def load_pairs(source: str, split: str = "train", image_column: str = "image") -
                 raise ValueError(f"split={split!r} is not in {source!r}; its splits are {', '.join(dataset)}")
             dataset = dataset[split]
     else:
-        dataset = datasets.load_dataset(source, split=split)
+        dataset = datasets.load_dataset(source, split=split)  # nosec B615 # the user's choice
     if image_column not in dataset.column_names:
         raise ValueError(
             f"image_column={image_column!r} is not a column of {source!r}; its columns are "
