@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from huggingface_hub import ModelCard
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -169,6 +170,29 @@ def test_no_name_changes_a_figure(
     assert data.base_model == "someone/clip" and data.license is None
     # What the client writes, it reads again.
     assert ModelCard(str(ModelCard(card))).data.to_dict() == data.to_dict()
+
+
+@pytest.mark.parametrize(
+    "argument", ["license", "language", "tags", "tasks", "model_name", "dataset_names", "dataset_args", "measured"]
+)
+def test_nothing_given_breaks_out_of_the_front_matter(argument: str) -> None:
+    keys = {*yaml.safe_load(render_card(record(), license="x", language="en").split("\n---\n")[0][4:])}
+    for text in (
+        *CORPUS,
+        "x\u2028license: mit",
+        "x\x85license: mit",
+        "!!python/object:os.system",
+        "&a *a",
+        "\ud83d\ude00",
+    ):
+        given: Any = [{"control": text, "measures": record().measures, "figures": BEFORE}]
+        card = render_card(
+            record(), **{"license": "x", "language": "en", argument: given if argument == "measured" else text}
+        )
+        front, end, _ = card.removeprefix("---\n").partition("\n---\n")
+        assert end and {*yaml.safe_load(front)} <= keys
+        assert yaml.safe_load(front)["base_model"] == "someone/clip"
+        assert card.count(MARKER) == 1 and "\nlicense: mit" not in front
 
 
 def test_datasets_of_one_name_and_of_similar_names_stay_apart() -> None:
