@@ -22,3 +22,9 @@ def write_bytes(path: Path, content: bytes) -> None:
 def write_text(path: Path, text: str) -> None:
     """[`write_bytes`] of a text, in UTF-8."""
     write_bytes(path, text.encode())
+
+
+def remove_partial(folder: Path, name: str = "*") -> None:
+    """Delete what calls of [`write_bytes`] that were killed have left in a folder, of files of that name."""
+    for partial in folder.glob(f".{name}.*.partial"):
+        partial.unlink(missing_ok=True)

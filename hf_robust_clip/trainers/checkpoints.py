@@ -16,14 +16,17 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
+from ..files import remove_partial
+
 if TYPE_CHECKING:
     from .publishing import PublishingTrainer
 
 logger = logging.get_logger(__name__)
 
 _NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
-#: What a folder's name begins with while it is being written: nothing takes it for a checkpoint.
-_STAGED = ".saving-"
+#: What a folder's name begins with while it is being written, or deleted: nothing takes it for a checkpoint, and pushing
+#: leaves it out.
+_STAGED = "_saving-"
 
 
 class CheckpointError(OSError):
@@ -60,6 +63,7 @@ class Staging:
         if self._trainer.args.should_save:
             for left in self.final.parent.glob(f"{_STAGED}*"):  # by a training that was killed
                 shutil.rmtree(left, ignore_errors=True)
+            remove_partial(self.final.parent)
         self._wait()
         # The last that the Trainer writes, on the one process that does.
         state.save_to_json = self._complete  # type: ignore[method-assign]
@@ -89,9 +93,22 @@ class Staging:
         for path in (*self.folder.rglob("*"), self.folder):
             _to_disk(path)
         if self.final.is_dir():  # of the same step, before this training was resumed
-            shutil.rmtree(self.final)
+            _delete(self.final)
         os.replace(self.folder, self.final)
         _to_disk(self.final.parent)
+        self._rotate()
+
+    def _rotate(self) -> None:
+        """Delete what `save_total_limit` leaves no room for, as the Trainer would; it then finds nothing to delete."""
+        limit = self._trainer.args.save_total_limit
+        if limit is None or limit <= 0:
+            return
+        folders = [path for path in self.final.parent.glob("*") if _NAME.fullmatch(path.name) and path.is_dir()]
+        best = self._trainer.state.best_model_checkpoint
+        kept = {self.final} | ({Path(best)} if best is not None else set())
+        removable = sorted((path for path in folders if path not in kept), key=_age)
+        for path in removable[: max(0, len(folders) - max(limit, len(kept)))]:
+            _delete(path)
 
     def _note_best(self) -> None:
         # The Trainer looks whether the folder of the best checkpoint is there, which this one's was not.
@@ -142,6 +159,18 @@ def _is_of_the_disk(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+def _delete(checkpoint: Path) -> None:
+    """Take a checkpoint away in one move: one of which some files are deleted would pass for a whole one."""
+    leaving = checkpoint.with_name(f"{_STAGED}{checkpoint.name}.old")
+    os.replace(checkpoint, leaving)
+    shutil.rmtree(leaving, ignore_errors=True)
+
+
+def _age(checkpoint: Path) -> tuple[float, int]:
+    # As the Trainer sorts them: a training that was resumed from an earlier one may have written one of fewer steps.
+    return checkpoint.stat().st_mtime, int(checkpoint.name.rpartition("-")[2])
 
 
 def _free(folder: Path) -> int:

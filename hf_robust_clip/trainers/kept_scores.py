@@ -14,7 +14,7 @@ import torch
 from accelerate.utils import gather_object
 from transformers import TrainingArguments
 
-from ..files import write_text
+from ..files import remove_partial, write_text
 
 if TYPE_CHECKING:
     from .base import CLIPTrainer
@@ -23,12 +23,13 @@ if TYPE_CHECKING:
 #: -2 where the row cannot be used.
 SCORE = np.dtype([("similarity", "<f4"), ("flag", "i1")])
 
-FOLDER = "scoring"
+#: Pushing leaves out what begins so.
+FOLDER = "_scoring"
 
 
 class KeptScores:
     """
-    The scores that a rank has computed so far, in a file of its own in `output_dir/scoring`: what it holds, in JSON,
+    The scores that a rank has computed so far, in a file of its own in `output_dir/_scoring`: what it holds, in JSON,
     and the scores, 5 bytes each, without a header.
 
     They count for the same pass only: of the same weights, data, epoch, batches and processes.
@@ -81,6 +82,7 @@ class KeptScores:
         new = not self.written
         if new:
             self._about.unlink(missing_ok=True)  # of another pass
+            remove_partial(self._about.parent, self._about.name)
             self._about.parent.mkdir(parents=True, exist_ok=True)
         with open(self._scores, "wb" if new else "r+b") as file:
             file.truncate(self.written * SCORE.itemsize)  # what comes after the last batch that all ranks have
@@ -120,6 +122,7 @@ def forget_scores(args: TrainingArguments) -> None:
     """Delete this rank's files, and their folder once it is empty."""
     for path in _files(args):
         path.unlink(missing_ok=True)
+        remove_partial(path.parent, path.name)
     # Of several ranks the last one finds it empty, or some other already has.
     with contextlib.suppress(OSError):
         _files(args)[0].parent.rmdir()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import socket
@@ -60,6 +61,8 @@ class _Fault:
     nth: int
     #: The status to answer with; `None`: the connection breaks in the middle of the request.
     status: int | None
+    #: Set in the middle of the request, which is then not answered before its client is gone.
+    held: threading.Event | None = None
     seen: int = 0
 
 
@@ -83,6 +86,17 @@ class Traffic:
             pattern (`str`): A regular expression that the whole path matches.
         """
         self.faults.append(_Fault(method, pattern, nth, status))
+
+    def hold(self, method: str, pattern: str, nth: int = 1) -> threading.Event:
+        """
+        Leave the `nth` request from now on without an answer until its client is gone.
+
+        Returns:
+            `threading.Event`: Set once the request is under way.
+        """
+        held = threading.Event()
+        self.faults.append(_Fault(method, pattern, nth, None, held))
+        return held
 
     def fault(self, request: Request) -> _Fault | None:
         """What goes wrong with this request."""
@@ -141,6 +155,10 @@ class _Handler(BaseHTTPRequestHandler):
         if fault is not None and fault.status is None:
             self.rfile.read(int(headers.get("content-length", 0)) // 2)
             traffic.requests.append((request.method, request.path, 0))
+            if fault.held is not None:
+                fault.held.set()
+                with contextlib.suppress(OSError):
+                    self.rfile.read()
             self._break_off()
             return
         request.body = self._read_body(headers)

@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 import errno
-import os
-import random
 import re
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from training import assert_same_bits, make_trainer, train_and_resume
-from transformers import TrainerState
+from training import assert_same_bits, is_whole, make_trainer, train_and_resume
 
 from hf_robust_clip import CleanCLIPTrainer, CLIPTrainer, RoCLIPTrainer, SafeCLIPTrainer
 from hf_robust_clip.trainers.base import STATE_FILE
@@ -228,84 +220,10 @@ def test_full_disk_leaves_earlier_checkpoints_and_says_so(
 
 def test_what_a_killed_save_left_behind_is_removed_and_replaced(whole: Whole, tmp_path: Path) -> None:
     shutil.copytree(whole(CLIPTrainer)[1] / "checkpoint-3", tmp_path / "checkpoint-3")
-    for name in (".saving-checkpoint-4", "checkpoint-6"):
+    for name in ("_saving-checkpoint-4", "checkpoint-6"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "stale").write_text("torn")
     trainer = make_trainer(CLIPTrainer, tmp_path, save_strategy="steps", save_steps=1, **RUNS[CLIPTrainer])
     trainer.train(resume_from_checkpoint=True)
     assert {path.name for path in tmp_path.iterdir()} == {f"checkpoint-{step}" for step in range(3, 13)}
     assert not (tmp_path / "checkpoint-6" / "stale").exists()
-
-
-# ---- Killed ----
-
-KILLED: list[type[CLIPTrainer]] = [RoCLIPTrainer, SafeCLIPTrainer]
-
-
-def is_whole(checkpoint: Path) -> bool:
-    """Whether everything that resuming reads is there and can be read."""
-    try:
-        for name in ("model.safetensors", STATE_FILE):
-            load_file(checkpoint / name)
-        for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
-            torch.load(checkpoint / name, weights_only=False)
-        TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-    except Exception:  # whatever a torn file makes of its reader
-        return False
-    return True
-
-
-def saved_steps(output_dir: Path) -> list[int]:
-    return sorted(int(path.name.removeprefix("checkpoint-")) for path in output_dir.glob("checkpoint-*"))
-
-
-def test_killed_at_any_moment_and_resumed_equals_uninterrupted(whole: Whole, tmp_path: Path) -> None:
-    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[2])])
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, __file__, str(tmp_path)]
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as parent:
-        assert parent.stdout is not None
-        victims = dict(zip(KILLED, map(int, parent.stdout.readline().split()), strict=True))
-        # After some checkpoint, and some time that ends within a step, or in the middle of a save.
-        moments = {cls: (random.randint(1, 14), random.uniform(0, 0.1)) for cls in KILLED}
-        deadline = time.monotonic() + 120
-        while victims:
-            assert time.monotonic() < deadline
-            for cls, process in list(victims.items()):
-                step, delay = moments[cls]
-                if (saved_steps(tmp_path / cls.__name__) or [0])[-1] >= step:
-                    time.sleep(delay)
-                    os.kill(process, signal.SIGKILL)
-                    del victims[cls]
-            time.sleep(0.005)
-        assert parent.wait(timeout=60) == 0
-    for cls in KILLED:
-        steps = saved_steps(tmp_path / cls.__name__)
-        # None is there that is not whole.
-        assert all(is_whole(tmp_path / cls.__name__ / f"checkpoint-{step}") for step in steps)
-        resumed = make_trainer(cls, tmp_path / cls.__name__, **RUNS[cls])
-        resumed.train(resume_from_checkpoint=True)
-        try:
-            assert_same_bits(whole(cls)[0], resumed)
-        except AssertionError as error:
-            raise AssertionError(f"{cls.__name__}, killed at {moments[cls]}, resumed at {steps[-1]}") from error
-
-
-def train_to_be_killed(output_dir: Path) -> None:
-    """Train in one child process each, whose numbers are printed; they have the imports done."""
-    children = []
-    for cls in KILLED:
-        child = os.fork()
-        if child == 0:
-            with open(os.devnull, "w") as nowhere:
-                os.dup2(nowhere.fileno(), sys.stdout.fileno())
-            make_trainer(cls, output_dir / cls.__name__, save_strategy="steps", save_steps=1, **RUNS[cls]).train()
-            os._exit(0)
-        children.append(child)
-    print(*children, flush=True)
-    for child in children:
-        os.waitpid(child, 0)
-
-
-if __name__ == "__main__":
-    train_to_be_killed(Path(sys.argv[1]))

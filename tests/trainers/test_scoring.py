@@ -170,7 +170,7 @@ def test_interrupted_pass_goes_on_where_it_was(interrupted: Any, tmp_path: Path)
 @pytest.mark.parametrize("change", ["weights", "epoch", "step", "views", "batch", "torn", "empty"])
 def test_scores_of_another_pass_are_computed_anew(change: str, interrupted: Any, tmp_path: Path) -> None:
     epoch, augmented = 2, True
-    (file,) = (tmp_path / "scoring").glob("*.bin")
+    (file,) = (tmp_path / "_scoring").glob("*.bin")
     if change == "weights":
         with torch.no_grad():
             next(interrupted.model.parameters()).add_(1e-6)
@@ -193,11 +193,11 @@ def test_scores_of_another_pass_are_computed_anew(change: str, interrupted: Any,
 
 def test_short_pass_leaves_no_files(trainer: Any, tmp_path: Path) -> None:
     score_pairs(trainer, epoch=2)
-    assert not (tmp_path / "scoring").exists()
+    assert not (tmp_path / "_scoring").exists()
 
 
 def test_files_are_gone_when_training_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scoring, "_SAVE_SECONDS", 0.0)
     trainer = make_trainer(SafeCLIPTrainer, tmp_path, warmup_unimodal_epochs=0, warmup_cross_epochs=0, max_steps=1)
     trainer.train()
-    assert not (tmp_path / "scoring").exists()
+    assert not (tmp_path / "_scoring").exists()

@@ -8,6 +8,8 @@ from typing import Any
 
 import datasets
 import torch
+from safetensors.torch import load_file
+from transformers import TrainerState
 
 from hf_robust_clip import (
     CleanCLIPTrainer,
@@ -21,6 +23,7 @@ from hf_robust_clip import (
 )
 from hf_robust_clip.data.digits import digit_processor, load_digit_pairs
 from hf_robust_clip.data.scratch import build_model
+from hf_robust_clip.trainers.base import STATE_FILE
 
 ARGUMENTS: dict[type[CLIPTrainer], type[CLIPTrainingArguments]] = {
     CLIPTrainer: CLIPTrainingArguments,
@@ -97,18 +100,31 @@ def train_and_resume(
     return whole, resumed
 
 
+def outcome(trainer: CLIPTrainer) -> dict[str, Any]:
+    """Weights, optimizer state, pools and splits, and what was logged."""
+    return {
+        "weights": trainer.model.state_dict(),
+        "optimizer": trainer.optimizer.state_dict()["state"],
+        "state": trainer.training_state(),
+        "log": training_log(trainer),
+    }
+
+
 def assert_same_bits(first: CLIPTrainer, second: CLIPTrainer) -> None:
     """Weights, optimizer state, pools, splits and what was logged are equal to the bit."""
-    one, two = first.model.state_dict(), second.model.state_dict()
+    assert_same_outcome(outcome(first), outcome(second))
+
+
+def assert_same_outcome(first: dict[str, Any], second: dict[str, Any]) -> None:
+    """What [`outcome`] gives is equal to the bit."""
+    one, two = first["weights"], second["weights"]
     assert all(torch.equal(one[name], two[name]) for name in one)
-    moments = [trainer.optimizer.state_dict()["state"] for trainer in (first, second)]
-    for number, state in moments[0].items():
-        assert all(torch.equal(value, moments[1][number][name]) for name, value in state.items())
-    assert training_log(first) == training_log(second)
-    states = first.training_state(), second.training_state()
-    assert states[0].keys() == states[1].keys()
-    for name, value in states[0].items():
-        torch.testing.assert_close(states[1][name], value, rtol=0, atol=0, equal_nan=True)
+    for number, state in first["optimizer"].items():
+        assert all(torch.equal(value, second["optimizer"][number][name]) for name, value in state.items())
+    assert first["log"] == second["log"]
+    assert first["state"].keys() == second["state"].keys()
+    for name, value in first["state"].items():
+        torch.testing.assert_close(second["state"][name], value, rtol=0, atol=0, equal_nan=True)
 
 
 def training_log(trainer: CLIPTrainer) -> list[dict[str, float]]:
@@ -118,3 +134,21 @@ def training_log(trainer: CLIPTrainer) -> list[dict[str, float]]:
         for entry in trainer.state.log_history
         if "loss" in entry
     ]
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether everything that resuming reads is there and can be read."""
+    try:
+        for name in ("model.safetensors", STATE_FILE):
+            load_file(checkpoint / name)
+        for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+            torch.load(checkpoint / name, weights_only=False)
+        TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    except Exception:  # whatever a torn file makes of its reader
+        return False
+    return True
+
+
+def saved_steps(output_dir: Path) -> list[int]:
+    """Those of its checkpoints, in order."""
+    return sorted(int(path.name.removeprefix("checkpoint-")) for path in output_dir.glob("checkpoint-*"))
