@@ -24,9 +24,11 @@ if TYPE_CHECKING:
 logger = logging.get_logger(__name__)
 
 _NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
-#: What a folder's name begins with while it is being written, or deleted: nothing takes it for a checkpoint, and pushing
+#: What a folder's name begins with while it is being written or deleted: nothing takes it for a checkpoint, and a push
 #: leaves it out.
 _STAGED = "_saving-"
+#: What safetensors and torch say of a write that failed, without the system's number.
+_OF_THE_DISK = ("os error", "iostream error", "PytorchStreamWriter", "inline_container")
 
 
 class CheckpointError(OSError):
@@ -92,23 +94,23 @@ class Staging:
         type(self._trainer.state).save_to_json(self._trainer.state, os.path.join(self.folder, Path(json_path).name))
         for path in (*self.folder.rglob("*"), self.folder):
             _to_disk(path)
-        if self.final.is_dir():  # of the same step, before this training was resumed
-            _delete(self.final)
+        # Of the same step, before this training was resumed.
+        removable = [_withdrawn(self.final)] if self.final.is_dir() else []
         os.replace(self.folder, self.final)
         _to_disk(self.final.parent)
-        self._rotate()
+        for path in (*removable, *map(_withdrawn, self._outdated())):
+            shutil.rmtree(path, ignore_errors=True)
 
-    def _rotate(self) -> None:
-        """Delete what `save_total_limit` leaves no room for, as the Trainer would; it then finds nothing to delete."""
+    def _outdated(self) -> list[Path]:
+        """Those that `save_total_limit` leaves no room for, as the Trainer sees it, which then finds none."""
         limit = self._trainer.args.save_total_limit
         if limit is None or limit <= 0:
-            return
+            return []
         folders = [path for path in self.final.parent.glob("*") if _NAME.fullmatch(path.name) and path.is_dir()]
         best = self._trainer.state.best_model_checkpoint
         kept = {self.final} | ({Path(best)} if best is not None else set())
         removable = sorted((path for path in folders if path not in kept), key=_age)
-        for path in removable[: max(0, len(folders) - max(limit, len(kept)))]:
-            _delete(path)
+        return removable[: max(0, len(folders) - max(limit, len(kept)))]
 
     def _note_best(self) -> None:
         # The Trainer looks whether the folder of the best checkpoint is there, which this one's was not.
@@ -155,17 +157,17 @@ def trouble_with(checkpoint: Path) -> str | None:
 def _is_of_the_disk(error: BaseException | None) -> bool:
     """Whether an error, or what led to it, is the operating system's, under whatever name a library passes it on."""
     while error is not None:
-        if isinstance(error, OSError) or "os error" in str(error) or "PytorchStreamWriter" in str(error):
+        if isinstance(error, OSError) or any(words in str(error) for words in _OF_THE_DISK):
             return True
         error = error.__cause__ or error.__context__
     return False
 
 
-def _delete(checkpoint: Path) -> None:
-    """Take a checkpoint away in one move: one of which some files are deleted would pass for a whole one."""
-    leaving = checkpoint.with_name(f"{_STAGED}{checkpoint.name}.old")
-    os.replace(checkpoint, leaving)
-    shutil.rmtree(leaving, ignore_errors=True)
+def _withdrawn(checkpoint: Path) -> Path:
+    """Where a checkpoint is moved to be deleted: one of which some files are gone would pass for a whole one."""
+    path = checkpoint.with_name(f"{_STAGED}{checkpoint.name}.old")
+    os.replace(checkpoint, path)
+    return path
 
 
 def _age(checkpoint: Path) -> tuple[float, int]:

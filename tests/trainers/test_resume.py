@@ -227,3 +227,55 @@ def test_what_a_killed_save_left_behind_is_removed_and_replaced(whole: Whole, tm
     trainer.train(resume_from_checkpoint=True)
     assert {path.name for path in tmp_path.iterdir()} == {f"checkpoint-{step}" for step in range(3, 13)}
     assert not (tmp_path / "checkpoint-6" / "stale").exists()
+
+
+class Killed(BaseException):
+    """Stands for the end of the process."""
+
+
+@pytest.mark.parametrize("kind", ["replaced", "outdated"])
+def test_deletion_that_is_cut_short_leaves_no_torn_checkpoint(
+    kind: str, whole: Whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (2, 3, 4):
+        shutil.copytree(whole(CLIPTrainer)[1] / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
+    (tmp_path / "non_finite.json").touch()
+    (tmp_path / ".non_finite.json.1.partial").touch()
+    options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1, **RUNS[CLIPTrainer]}
+    if kind == "outdated":
+        options["save_total_limit"] = 1
+
+    def delete_in_part(path: Path, **_: Any) -> None:
+        next(file for file in path.iterdir() if file.name != "trainer_state.json").unlink()
+        raise Killed
+
+    trainer = make_trainer(CLIPTrainer, tmp_path, **options)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(shutil, "rmtree", delete_in_part)
+        trainer.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{2 if kind == 'replaced' else 4}"))
+    left = [path for path in tmp_path.iterdir() if path.name.startswith("checkpoint-")]
+    assert left and all(map(is_whole, left))
+    resumed = make_trainer(CLIPTrainer, tmp_path, **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert_same_bits(whole(CLIPTrainer)[0], resumed)
+    kept = range(2 if kind == "replaced" else 12, 13)
+    assert {path.name for path in tmp_path.iterdir()} == {"non_finite.json", *(f"checkpoint-{step}" for step in kept)}
+
+
+def test_best_and_newest_checkpoints_are_kept(tmp_path: Path) -> None:
+    losses = iter([3.0, 1.0, 2.0, 4.0, 5.0])
+    trainer = make_trainer(
+        CLIPTrainer,
+        tmp_path,
+        max_steps=5,
+        evaluators=[lambda *_: {"distance": next(losses)}],
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        save_total_limit=2,
+        metric_for_best_model="distance",
+        greater_is_better=False,
+    )
+    trainer.train()
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-2", "checkpoint-5"}
