@@ -8,7 +8,7 @@ TEST_ARGS ?=
 # What the environment was made from: when one of them changes, it is brought up to date.
 STAMP := $(VENV)/.made-from-$(shell cat pyproject.toml constraints.txt | cksum | cut -d ' ' -f 1)
 
-.PHONY: demo test check bench model-cards docs audit fuzz clean
+.PHONY: demo test test-faults check bench model-cards docs audit fuzz clean
 .DEFAULT_GOAL := test
 
 # torch first and by its exact version, so that a build for CPUs that pip has been shown is taken: any later request
@@ -32,6 +32,11 @@ test: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(TEST_ARGS)
 
+# Kills trainings, their workers, and one of two processes: half an hour. `make test` kills a few.
+test-faults: $(STAMP)
+	$(BIN)/python tests/faults/many.py
+	$(BIN)/python -m pytest -m faults -s tests/faults
+
 bench: $(STAMP)
 	$(BIN)/python benchmarks/step_cost.py --json benchmarks/results/step_cost.json
 	$(BIN)/python benchmarks/pool_lookup.py --json benchmarks/results/pool_lookup.json
@@ -43,6 +48,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/scoring_pass.py --json benchmarks/results/scoring_pass.json
 	$(BIN)/python benchmarks/split_at_scale.py --json benchmarks/results/split_at_scale.json
 	$(BIN)/python benchmarks/scaling.py --json benchmarks/results/scaling.json
+	$(BIN)/python benchmarks/endurance.py --json benchmarks/results/endurance.json
 	$(BIN)/python benchmarks/cost_model.py --json benchmarks/results/cost_model.json
 	$(BIN)/python benchmarks/pages.py
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -17,22 +18,24 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from moments import MOMENTS, SCORING
+from moments import LOSSES, MOMENTS, SCORING
 from stand_in import HubStandIn
 from training import assert_same_outcome, is_whole, saved_steps
 from victim import Order
 
 VICTIM = Path(__file__).parent / "victim.py"
 #: Steps of a training, and before which of them SafeCLIP scores its pairs, in so many batches.
-STEPS = {"CLIPTrainer": 16, "CleanCLIPTrainer": 16, "RoCLIPTrainer": 16, "SafeCLIPTrainer": 20}
-SPLITS, SCORED_BATCHES = (8, 12, 16), 5
+STEPS = {"CLIPTrainer": 12, "CleanCLIPTrainer": 12, "RoCLIPTrainer": 12, "SafeCLIPTrainer": 16}
+SPLITS, SCORED_BATCHES = (8, 12), 5
+#: For each kill there is an epoch's room: in which workers are started, checkpoints deleted, and models uploaded.
+ROOM = 4
 #: Seconds within which a training begins, ends, or comes to a moment.
 PATIENCE = 120.0
 
 
 def moments_of(trainer: str) -> list[str]:
     """The names of the moments at which a trainer can be killed."""
-    return [*MOMENTS, *(SCORING if trainer == "SafeCLIPTrainer" else ())]
+    return [*MOMENTS, *LOSSES, *(SCORING if trainer == "SafeCLIPTrainer" else ())]
 
 
 class Interrupter:
@@ -52,6 +55,7 @@ class Interrupter:
         self._lines: queue.Queue[str] = queue.Queue()
         self._wholes: dict[str, dict[str, Any]] = {}
         self._chains = 0
+        self._running: int | None = None
         self.killed: dict[tuple[str, str], int] = {}
 
     def __enter__(self) -> Interrupter:
@@ -74,6 +78,7 @@ class Interrupter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._stop()
         self._process.kill()
         self._process.communicate()
         self._hub.__exit__(kind, error, trace)
@@ -89,14 +94,27 @@ class Interrupter:
             found, _, number = self._lines.get(timeout=PATIENCE).partition(" ")
         except queue.Empty:
             found, number = "nothing", ""
+        if found == "ended":
+            self._running = None
         assert found == word, f"{found} {number} instead of {word}: {order}\n{_output(order)}"
         return int(number or 0)
 
     def _start(self, order: Order) -> int:
         Path(order.results).mkdir(parents=True)
         assert self._process.stdin is not None
+        self._stop()
         print(json.dumps(dataclasses.asdict(order)), file=self._process.stdin, flush=True)
-        return self._next("started", order)
+        self._running = self._next("started", order)
+        return self._running
+
+    def _stop(self) -> None:
+        """End a training that did not do as expected."""
+        if self._running is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._running, signal.SIGKILL)
+            while not self._lines.get(timeout=PATIENCE).startswith("ended"):
+                pass
+            self._running = None
 
     def finish(self, order: Order) -> dict[str, Any]:
         """Let a training end, and return its outcome."""
@@ -104,6 +122,14 @@ class Interrupter:
         assert self._next("ended", order) == 0, _output(order)
         outcome: dict[str, Any] = torch.load(Path(order.results, "outcome.pt"), weights_only=False)
         return outcome
+
+    def lose_worker(self, order: Order) -> None:
+        """Let a training lose a worker of its data loader, which is to end it with an error that says so."""
+        process = self._start(order)
+        assert self._next("begun", order) == 0
+        assert self._next("ended", order) == 1, f"a killed worker did not end training\n{_output(order)}"
+        assert "RuntimeError: DataLoader worker (pid" in _output(order), _output(order)
+        _wait_for_workers(process)
 
     def kill(self, order: Order, delay: float, put: int = 1) -> None:
         """Kill a training so many seconds after its moment has begun; of a push, in the PUT of that number."""
@@ -145,11 +171,12 @@ class Interrupter:
         output_dir = folder / "out"
         repo_id = f"tester/{folder.name}" if "pushing" in moments else None
         order = Order(trainer, str(output_dir), str(folder / "end"), repo_id=repo_id)
-        begin, scored = 0, SCORED_BATCHES * len(SPLITS) if trainer == "SafeCLIPTrainer" else 0
+        begin, tried = 0, 0
         for number, moment in enumerate(moments):
-            # Room for four steps: an epoch in which workers are started, checkpoints to delete, and uploads.
-            latest = (STEPS[trainer] - 4) * (number + 1) // len(moments)
-            step = rng.randint(begin, max(begin, latest))
+            last = STEPS[trainer] - ROOM
+            if begin > last:
+                break
+            step = rng.randint(begin, max(begin, last * (number + 1) // len(moments)))
             if moment in SCORING:
                 step = rng.choice([split for split in SPLITS if split >= begin])
             started = dataclasses.replace(
@@ -157,26 +184,33 @@ class Interrupter:
                 results=str(folder / str(number)),
                 moment=moment,
                 step=step,
-                workers=2 if moment == "loading in workers" else 0,
+                workers=2 if "worker" in moment else 0,
             )
-            self.kill(started, delay=rng.uniform(0, rng.choice([0.005, 0.05])), put=rng.randint(1, 3))
+            if moment in LOSSES:
+                self.lose_worker(started)
+            else:
+                self.kill(started, delay=rng.uniform(0, rng.choice([0.005, 0.05])), put=rng.randint(1, 3))
+            tried = number + 1
             steps = saved_steps(output_dir)
             torn = [step for step in steps if not is_whole(output_dir / f"checkpoint-{step}")]
             assert not torn, f"checkpoints of steps {torn} are not whole after it was killed {moment}"
             begin = max(steps, default=0)
-        passes = len([split for split in SPLITS if split >= begin]) if scored else 0
         outcome = self.finish(order)
         assert_same_outcome(self.whole(trainer), outcome)
-        if moments[-1] == "scoring":
+        if moments[tried - 1] == "scoring":
             again = len(Path(order.results, "scored.txt").read_text())
-            # It was killed in the fourth batch.
-            assert again == passes * SCORED_BATCHES - 3, f"{again} batches were scored in {passes} passes"
+            batches = SCORED_BATCHES * len([split for split in SPLITS if split >= begin])
+            # It was killed in the fourth batch of the first pass.
+            assert again == batches - 3, f"{again} batches of {batches} were scored after it was killed scoring"
         left = [path.name for path in output_dir.iterdir() if path.name.startswith("_") or ".partial" in path.name]
         assert not left, f"{left} is left over"
         if repo_id is not None:
             saved = output_dir / f"checkpoint-{STEPS[trainer]}" / "model.safetensors"
-            assert self._hub.files(repo_id)["model.safetensors"] == saved.read_bytes(), "the Hub has another model"
-        for moment in moments:
+            pushed = self._hub.files(repo_id)
+            assert pushed["model.safetensors"] == saved.read_bytes(), "the Hub has another model"
+            inside = [path for path in pushed if "/" in path]
+            assert not inside, f"{inside} are pushed, which are no files of the model"
+        for moment in moments[:tried]:
             self.killed[trainer, moment] = self.killed.get((trainer, moment), 0) + 1
 
 
@@ -195,5 +229,3 @@ def _wait_for_workers(session: int) -> None:
             return
         time.sleep(0.01)
     raise AssertionError(f"processes of session {session} live on without their trainer")
-
-

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import shutil
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -93,7 +95,15 @@ def _scoring(moment: Moment) -> None:
 
 
 def _loading(moment: Moment) -> None:
-    moment.of(CLIPDataCollator, "__call__", when=lambda *_: get_worker_info() is not None)
+    moment.of(CLIPDataCollator, "__call__", when=lambda *_: getattr(get_worker_info(), "id", None) == 0)
+
+
+def _kill_worker(*_: Any, **__: Any) -> bool:
+    """Kill one of the workers, if there are any; whether there were."""
+    workers = multiprocessing.active_children()
+    if workers:
+        os.kill(workers[0].pid or 0, signal.SIGKILL)
+    return bool(workers)
 
 
 #: Each by its name: what is done to a trainer for it.
@@ -110,6 +120,10 @@ MOMENTS: dict[str, Callable[[Moment], None]] = {
     "loading in workers": _loading,
     "pushing": lambda moment: None,  # the Hub announces it
     "by chance": lambda moment: moment.of(moment.trainer, "training_step", held=False),
+}
+#: Those at which it is a worker of the data loader that is killed, and the training is to end by itself.
+LOSSES: dict[str, Callable[[Moment], None]] = {
+    "losing a worker": lambda moment: moment.of(moment.trainer, "training_step", when=_kill_worker),
 }
 #: Those of SafeCLIP alone.
 SCORING: dict[str, Callable[[Moment], None]] = {

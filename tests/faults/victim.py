@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from moments import MOMENTS, SCORING, Moment, hold
+from moments import LOSSES, MOMENTS, SCORING, Moment, hold
 from training import ARGUMENTS, digits, make_trainer, outcome
 
 from hf_robust_clip import CLIPTrainer, RoCLIPTrainer, SafeCLIPTrainer
@@ -25,14 +25,14 @@ from hf_robust_clip.data.digits import digit_processor
 from hf_robust_clip.trainers import scoring
 
 TRAINERS = {cls.__name__: cls for cls in ARGUMENTS}
-#: Four steps an epoch, and a checkpoint after each, of which two stay. RoCLIP matches in epochs 1 and 3, with pools full
-#: from step 3 on; SafeCLIP splits before steps 9, 13 and 17.
+#: Four steps an epoch, and a checkpoint after each, of which two stay. RoCLIP matches in epoch 1, with pools full
+#: from step 3 on; SafeCLIP splits before steps 9 and 13.
 RUNS: dict[type[CLIPTrainer], dict[str, Any]] = {
-    cls: {"rows": 32, "num_train_epochs": 4, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 2}
+    cls: {"rows": 32, "num_train_epochs": 3, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 2}
     for cls in ARGUMENTS
 }
 RUNS[RoCLIPTrainer] |= {"matching": "cross"}
-RUNS[SafeCLIPTrainer] |= {"rows": 40, "num_train_epochs": 5, "safe_threshold": 0.5, "safe_growth": 0.1}
+RUNS[SafeCLIPTrainer] |= {"rows": 40, "num_train_epochs": 4, "safe_threshold": 0.5, "safe_growth": 0.1}
 
 
 @dataclass
@@ -44,7 +44,7 @@ class Order:
         trainer (`str`): The name of its class.
         output_dir (`str`): Of the training.
         results (`str`): A folder for what is told of it: `output.txt`, `scored.txt`, and `outcome.pt` if it ends.
-        moment (`str`, *optional*): From `MOMENTS` or `SCORING`. `None`: it is to end.
+        moment (`str`, *optional*): From `MOMENTS`, `LOSSES` or `SCORING`. `None`: it is to end.
         step (`int`): Before which the moment does not begin.
         workers (`int`): Of its data loader.
         repo_id (`str`, *optional*): Where it pushes each checkpoint's model.
@@ -71,7 +71,7 @@ def train(order: Order, channel: int) -> None:
     count_scored(results / "scored.txt")
     if order.moment is not None:
         moment = Moment(trainer, lambda: announce(channel), order.step)
-        {**MOMENTS, **SCORING}[order.moment](moment)
+        {**MOMENTS, **LOSSES, **SCORING}[order.moment](moment)
     trainer.train(resume_from_checkpoint=True if any(output_dir.glob("checkpoint-*")) else None)
     if order.moment is not None:
         hold()
