@@ -152,6 +152,13 @@ class Interrupter:
             self._wholes[trainer] = self.finish(Order(trainer, str(folder / "out"), str(folder / "results")))
         return self._wholes[trainer]
 
+    def _is_whole(self, trainer: str, checkpoint: Path) -> bool:
+        """Whether it has all files of one that was never in danger, and they can be read."""
+        self.whole(trainer)
+        last = self._folder / f"{trainer}-whole" / "out" / f"checkpoint-{STEPS[trainer]}"
+        names = {path.name for path in last.iterdir()}
+        return names == {path.name for path in checkpoint.iterdir()} and is_whole(checkpoint)
+
     def check_survives(self, trainer: str, moments: list[str], seed: int) -> None:
         """
         Kill a training at each of some moments in turn, resuming it in between, and let it end.
@@ -192,7 +199,7 @@ class Interrupter:
                 self.kill(started, delay=rng.uniform(0, rng.choice([0.005, 0.05])), put=rng.randint(1, 3))
             tried = number + 1
             steps = saved_steps(output_dir)
-            torn = [step for step in steps if not is_whole(output_dir / f"checkpoint-{step}")]
+            torn = [step for step in steps if not self._is_whole(trainer, output_dir / f"checkpoint-{step}")]
             assert not torn, f"checkpoints of steps {torn} are not whole after it was killed {moment}"
             begin = max(steps, default=0)
         outcome = self.finish(order)

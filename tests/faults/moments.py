@@ -77,7 +77,7 @@ def _slow_unlink() -> None:
     unlink = os.unlink
 
     def unlink_slowly(*args: Any, **kwargs: Any) -> None:
-        time.sleep(_LINGER)
+        time.sleep(_LINGER / 5)
         unlink(*args, **kwargs)
 
     os.unlink = unlink_slowly  # type: ignore[assignment]
