@@ -32,7 +32,7 @@ test: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(TEST_ARGS)
 
-# Kills trainings, their workers, and one of two processes: half an hour. `make test` kills a few.
+# Kills trainings, their workers, and one of two processes: a quarter of an hour. `make test` kills a few.
 test-faults: $(STAMP)
 	$(BIN)/python tests/faults/many.py
 	$(BIN)/python -m pytest -m faults -s tests/faults
