@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -109,7 +110,7 @@ class StreamedTraining:
     def _smallest(self, sizes: list[int]) -> list[int]:
         # A group of its own on the CPUs, so that no rank waits for its device.
         if self._group is None:
-            self._group = dist.new_group(backend="gloo")
+            self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=self.args.ddp_timeout))
         smallest = torch.tensor(sizes)
         dist.all_reduce(smallest, op=dist.ReduceOp.MIN, group=self._group)
         return [int(size) for size in smallest.tolist()]
