@@ -68,7 +68,7 @@ def misses() -> str:
     phases = read("profile_step")["phases"]
     clip, matching = phases["clip"], phases["roclip_matching"]
     own = (clip["parts"]["transfer"] + clip["parts"]["logging"]) / clip["step"]
-    looking = (matching["parts"]["lookup"] + matching["parts"]["enqueue"]) / matching["step"]
+    looking = (matching["parts"]["look_up"] + matching["parts"]["enqueue"]) / matching["step"]
     noise = f"the stock `Trainer` itself measures {steps['stock_trainer_over_bare_loop']:.2f} of a bare loop"
     asked = (
         (
