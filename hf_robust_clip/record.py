@@ -15,14 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from .data.rows import POISONED
+from .data.rows import POISONED, shown_rows
 from .evaluation.columns import read_column
 from .files import RUN_FILE
 
 #: Most entries of a log that a record keeps, evenly spaced.
 LOG_ENTRIES = 500
-#: Most numbers of skipped rows that a record keeps, and that a card or a report shows.
-SKIPPED_ROWS, _SHOWN_ROWS = 1000, 20
+#: Most numbers of skipped rows that a record keeps.
+SKIPPED_ROWS = 1000
 
 _HUB_FILE = re.compile(r"hf://datasets/([^/@]+/[^/@]+)@([0-9a-f]+)/")
 
@@ -179,10 +179,8 @@ def describe_skipped(rows: Sequence[int], streamed: bool) -> dict[str, Any]:
 
 def skipped_text(skipped: Mapping[str, Any]) -> str:
     """How many rows were passed over, and which ones: "2: 3, 17"; the first 20 of many."""
-    shown = skipped["rows"][:_SHOWN_ROWS]
-    more = ", ..." if skipped["count"] > len(shown) else ""
     positions = " (positions in the stream of each worker)" if skipped["streamed"] else ""
-    return f"{skipped['count']:,}: {', '.join(map(str, shown))}{more}{positions}"
+    return f"{skipped['count']:,}: {shown_rows(skipped['rows'], skipped['count'])}{positions}"
 
 
 def describe_evaluator(evaluator: Any) -> dict[str, Any]:

@@ -110,6 +110,31 @@ def add_measuring_flags(group: Any, data: str, split: str, default_split: str) -
     add("--target", metavar="CLASS", help="class that the triggers are for")
 
 
+def add_pairs(parser: Any) -> None:
+    """Add the argument for a dataset of pairs."""
+    parser.add_argument(
+        "data",
+        nargs="?",
+        metavar="DATA",
+        help="pairs: a Parquet, CSV, JSON or Arrow file, a folder, or a dataset on the Hub",
+    )
+
+
+def add_columns(parser: Any) -> None:
+    """Add the flags for its split and its columns."""
+    add = parser.add_argument
+    add("--split", default="train", help="split of DATA, where it has several (default: %(default)s)")
+    add(
+        *spelled("--image-column"),
+        default="image",
+        metavar="NAME",
+        help="column with the image (default: %(default)s)",
+    )
+    add(
+        *spelled("--caption-column"), default="caption", metavar="NAME", help="with the caption (default: %(default)s)"
+    )
+
+
 def check_measuring(args: argparse.Namespace, data: str) -> None:
     """`UsageError` for flags of [`add_measuring_flags`] that do not go together or name what is not there."""
     source = getattr(args, data.lstrip("-").replace("-", "_"))

@@ -7,7 +7,17 @@ import os
 from pathlib import Path
 from typing import Any
 
-from .flags import IMAGE_TRIGGERS, TEXT_TRIGGERS, any_trigger, check_source, check_whole, parse_trigger, spelled
+from .flags import (
+    IMAGE_TRIGGERS,
+    TEXT_TRIGGERS,
+    add_columns,
+    add_pairs,
+    any_trigger,
+    check_source,
+    check_whole,
+    parse_trigger,
+    spelled,
+)
 from .output import UsageError, prepare_output_dir, say, usage_errors, write_json
 
 MODES = ("backdoor", "label_consistent", "targeted", "text_query")
@@ -27,24 +37,10 @@ def add_parser(commands: Any) -> None:
         "into defences: keep what it makes apart from clean data.",
     )
     add = parser.add_argument
-    add(
-        "data",
-        nargs="?",
-        metavar="DATA",
-        help="pairs: a Parquet, CSV, JSON or Arrow file, a folder, or a dataset on the Hub",
-    )
+    add_pairs(parser)
     add(*spelled("--output-dir"), type=Path, metavar="FOLDER", help="folder for the poisoned dataset")
     add("--overwrite", action="store_true", help="write into a folder that holds other things, too")
-    add("--split", default="train", help="split of DATA, where it has several (default: %(default)s)")
-    add(
-        *spelled("--image-column"),
-        default="image",
-        metavar="NAME",
-        help="column with the image (default: %(default)s)",
-    )
-    add(
-        *spelled("--caption-column"), default="caption", metavar="NAME", help="with the caption (default: %(default)s)"
-    )
+    add_columns(parser)
     add(*spelled("--label-column"), metavar="NAME", help="with the class, if there is one: counts as naming it")
     add("--mode", choices=MODES, default="backdoor", help="kind of poisoning (default: %(default)s)")
     add(

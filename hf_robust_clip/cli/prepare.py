@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .flags import check_source, check_whole, spelled
+from .flags import add_columns, add_pairs, check_source, check_whole, spelled
 from .output import UsageError, say, usage_errors
 
 
@@ -20,24 +20,10 @@ def add_parser(commands: Any) -> None:
         "folder is, to the bit, training on DATA. After an interruption the same command goes on where it stopped.",
     )
     add = parser.add_argument
-    add(
-        "data",
-        nargs="?",
-        metavar="DATA",
-        help="pairs: a Parquet, CSV, JSON or Arrow file, a folder, or a dataset on the Hub",
-    )
+    add_pairs(parser)
     add("--model", metavar="MODEL", help="model that will be trained, whose processor is used: a folder or a Hub id")
     add(*spelled("--output-dir"), type=Path, metavar="FOLDER", help="new folder, or that of an interrupted run")
-    add("--split", default="train", help="split of DATA, where it has several (default: %(default)s)")
-    add(
-        *spelled("--image-column"),
-        default="image",
-        metavar="NAME",
-        help="column with the image (default: %(default)s)",
-    )
-    add(
-        *spelled("--caption-column"), default="caption", metavar="NAME", help="with the caption (default: %(default)s)"
-    )
+    add_columns(parser)
     add(
         *spelled("--image-format"),
         choices=("ppm", "png"),

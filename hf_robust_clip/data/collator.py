@@ -28,10 +28,11 @@ class CLIPDataCollator:
 
     Each image is decoded once, converted to RGB, and resized and cropped by the model's own image processor; the
     pixels stay uint8, and the trainer makes and normalises the image views on the device. The text views are drawn
-    here and tokenised in one call, view after view; those captions whose tokens [`prepare_dataset`] stored with the
-    dataset, for this tokenizer and `max_length`, are not tokenised again. What is drawn depends on (seed, epoch, row),
-    so it is the same with any number of workers and after resuming. Rows without a number (iterable datasets) are
-    keyed by their content. The names of special tokens in a caption are text ([`~data.tokens.tokenise`]).
+    here and tokenised in one call, view after view; with `stored_tokens`, captions whose tokens [`prepare_dataset`]
+    stored with the dataset, for this tokenizer and `max_length`, are not tokenised again. What is drawn depends on
+    (seed, epoch, row), so it is the same with any number of workers and after resuming. Rows without a number
+    (iterable datasets) are keyed by their content. The names of special tokens in a caption are text
+    ([`~data.tokens.tokenise`]).
 
     Args:
         processor (`transformers.ProcessorMixin`):

@@ -31,6 +31,7 @@ from .rows import (
     check_dataset,
     decode_row,
     has_transform,
+    shown_rows,
 )
 from .shards import RECORD_FILE, finish, is_finished, shard_name, whole_shards, write_record, write_shard
 from .tokens import StoredTokens
@@ -61,8 +62,8 @@ def prepare_dataset(
 
     Training on the result is, to the bit, training on the source: images are of the size that the model's own image
     processor leaves alone, in a format without loss, and captions and all other columns are as they were. What the
-    tokenizer makes of the captions stands in a column of its own, which [`CLIPDataCollator`] uses for captions that
-    are not augmented, if its tokenizer and `max_length` are the same; others do not see it.
+    tokenizer makes of the captions stands in a column of its own, which with `stored_tokens=True` [`CLIPDataCollator`]
+    uses for captions that are not augmented, if its tokenizer and `max_length` are the same; others do not see it.
 
     The folder is written shard by shard, each under its name only once it is whole. After an interruption, the same
     call goes on where it stopped; once all is done, it returns at once. Of several processes that make the same call,
@@ -132,7 +133,7 @@ def prepare_dataset(
     if len(bad) == len(dataset):
         raise BadRowError(f"none of the {len(dataset)} rows of dataset can be used; see {folder / RECORD_FILE}")
     if bad:
-        shown = ", ".join(map(str, bad[:20])) + (", ..." if len(bad) > 20 else "")
+        shown = shown_rows(bad, len(bad))
         logger.warning(f"{len(bad)} unusable rows of dataset were left out: {shown}. {RECORD_FILE} lists them all")
     prepared: datasets.Dataset = datasets.load_from_disk(str(folder))
     return prepared

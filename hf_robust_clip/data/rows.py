@@ -20,6 +20,8 @@ ON_BAD_ROW: tuple[OnBadRow, ...] = ("raise", "skip")
 #: Keys added to a row: its number in the dataset, and the numbers of unusable rows that it stands in for.
 ROW_INDEX = "row_index"
 BAD_ROWS = "bad_rows"
+#: Most numbers of rows that a message shows.
+_SHOWN = 20
 #: Rows of a column that are read at a time.
 _SLICE = 10_000
 
@@ -268,6 +270,11 @@ def check_dataset(
         _check_features(features, image_column, caption_column, argument)
     if on_bad_row == "raise" and isinstance(dataset, datasets.Dataset) and features is not None:
         _check_nulls(dataset, caption_column, argument)
+
+
+def shown_rows(rows: Sequence[int], count: int) -> str:
+    """The first 20 of so many numbers of rows, for a message: "3, 17", or with ", ..." where there are more."""
+    return ", ".join(map(str, rows[:_SHOWN])) + (", ..." if count > _SHOWN else "")
 
 
 def column_values(dataset: datasets.Dataset, column: str) -> Iterator[Any]:

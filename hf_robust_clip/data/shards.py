@@ -12,13 +12,12 @@ import datasets
 import pyarrow as pa
 from datasets.fingerprint import Hasher
 
-from ..files import write_text
+from ..files import in_one_move, remove_partial, write_text
 
 #: What a folder was made from, and the shards that are whole.
 RECORD_FILE = "prepared.json"
 #: What makes a folder one that `datasets` loads, written last.
 _STATE_FILE = "state.json"
-_PARTIAL = ".partial"
 
 
 def shard_name(number: int, count: int) -> str:
@@ -38,8 +37,7 @@ def whole_shards(folder: Path, made_from: Mapping[str, Any]) -> dict[str, dict[s
     Raises:
         `ValueError`: If the folder was made from something else, which the message says, or holds other things.
     """
-    for partial in folder.glob(f".*{_PARTIAL}"):
-        partial.unlink(missing_ok=True)  # of a call that was killed
+    remove_partial(folder)
     path = folder / RECORD_FILE
     if not path.is_file():
         foreign = sorted(file.name for file in folder.iterdir() if not file.name.startswith("."))
@@ -75,21 +73,14 @@ def write_record(folder: Path, made_from: Mapping[str, Any], shards: Mapping[str
 def write_shard(path: Path, schema: pa.Schema, tables: Iterable[pa.Table]) -> dict[str, Any]:
     """Write an Arrow file in one move. Returns how many `rows` and `bytes` it has."""
     rows = 0
-    # With the process's number: one whose parent was killed may still be at the same shard.
-    partial = path.with_name(f".{path.name}.{os.getpid()}{_PARTIAL}")
-    try:
-        with partial.open("wb") as file:
-            with pa.ipc.new_stream(file, schema) as writer:
-                for table in tables:
-                    writer.write_table(table)
-                    rows += len(table)
-            file.flush()
-            os.fsync(file.fileno())  # or a crash of the machine could leave its name without its content
-        size = partial.stat().st_size
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return {"rows": rows, "bytes": size}
+    with in_one_move(path) as partial, partial.open("wb") as file:
+        with pa.ipc.new_stream(file, schema) as writer:
+            for table in tables:
+                writer.write_table(table)
+                rows += len(table)
+        file.flush()
+        os.fsync(file.fileno())  # or a crash of the machine could leave its name without its content
+    return {"rows": rows, "bytes": path.stat().st_size}
 
 
 def is_finished(folder: Path) -> bool:
