@@ -23,6 +23,18 @@ if TYPE_CHECKING:
 #: -2 where the row cannot be used.
 SCORE = np.dtype([("similarity", "<f4"), ("flag", "i1")])
 
+#: Arguments that decide what a pair scores.
+_DECIDING = (
+    "bf16",
+    "fp16",
+    "max_length",
+    "draft_decoding",
+    "stored_tokens",
+    "on_bad_row",
+    "image_preset",
+    "text_preset",
+)
+
 #: Pushing leaves out what begins so.
 FOLDER = "_scoring"
 
@@ -54,8 +66,7 @@ class KeptScores:
             "data": getattr(trainer.train_dataset, "_fingerprint", None),
             "batch": args.eval_batch_size,
             "processes": args.world_size,
-            "bf16": args.bf16,
-            "fp16": args.fp16,
+            **{name: getattr(args, name) for name in _DECIDING},
         }
         #: How many of this rank's scores the file has.
         self.written = 0

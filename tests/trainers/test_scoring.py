@@ -167,7 +167,7 @@ def test_interrupted_pass_goes_on_where_it_was(interrupted: Any, tmp_path: Path)
     assert interrupted.encoded == 0
 
 
-@pytest.mark.parametrize("change", ["weights", "epoch", "step", "views", "batch", "torn", "empty"])
+@pytest.mark.parametrize("change", ["weights", "epoch", "step", "views", "batch", "captions", "torn", "empty"])
 def test_scores_of_another_pass_are_computed_anew(change: str, interrupted: Any, tmp_path: Path) -> None:
     epoch, augmented = 2, True
     (file,) = (tmp_path / "_scoring").glob("*.bin")
@@ -180,6 +180,8 @@ def test_scores_of_another_pass_are_computed_anew(change: str, interrupted: Any,
         interrupted.state.global_step += 1
     elif change == "views":
         augmented = False
+    elif change == "captions":
+        interrupted.args.max_length = 4
     elif change == "batch":
         interrupted.args.per_device_eval_batch_size = 5
     else:
