@@ -60,11 +60,12 @@ model-cards: $(STAMP)
 docs: $(STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-# Known vulnerabilities of the packages in constraints.txt, which takes PyPI to answer, and bandit on our own code.
+# bandit on our own code, and known vulnerabilities of the packages in constraints.txt. Those come from PyPI: where it does
+# not answer, that is an error, since pip-audit would otherwise find nothing in packages it knows nothing of.
 audit: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt 'bandit' 'pip-audit'
 	$(BIN)/bandit --quiet --recursive --configfile pyproject.toml hf_robust_clip scripts benchmarks
-	$(BIN)/pip-audit --requirement constraints.txt --no-deps --disable-pip
+	$(BIN)/pip-audit --strict --requirement constraints.txt --no-deps --disable-pip
 
 # Ten minutes for each of the readers of manifests, settings and studies: `make fuzz MINUTES=1`.
 fuzz: $(STAMP)
