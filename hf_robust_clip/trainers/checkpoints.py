@@ -95,10 +95,10 @@ class Staging:
         for path in (*self.folder.rglob("*"), self.folder):
             _to_disk(path)
         # Of the same step, before this training was resumed.
-        removable = [_withdrawn(self.final)] if self.final.is_dir() else []
+        replaced = [_withdrawn(self.final)] if self.final.is_dir() else []
         os.replace(self.folder, self.final)
         _to_disk(self.final.parent)
-        for path in (*removable, *map(_withdrawn, self._outdated())):
+        for path in (*replaced, *map(_withdrawn, self._outdated())):
             shutil.rmtree(path, ignore_errors=True)
 
     def _outdated(self) -> list[Path]:
@@ -106,7 +106,7 @@ class Staging:
         limit = self._trainer.args.save_total_limit
         if limit is None or limit <= 0:
             return []
-        folders = [path for path in self.final.parent.glob("*") if _NAME.fullmatch(path.name) and path.is_dir()]
+        folders = _all_in(self.final.parent)
         best = self._trainer.state.best_model_checkpoint
         kept = {self.final} | ({Path(best)} if best is not None else set())
         removable = sorted((path for path in folders if path not in kept), key=_age)
@@ -123,6 +123,15 @@ class Staging:
             dist.barrier()
 
 
+def keep_best_alone(trainer: PublishingTrainer, output_dir: Path) -> None:
+    """Delete what the Trainer does at the end of training: with `save_total_limit=1`, all but the best checkpoint."""
+    best = trainer.state.best_model_checkpoint
+    if best is None or trainer.args.save_total_limit != 1 or not trainer.args.should_save:
+        return
+    for path in [path for path in _all_in(output_dir) if not path.samefile(best)]:
+        shutil.rmtree(_withdrawn(path), ignore_errors=True)
+
+
 def newest_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
     """
     The newest checkpoint in a folder that is whole; newer ones that are not are named in a warning.
@@ -133,9 +142,7 @@ def newest_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
     Returns:
         `str` or `None`: Its folder.
     """
-    folder = Path(output_dir)
-    found = [(int(match[1]), path) for path in folder.glob("*") if (match := _NAME.fullmatch(path.name))]
-    for _, path in sorted(found, reverse=True):
+    for path in sorted(_all_in(Path(output_dir)), key=_step, reverse=True):
         trouble = trouble_with(path)
         if trouble is None:
             return str(path)
@@ -172,7 +179,15 @@ def _withdrawn(checkpoint: Path) -> Path:
 
 def _age(checkpoint: Path) -> tuple[float, int]:
     # As the Trainer sorts them: a training that was resumed from an earlier one may have written one of fewer steps.
-    return checkpoint.stat().st_mtime, int(checkpoint.name.rpartition("-")[2])
+    return checkpoint.stat().st_mtime, _step(checkpoint)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def _all_in(output_dir: Path) -> list[Path]:
+    return [path for path in output_dir.glob("*") if _NAME.fullmatch(path.name) and path.is_dir()]
 
 
 def _free(folder: Path) -> int:

@@ -24,7 +24,7 @@ from .adapters import (
     warn_of_local_base,
 )
 from .arguments import CLIPTrainingArguments
-from .checkpoints import Staging, newest_checkpoint, trouble_with
+from .checkpoints import Staging, keep_best_alone, newest_checkpoint, trouble_with
 from .pictures import save_report_of
 from .recording import record_of
 
@@ -186,6 +186,10 @@ class PublishingTrainer(Trainer):
                 super()._save_checkpoint(model, trial)
         finally:
             self._staging = None
+
+    def _finalize_training(self, trial: Any, *args: Any, **kwargs: Any) -> Any:
+        keep_best_alone(self, Path(self._get_output_dir(trial=trial)))
+        return super()._finalize_training(trial, *args, **kwargs)
 
     def _staged(self, output_dir: str) -> str:
         return output_dir if self._staging is None else self._staging.path(output_dir)

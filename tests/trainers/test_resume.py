@@ -233,6 +233,11 @@ class Killed(BaseException):
     """Stands for the end of the process."""
 
 
+def delete_in_part(path: str | Path, **_: Any) -> None:
+    next(file for file in Path(path).iterdir() if file.name != "trainer_state.json").unlink()
+    raise Killed
+
+
 @pytest.mark.parametrize("kind", ["replaced", "outdated"])
 def test_deletion_that_is_cut_short_leaves_no_torn_checkpoint(
     kind: str, whole: Whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -244,10 +249,6 @@ def test_deletion_that_is_cut_short_leaves_no_torn_checkpoint(
     options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1, **RUNS[CLIPTrainer]}
     if kind == "outdated":
         options["save_total_limit"] = 1
-
-    def delete_in_part(path: Path, **_: Any) -> None:
-        next(file for file in path.iterdir() if file.name != "trainer_state.json").unlink()
-        raise Killed
 
     trainer = make_trainer(CLIPTrainer, tmp_path, **options)
     with monkeypatch.context() as patch, pytest.raises(Killed):
@@ -262,20 +263,41 @@ def test_deletion_that_is_cut_short_leaves_no_torn_checkpoint(
     assert {path.name for path in tmp_path.iterdir()} == {"non_finite.json", *(f"checkpoint-{step}" for step in kept)}
 
 
-def test_best_and_newest_checkpoints_are_kept(tmp_path: Path) -> None:
+def evaluating_trainer(output_dir: Path, save_total_limit: int) -> CLIPTrainer:
+    """A trainer of five steps, the second of which is the best."""
     losses = iter([3.0, 1.0, 2.0, 4.0, 5.0])
-    trainer = make_trainer(
+    return make_trainer(
         CLIPTrainer,
-        tmp_path,
+        output_dir,
         max_steps=5,
         evaluators=[lambda *_: {"distance": next(losses)}],
         eval_strategy="steps",
         eval_steps=1,
         save_strategy="steps",
         save_steps=1,
-        save_total_limit=2,
+        save_total_limit=save_total_limit,
         metric_for_best_model="distance",
         greater_is_better=False,
     )
-    trainer.train()
+
+
+def test_best_and_newest_checkpoints_are_kept(tmp_path: Path) -> None:
+    evaluating_trainer(tmp_path, save_total_limit=2).train()
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-2", "checkpoint-5"}
+
+
+def test_best_alone_is_kept_at_the_end_and_none_torn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = evaluating_trainer(tmp_path, save_total_limit=1)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        finalize = trainer._finalize_training
+
+        def finalize_until_killed(*args: Any) -> Any:
+            patch.setattr(shutil, "rmtree", delete_in_part)
+            return finalize(*args)
+
+        patch.setattr(trainer, "_finalize_training", finalize_until_killed)
+        trainer.train()
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+    assert is_whole(tmp_path / "checkpoint-2")
+    evaluating_trainer(tmp_path / "again", save_total_limit=1).train()
+    assert [path.name for path in (tmp_path / "again").iterdir()] == ["checkpoint-2"]
