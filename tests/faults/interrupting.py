@@ -35,7 +35,7 @@ PATIENCE = 120.0
 
 def moments_of(trainer: str) -> list[str]:
     """The names of the moments at which a trainer can be killed."""
-    return [*MOMENTS, *LOSSES, *(SCORING if trainer == "SafeCLIPTrainer" else ())]
+    return [moment for moment in MOMENTS if trainer == "SafeCLIPTrainer" or moment not in SCORING]
 
 
 class Interrupter:

@@ -22,7 +22,7 @@ for _name in ("trainers", "hub"):
     sys.path.append(str(Path(__file__).parents[1] / _name))
 
 from interrupting import STEPS, Interrupter, moments_of  # noqa: E402
-from moments import LOSSES, MOMENTS, SCORING  # noqa: E402
+from moments import MOMENTS, SCORING  # noqa: E402
 
 #: Kills of one training at most.
 LONGEST = 3
@@ -69,7 +69,7 @@ def main() -> int:
         survived = Counter(interrupter.killed)
     print("\nSurvived, of those tried:\n\n| moment |", " | ".join(options.trainer), "|")
     print("|---|" + "---|" * len(options.trainer))
-    for moment in (*MOMENTS, *LOSSES, *SCORING):
+    for moment in MOMENTS:
         cells = (
             f"{survived[trainer, moment]} of {tried[trainer][moment]}" if moment in moments_of(trainer) else ""
             for trainer in options.trainer

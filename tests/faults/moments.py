@@ -94,6 +94,10 @@ def _scoring(moment: Moment) -> None:
     moment.of(scoring, "_score_batch", when=lambda *_: next(batches, None) is None)
 
 
+def _losing_while_scoring(moment: Moment) -> None:
+    moment.of(scoring, "_score_batch", when=_kill_worker)
+
+
 def _loading(moment: Moment) -> None:
     moment.of(CLIPDataCollator, "__call__", when=lambda *_: getattr(get_worker_info(), "id", None) == 0)
 
@@ -120,13 +124,12 @@ MOMENTS: dict[str, Callable[[Moment], None]] = {
     "loading in workers": _loading,
     "pushing": lambda moment: None,  # the Hub announces it
     "by chance": lambda moment: moment.of(moment.trainer, "training_step", held=False),
-}
-#: Those at which it is a worker of the data loader that is killed, and the training is to end by itself.
-LOSSES: dict[str, Callable[[Moment], None]] = {
     "losing a worker": lambda moment: moment.of(moment.trainer, "training_step", when=_kill_worker),
-}
-#: Those of SafeCLIP alone.
-SCORING: dict[str, Callable[[Moment], None]] = {
     "scoring": _scoring,
     "writing scores": lambda moment: moment.of(KeptScores, "save"),
+    "losing a worker while scoring": _losing_while_scoring,
 }
+#: Those of SafeCLIP alone.
+SCORING = ("scoring", "writing scores", "losing a worker while scoring")
+#: Those at which it is a worker of the data loader that is killed, and the training is to end by itself.
+LOSSES = ("losing a worker", "losing a worker while scoring")

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from interrupting import STEPS, Interrupter, moments_of
+from moments import LOSSES
+from training import assert_same_outcome
+from victim import Order
 
 
 @pytest.fixture(scope="module")
@@ -23,3 +28,18 @@ def test_killed_twice_and_resumed_equals_uninterrupted(trainer: str, interrupter
     if trainer == "SafeCLIPTrainer":
         moments[1] = "scoring"
     interrupter.check_survives(trainer, moments, seed)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("moment", ["losing a worker", "loading in workers"])
+def test_stream_whose_worker_is_lost_and_resumed_equals_uninterrupted(
+    moment: str, interrupter: Interrupter, tmp_path: Path
+) -> None:
+    order = Order("CLIPTrainer", str(tmp_path / "out"), str(tmp_path / "end"), workers=2, streamed=True)
+    whole = interrupter.finish(replace(order, output_dir=str(tmp_path / "whole"), results=str(tmp_path / "begin")))
+    interrupted = replace(order, moment=moment, step=6, results=str(tmp_path / "interrupted"))
+    if moment in LOSSES:
+        interrupter.lose_worker(interrupted)
+    else:
+        interrupter.kill(interrupted, delay=0.0)
+    assert_same_outcome(whole, interrupter.finish(order))

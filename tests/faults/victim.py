@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from moments import LOSSES, MOMENTS, SCORING, Moment, hold
+from moments import MOMENTS, Moment, hold
 from training import ARGUMENTS, digits, make_trainer, outcome
 
 from hf_robust_clip import CLIPTrainer, RoCLIPTrainer, SafeCLIPTrainer
@@ -33,6 +33,8 @@ RUNS: dict[type[CLIPTrainer], dict[str, Any]] = {
 }
 RUNS[RoCLIPTrainer] |= {"matching": "cross"}
 RUNS[SafeCLIPTrainer] |= {"rows": 40, "num_train_epochs": 4, "safe_threshold": 0.5, "safe_growth": 0.1}
+#: Of a training from a stream, which does not tell how many rows it has.
+STREAMED_STEPS = 12
 
 
 @dataclass
@@ -44,9 +46,10 @@ class Order:
         trainer (`str`): The name of its class.
         output_dir (`str`): Of the training.
         results (`str`): A folder for what is told of it: `output.txt`, `scored.txt`, and `outcome.pt` if it ends.
-        moment (`str`, *optional*): From `MOMENTS`, `LOSSES` or `SCORING`. `None`: it is to end.
+        moment (`str`, *optional*): From `MOMENTS`. `None`: it is to end.
         step (`int`): Before which the moment does not begin.
         workers (`int`): Of its data loader.
+        streamed (`bool`): Whether its rows come as a stream of two shards.
         repo_id (`str`, *optional*): Where it pushes each checkpoint's model.
     """
 
@@ -56,6 +59,7 @@ class Order:
     moment: str | None = None
     step: int = 0
     workers: int = 0
+    streamed: bool = False
     repo_id: str | None = None
 
 
@@ -65,13 +69,16 @@ def train(order: Order, channel: int) -> None:
     if order.repo_id is not None:
         options |= {"push_to_hub": True, "hub_model_id": order.repo_id, "hub_strategy": "every_save"}
         options |= {"hub_always_push": True}
+    if order.streamed:
+        options["train_dataset"] = digits().select(range(options["rows"])).to_iterable_dataset(num_shards=2)
+        options["max_steps"] = STREAMED_STEPS
     output_dir, results = Path(order.output_dir), Path(order.results)
     trainer = make_trainer(TRAINERS[order.trainer], output_dir, dataloader_num_workers=order.workers, **options)
     scoring._SAVE_SECONDS = 0.0  # so that there are scores to go on from
     count_scored(results / "scored.txt")
     if order.moment is not None:
         moment = Moment(trainer, lambda: announce(channel), order.step)
-        {**MOMENTS, **LOSSES, **SCORING}[order.moment](moment)
+        MOMENTS[order.moment](moment)
     trainer.train(resume_from_checkpoint=True if any(output_dir.glob("checkpoint-*")) else None)
     if order.moment is not None:
         hold()
