@@ -168,7 +168,7 @@ def _check_dataset(
             raise ValueError(f"{name}_column={column!r} is no column of the dataset; there are {there}")
     if len(dataset) == 0:
         raise ValueError("dataset is empty; accepted is a dataset with at least one row")
-    check_features(dataset.features, image_column)
+    check_features(dataset.features, image_column, caption_column)
     return dataset
 
 

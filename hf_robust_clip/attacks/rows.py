@@ -30,12 +30,18 @@ POISONED = "poisoned"
 ENCODED_IMAGE_DTYPES = ("string", "large_string", "binary", "large_binary")
 
 
-def check_features(features: Features, image_column: str) -> None:
-    """That the image column holds images, and the column `poisoned`, where there is one, marks."""
+def check_features(features: Features, image_column: str, caption_column: str) -> None:
+    """That the columns hold images and captions, and the column `poisoned`, where there is one, marks."""
     feature = features[image_column]
     if not isinstance(feature, ImageFeature) and getattr(feature, "dtype", None) not in ENCODED_IMAGE_DTYPES:
         accepted = "an Image feature, paths (string) or encoded images (binary)"
         raise ValueError(f"image_column={image_column!r} has type {feature}; accepted is {accepted}")
+    caption = getattr(features[caption_column], "feature", features[caption_column])
+    if getattr(caption, "dtype", None) not in ("string", "large_string"):
+        accepted = "string, or lists of strings"
+        raise ValueError(
+            f"caption_column={caption_column!r} has type {features[caption_column]}; accepted is {accepted}"
+        )
     marks = features.get(POISONED)
     if marks is not None and marks != Value("bool"):
         raise ValueError(f"dataset has a column {POISONED!r} of type {marks}; accepted is bool, or no such column")

@@ -151,7 +151,7 @@ def _check_stream(stream: IterableDataset, columns: Mapping[str, str | None]) ->
             if column is not None and column not in features:
                 there = ", ".join(features)
                 raise ValueError(f"{name}_column={column!r} is no column of the stream; there are {there}")
-        check_features(features, columns["image"] or "")
+        check_features(features, columns["image"] or "", columns["caption"] or "")
     elif columns["label"] is not None:
         raise ValueError(
             f"label_column={columns['label']!r}, but the features of the stream are not known; give them with "

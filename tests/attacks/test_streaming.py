@@ -459,6 +459,8 @@ def test_what_a_stream_cannot_do_is_refused():
         poison_stream(stream(), SPECS["backdoor"], key_column="label")
     with pytest.raises(ValueError, match=r"image_column='label' has type"):
         poison_stream(stream(), SPECS["backdoor"], image_column="label")
+    with pytest.raises(ValueError, match=r"caption_column='image' has type Image.*accepted is string, or lists"):
+        poison_stream(stream(), SPECS["text_query"], caption_column="image")
     with pytest.raises(ValueError, match=r"'yak' is no class of 'label'"):
         poison_stream(stream(), PoisonSpec(PATCH, "yak", rate=0.1), label_column="label")
     empty = stream().map(lambda row: {"caption": None}).cast(FEATURES)
