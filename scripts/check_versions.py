@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import tomllib
 
@@ -30,9 +31,9 @@ def floors(requirements: list[str]) -> list[str]:
     return [f"{match[1]}=={match[2]}" for match in found if match]
 
 
-def requirements() -> list[str]:
+def requirements(pyproject: dict[str, Any]) -> list[str]:
     """What the package needs, with its extra for reports, and what its tests do."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    project = pyproject["project"]
     extras = project["optional-dependencies"]
     return [*project["dependencies"], *extras["report"], *extras["docs"], *extras["dev"]]
 
@@ -51,7 +52,8 @@ def main() -> int:
     options, pytest_arguments = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
-        pins = floors(requirements()) if options.versions == "lowest" else []
+        pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+        pins = floors(requirements(pyproject)) if options.versions == "lowest" else []
         if options.torch:
             pins = [pin for pin in pins if not pin.startswith("torch==")] + [f"torch=={options.torch}"]
         constraints = Path(temporary) / "versions.txt"
@@ -62,7 +64,7 @@ def main() -> int:
         upgrade = ["--upgrade", "--upgrade-strategy", "eager"] if options.versions == "newest" else []
         steps = (
             (options.python, "-m", "venv", str(folder)),
-            (*pip, "setuptools"),
+            (*pip, *pyproject["build-system"]["requires"]),
             (*pip, torch),
             (*pip, *upgrade, "--no-build-isolation", "--editable", ".[report,docs,dev]"),
             (python, "-m", "pip", "check"),
