@@ -111,18 +111,26 @@ class Traffic:
 
 
 class Server(ThreadingHTTPServer):
-    """A server on a free port of 127.0.0.1, that runs in a thread of its own from `start` to `stop`."""
+    """
+    A server on a free port of 127.0.0.1, that runs in a thread of its own from `start` to `stop`.
+
+    Args:
+        routes (`list[Route]`): What it answers.
+        traffic ([`Traffic`]): What it is asked, and where it is to fail.
+        host (`str`): What it calls itself.
+    """
 
     daemon_threads = True
 
-    def __init__(self, routes: list[Route], traffic: Traffic) -> None:
+    def __init__(self, routes: list[Route], traffic: Traffic, host: str = "127.0.0.1") -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
+        self.host = host
         self.routes = routes
         self.traffic = traffic
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
+        return f"http://{self.host}:{self.server_port}"
 
     def start(self) -> None:
         threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
