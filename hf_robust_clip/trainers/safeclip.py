@@ -83,16 +83,17 @@ class SafeCLIPTrainer(CLIPTrainer):
                 self.pools = FeaturePools(size, getattr(torch, self.args.pool_dtype))
 
     def _check_routing(self) -> None:
-        if self._dataset_length() is None:
+        if self._dataset_length() is None or isinstance(self.train_dataset, torch.utils.data.IterableDataset):
             raise ValueError(
-                f"train_dataset is a {type(self.train_dataset).__name__} without a length, but SafeCLIP scores every "
-                "pair before an epoch and deals them into safe and risky batches by their number: load it as a "
+                f"train_dataset is a {type(self.train_dataset).__name__}, which is read in order, but SafeCLIP scores "
+                "every pair before an epoch and deals them into safe and risky batches by their number: load it as a "
                 "map-style dataset (load_dataset without streaming=True, or datasets.Dataset.from_generator), or use "
                 "RoCLIPTrainer, which can stream"
             )
         accelerator_config: Any = self.args.accelerator_config
         for name, value, accepted in (
             ("dataloader_drop_last", self.args.dataloader_drop_last, True),
+            ("dataloader_in_order", self.args.dataloader_in_order, True),
             ("ignore_data_skip", self.args.ignore_data_skip, False),
             ("accelerator_config.split_batches", accelerator_config.split_batches, False),
             ("accelerator_config.dispatch_batches", accelerator_config.dispatch_batches, False),

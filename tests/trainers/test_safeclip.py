@@ -12,6 +12,7 @@ import pytest
 import torch
 from recording import Queue, RecordedSafeCLIP, Step, clip, info_nce, nearest
 from test_base import broken
+from test_streaming import TorchStream
 from training import digits, make_trainer, poisoned_pairs, training_log
 
 from hf_robust_clip import SafeCLIPTrainer, SafeCLIPTrainingArguments, fit_similarity_mixture
@@ -326,6 +327,7 @@ def test_bad_arguments_are_refused(change: dict[str, Any], message: str, tmp_pat
     [
         ({"ignore_data_skip": True}, "ignore_data_skip=True"),
         ({"dataloader_drop_last": False}, "dataloader_drop_last=False"),
+        ({"dataloader_in_order": False}, "dataloader_in_order=False"),
         ({"accelerator_config": {"split_batches": True}}, "accelerator_config.split_batches=True"),
         ({"accelerator_config": {"dispatch_batches": True}}, "accelerator_config.dispatch_batches=True"),
     ],
@@ -335,9 +337,9 @@ def test_what_would_tear_batches_apart_is_refused(change: dict[str, Any], name: 
         make_trainer(SafeCLIPTrainer, tmp_path, **change)
 
 
-def test_stream_is_refused_with_a_way_out(tmp_path: Path) -> None:
-    stream = digits().select(range(16)).to_iterable_dataset()
-    message = "without a length, but SafeCLIP scores every pair .* load it as a map-style dataset .* RoCLIPTrainer"
+@pytest.mark.parametrize("stream", [digits().select(range(16)).to_iterable_dataset(), TorchStream(16)])
+def test_stream_is_refused_with_a_way_out(stream: Any, tmp_path: Path) -> None:
+    message = "is read in order, but SafeCLIP scores every pair .* load it as a map-style dataset .* RoCLIPTrainer"
     with pytest.raises(ValueError, match=message):
         make_trainer(SafeCLIPTrainer, tmp_path, train_dataset=stream, max_steps=2)
 
