@@ -255,7 +255,9 @@ class SafeCLIPTrainingArguments(_PretrainingArguments):
     Args:
         warmup_unimodal_epochs (`int`, defaults to 5): Epochs of the first phase, in which each modality learns by
             itself.
-        warmup_unimodal_learning_rate (`float`, *optional*): Its peak learning rate. `None`: `learning_rate`.
+        warmup_unimodal_learning_rate (`float`, *optional*): Its peak learning rate. `None`: `learning_rate`. With an
+            optimizer of your own, this and the next are the rate of the group with the largest; others keep their
+            ratio to it, and `None` refers to its rates in place of `learning_rate`.
         warmup_cross_epochs (`int`, defaults to 1): Epochs of the second phase, CLIP on all pairs.
         warmup_cross_learning_rate (`float`, *optional*): Its constant learning rate. `None`: a hundredth of
             `learning_rate`.

@@ -126,7 +126,9 @@ class SafeCLIPTrainer(CLIPTrainer):
                     f"lr_scheduler_type={name!r} does not work with SafeCLIPTrainer: its phases need a schedule that "
                     "is a function of the step, such as 'cosine', 'linear' or 'constant'"
                 )
-            scheduler.lr_lambdas = [self._phased(factor) for factor in scheduler.lr_lambdas]
+            # Of the optimizer, which may be the user's, with other rates than args.learning_rate.
+            largest = max(map(float, scheduler.base_lrs))
+            scheduler.lr_lambdas = [self._phased(factor, largest) for factor in scheduler.lr_lambdas]
             for group, base, factor in zip(
                 scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
             ):
@@ -134,12 +136,12 @@ class SafeCLIPTrainer(CLIPTrainer):
             scheduler._last_lr = [group["lr"] for group in scheduler.optimizer.param_groups]
         return scheduler
 
-    def _phased(self, schedule: Callable[[int], float]) -> Callable[[int], float]:
+    def _phased(self, schedule: Callable[[int], float], learning_rate: float) -> Callable[[int], float]:
         args, steps_per_epoch = self.args, max(self._steps_per_epoch, 1)  # none before the dataloader is made
         unimodal = args.warmup_unimodal_learning_rate
         cross = args.warmup_cross_learning_rate
-        unimodal_factor = 1.0 if unimodal is None else unimodal / args.learning_rate
-        cross_factor = 0.01 if cross is None else cross / args.learning_rate
+        unimodal_factor = 1.0 if unimodal is None else unimodal / learning_rate
+        cross_factor = 0.01 if cross is None else cross / learning_rate
 
         def factor(step: int) -> float:
             epoch = step // steps_per_epoch

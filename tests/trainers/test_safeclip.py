@@ -13,7 +13,7 @@ import torch
 from recording import Queue, RecordedSafeCLIP, Step, clip, info_nce, nearest
 from test_base import broken
 from test_streaming import TorchStream
-from training import digits, make_trainer, poisoned_pairs, training_log
+from training import digits, make_trainer, poisoned_pairs, small_model, training_log
 
 from hf_robust_clip import SafeCLIPTrainer, SafeCLIPTrainingArguments, fit_similarity_mixture
 from hf_robust_clip.trainers import safeclip
@@ -94,6 +94,19 @@ def test_learning_rate_of_the_unimodal_warmup_is_that_of_the_rest_by_default(tmp
     )
     trainer.train()
     assert trainer.learning_rates == pytest.approx([1e-3] * 7 + [3e-6])
+
+
+def test_learning_rates_of_the_warmup_are_kept_to_with_an_optimizer_of_ones_own(tmp_path: Path) -> None:
+    model = small_model()
+    groups = [{"params": model.vision_model.parameters(), "lr": 2e-3}, {"params": model.text_model.parameters()}]
+    options: dict[str, Any] = {"rows": 24, "lr_scheduler_type": "constant", "learning_rate": 7e-4}
+    options |= {"warmup_unimodal_learning_rate": 4e-4, "warmup_cross_learning_rate": 6e-6}
+    trainer = make_trainer(
+        RecordedSafeCLIP, tmp_path, model=model, optimizers=(torch.optim.SGD(groups, lr=1e-3), None), **options
+    )
+    trainer.train()
+    assert trainer.learning_rates == pytest.approx([4e-4] * 2 + [6e-6] * 2 + [2e-3] * 2)
+    assert [group["lr"] for group in trainer.optimizer.param_groups] == pytest.approx([2e-3, 1e-3])
 
 
 def test_pairs_are_split_in_each_epoch_after_the_warmup(run: Any) -> None:
