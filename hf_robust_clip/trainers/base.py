@@ -195,6 +195,8 @@ class CLIPTrainer(PublishingTrainer):
         self._evaluators_prefix: str | None = None
         self._evaluating = False
         self._epoch: int | None = None
+        self._first_epoch = 0
+        self._steps_per_epoch = 0  # of a map-style dataset, in optimizer steps; known when its loader is made
         self._micro_step = 0
         self._pending: list[Batch] = []
         self._bad_rows: set[int] = set()
@@ -398,8 +400,7 @@ class CLIPTrainer(PublishingTrainer):
 
     def on_epoch_begin(self) -> None:
         """Called before each epoch, and again when training resumes within one."""
-        first = int(self.state.epoch or 0) if self._streamed is None else self._streamed.epoch
-        self._epoch = first if self._epoch is None else self._epoch + 1
+        self._epoch = self._first_epoch if self._epoch is None else self._epoch + 1
         if self._streamed is not None:
             self._streamed.begin_pass(self._epoch)
         self.data_collator.set_epoch(self._epoch)
@@ -589,6 +590,8 @@ class CLIPTrainer(PublishingTrainer):
         state = self.training_state()
         if self.args.should_save:
             metadata = {"trainer": type(self).__name__, "rows": str(self._dataset_length())}
+            if self._streamed is None:
+                metadata["steps_per_epoch"] = str(self._steps_per_epoch)
             save_file(state, os.path.join(self._staged(output_dir), STATE_FILE), metadata=metadata)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -620,8 +623,12 @@ class CLIPTrainer(PublishingTrainer):
         )
         self._streamed, self._streamed_next = self._streamed_next, None
         # The Trainer counts the steps of an iterable dataset against max_steps, not against a pass over it.
-        if self._streamed is not None and checkpoint is not None:
-            return self._streamed.load(checkpoint, int(self.state.epoch or 0), num_update_steps_per_epoch)
+        if self._streamed is None:
+            self._steps_per_epoch = num_update_steps_per_epoch
+        elif checkpoint is not None:
+            begin = self._streamed.load(checkpoint, int(self.state.epoch or 0), num_update_steps_per_epoch)
+        # Where epochs have another number of steps than when the checkpoint was saved, not that of `state.epoch`.
+        self._first_epoch = begin[0]
         return begin
 
     def _check_checkpoint(self, metadata: Mapping[str, str], checkpoint: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import datasets
@@ -69,7 +69,6 @@ class SafeCLIPTrainer(CLIPTrainer):
         #: The record and the histogram of every split so far.
         self.splits = SplitHistory()
         self._sampler: RoutedBatchSampler | None = None
-        self._steps_per_epoch = 0
         self._batch_of_epoch = 0
         if self.lr_scheduler is not None:
             logger.warning(
@@ -186,6 +185,17 @@ class SafeCLIPTrainer(CLIPTrainer):
         batches = len(self._sampler) // self.args.world_size
         self._steps_per_epoch = -(-batches // self.args.gradient_accumulation_steps)
         return self._sampler
+
+    def _check_checkpoint(self, metadata: Mapping[str, str], checkpoint: str) -> None:
+        super()._check_checkpoint(metadata, checkpoint)
+        saved, current = metadata.get("steps_per_epoch"), str(self._steps_per_epoch)
+        if saved is not None and saved != current:
+            raise ValueError(
+                f"resume_from_checkpoint={checkpoint!r}: its number of optimizer steps in an epoch was {saved}, but "
+                f"is {current} now, and SafeCLIP counts its phases, learning rates and splits in epochs. Resume with "
+                "what it was saved with (per_device_train_batch_size, the number of processes and "
+                "gradient_accumulation_steps decide it), or start anew from its weights by passing the folder as model"
+            )
 
     # ---- Split ----
 

@@ -123,6 +123,26 @@ def test_checkpoint_of_another_dataset_length_is_refused(cls: type[CLIPTrainer],
         other.train(resume_from_checkpoint=str(whole(cls)[1] / "checkpoint-2"))
 
 
+def test_epochs_of_another_length_are_counted_as_the_trainer_counts_them(whole: Whole, tmp_path: Path) -> None:
+    # Saved in the middle of the second epoch of four steps, which is in the first of eight.
+    options = {**RUNS[RoCLIPTrainer], "per_device_train_batch_size": 4, "max_steps": 9}
+    resumed: Any = make_trainer(RoCLIPTrainer, tmp_path, **options)
+    resumed.train(resume_from_checkpoint=str(whole(RoCLIPTrainer)[1] / "checkpoint-6"))
+    assert resumed._epoch == int(resumed.state.epoch) == 1
+
+
+def test_checkpoint_of_epochs_of_another_length_is_refused_where_they_count(whole: Whole, tmp_path: Path) -> None:
+    checkpoint = str(whole(SafeCLIPTrainer)[1] / "checkpoint-6")
+    message = "number of optimizer steps in an epoch was 4, but is 5 now.*per_device_train_batch_size, the number of"
+    # As many rows in a step, but the sampler leaves out less.
+    split = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    other: Any = make_trainer(SafeCLIPTrainer, tmp_path, **{**RUNS[SafeCLIPTrainer], **split})
+    with pytest.raises(ValueError, match=message):
+        other.train(resume_from_checkpoint=checkpoint)
+    # Of one that does not say, nothing is known against it.
+    other._check_checkpoint({"trainer": "SafeCLIPTrainer", "rows": "40"}, checkpoint)
+
+
 @pytest.mark.parametrize(
     "cls, change, message",
     [
