@@ -627,6 +627,9 @@ class CLIPTrainer(PublishingTrainer):
             self._steps_per_epoch = num_update_steps_per_epoch
         elif checkpoint is not None:
             begin = self._streamed.load(checkpoint, int(self.state.epoch or 0), num_update_steps_per_epoch)
+        # Within an epoch the Trainer sees that it is through only after another step.
+        if checkpoint is not None and self.state.global_step >= max_steps:
+            begin = (num_train_epochs, 0)
         # Where epochs have another number of steps than when the checkpoint was saved, not that of `state.epoch`.
         self._first_epoch = begin[0]
         return begin

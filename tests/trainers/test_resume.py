@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from training import assert_same_bits, is_whole, make_trainer, train_and_resume
+from training import assert_same_bits, digits, is_whole, make_trainer, train_and_resume
 
 from hf_robust_clip import CleanCLIPTrainer, CLIPTrainer, RoCLIPTrainer, SafeCLIPTrainer
 from hf_robust_clip.trainers.base import STATE_FILE
@@ -83,6 +83,25 @@ def test_resumed_within_accumulation(cls: type[CLIPTrainer], step: int, tmp_path
         gradient_accumulation_steps=2,
     )
     assert_same_bits(*pair)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_finished_run_stays_as_it_is(streamed: bool, tmp_path: Path) -> None:
+    pairs = digits().select(range(16))
+    options = {"train_dataset": pairs.to_iterable_dataset() if streamed else pairs, "eval_dataset": pairs.select([0])}
+    options |= {"max_steps": 3, "save_strategy": "epoch", "eval_strategy": "epoch"}  # two steps an epoch
+    runs = []
+    for resume in (None, True):
+        trainer = make_trainer(CLIPTrainer, tmp_path, **options)
+        trainer.train(resume_from_checkpoint=resume)
+        weights = trainer.model.state_dict()
+        log = [entry for entry in trainer.state.log_history if "train_runtime" not in entry]
+        files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+        assert trainer.state.global_step == 3 and tmp_path / "checkpoint-3" in files
+        runs.append((weights, log, files))
+    (weights, *first), (same, *second) = runs
+    assert all(torch.equal(value, same[name]) for name, value in weights.items())
+    assert first == second
 
 
 def test_training_does_not_depend_on_the_number_of_workers(whole: Whole, tmp_path: Path) -> None:
