@@ -101,6 +101,10 @@ class Stream(torch.utils.data.IterableDataset[StreamBatch | None]):
         self.least_side = least_side
         self.world_size = world_size
         dataset = undecoded(dataset, *self.columns)
+        if isinstance(dataset, datasets.IterableDataset):
+            # Passes and places are set on it, and the user's stays as it is. `copy.copy` of one shares all attributes.
+            formatting = dataset._formatting
+            dataset = dataset.with_format(None if formatting is None else formatting.format_type)
         self._stride: tuple[int, int] | None = None
         if world_size > 1 and not isinstance(dataset, datasets.IterableDataset):
             self._stride = (rank, world_size)

@@ -128,6 +128,18 @@ def test_every_place_is_gone_on_from(kind: str) -> None:
             assert told(again) == [None] * (done + 1) + told(whole)[done + 1 :]
 
 
+@pytest.mark.parametrize("kind", ["arrow", "generated"])  # of known columns, and of unknown ones
+def test_the_users_own_dataset_stays_at_its_start(kind: str) -> None:
+    dataset = STREAMS[kind][1]()
+    rows = list(dataset)
+    stream = stream_of(dataset)
+    stream.set_epoch(1)
+    batches = list(stream)
+    stream.resume(1, places(batches[:2]))
+    assert told(stream) == [None] * 2 + told(batches)[2:]
+    assert dataset.epoch == 0 and list(dataset) == rows
+
+
 def test_only_the_pass_that_stopped_begins_in_the_middle() -> None:
     for kind in ("interleaved", "shuffled", "torch"):
         stream = stream_of(STREAMS[kind][1]())
