@@ -60,7 +60,8 @@ class CollapseWatch:
                 logger.warning(
                     f"At step {step} the {side}s of a batch have nearly the same embedding (mean cosine of different "
                     f"rows {alike:.4f}): the model has collapsed, and what it learns from here on means little. Start "
-                    "anew from an earlier checkpoint with a lower learning_rate or longer warmup_steps"
+                    "anew with the folder of an earlier checkpoint as model, and with a lower learning_rate or "
+                    "longer warmup_steps (resuming would bring back the old learning_rate)"
                     + (", and look whether the captions differ." if side == "caption" else ".")
                 )
 
@@ -79,6 +80,7 @@ class CollapseWatch:
         if fall > max(LEAST_FALL, FALL * self._before):
             logger.warning(
                 f"{ACCURACY} fell from {self._before:.1%} to {accuracy:.1%} by the first evaluation, at step {step}: "
-                "this learning_rate destroys what the model knew. Start anew with a lower one, or with longer "
-                "warmup_steps; what is left of a backdoor says little in a model that has forgotten its classes."
+                "this learning_rate destroys what the model knew. Start anew, from the model that you began with, "
+                "with a lower one or with longer warmup_steps; what is left of a backdoor says little in a model that "
+                "has forgotten its classes."
             )

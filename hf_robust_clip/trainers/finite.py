@@ -132,8 +132,10 @@ class FiniteCheck:
         raise NonFiniteError(
             f"step {step['step']}: {', '.join(wrong)} not finite. "
             + (f"The embeddings of rows {', '.join(map(str, suspects[:10]))} are not. " if suspects else "")
-            + f"{path} has the rows and the terms. Checkpoints saved before are finite: resume from the newest with a "
-            "lower learning_rate, a max_grad_norm, or without those rows; stop_on_non_finite=False goes on regardless"
+            + f"{path} has the rows and the terms. Checkpoints saved before are finite: start anew with the folder of "
+            "the newest as model and a lower learning_rate, or without those rows, or resume from it with a smaller "
+            "max_grad_norm (resumed, it keeps its learning_rate and its rows); stop_on_non_finite=False goes on "
+            "regardless"
         )
 
 

@@ -145,8 +145,9 @@ class RoCLIPTrainer(CLIPTrainer):
             logger.warning(
                 f"Matching has collapsed: one caption of the pool serves {share:.0%} of a batch "
                 f"(distinct_matches {logs['distinct_matches']:.1%}), so that images are all trained towards one "
-                "point. The representation means too little to match on: raise matching_start_epoch, or "
-                "match_every_n_epochs, or pool_size, and start anew from before the first matching epoch."
+                "point. The representation means too little to match on: resume from a checkpoint before the first "
+                "matching epoch with a larger matching_start_epoch or match_every_n_epochs, or start anew with a "
+                "larger pool_size, which no checkpoint is resumed with."
             )
 
     def _adversarial_rows(self) -> np.ndarray | None:

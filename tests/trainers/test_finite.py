@@ -50,6 +50,23 @@ def test_a_row_whose_embedding_is_not_finite_is_named(cls: type[CLIPTrainer], tm
         assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
 
 
+def test_what_the_message_advises_can_be_done(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"rows": 16, "lr_scheduler_type": "constant"}
+    trainer = make_trainer(CLIPTrainer, tmp_path, save_strategy="steps", save_steps=1, **options)
+    trainer.create_optimizer()
+    trainer.optimizer.register_step_post_hook(lambda *_: spoil(trainer, row=5) if trainer.state.global_step else None)
+    with pytest.raises(NonFiniteError, match=r"anew with the folder of the newest as model .* or resume from it"):
+        trainer.train()
+    newest = str(max(tmp_path.glob("checkpoint-*")))
+    changed = {**options, "learning_rate": 1e-5, "max_grad_norm": 1e-3}
+    anew = make_trainer(CLIPTrainer, tmp_path / "anew", model=newest, **{**changed, "rows": 15}, max_steps=1)
+    anew.train()
+    assert anew.state.log_history[0]["learning_rate"] == 1e-5
+    resumed = make_trainer(CLIPTrainer, tmp_path / "resumed", **changed)
+    resumed.train(resume_from_checkpoint=newest)
+    assert resumed.state.log_history[-2]["learning_rate"] == 1e-3  # that of the checkpoint
+
+
 def test_a_gradient_that_is_not_finite_is_enough(tmp_path: Path) -> None:
     trainer = make_trainer(CLIPTrainer, tmp_path, max_grad_norm=0.0, gradient_accumulation_steps=2)
     weight = trainer.model.visual_projection.weight
