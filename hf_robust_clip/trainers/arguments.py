@@ -47,7 +47,8 @@ class CLIPTrainingArguments(TrainingArguments):
         accumulate_negatives (`bool`, defaults to `False`): Whether the rows of all `gradient_accumulation_steps` are
             negatives of each other, as in one batch of that size; encoded in chunks of `contrastive_chunk_size`, or
             of a batch. SafeCLIP's safe batches are contrasted with safe ones, risky with risky ones.
-        max_logit_scale (`float`, defaults to 100): Upper bound of `exp(logit_scale)`, at least 1; the lower is 1.
+        max_logit_scale (`float`, defaults to 100): Upper bound of `exp(logit_scale)`, at least 1; the lower is 1. One
+            that is frozen is left as it is.
         merge_adapters (`bool`, defaults to `False`): With `peft_config`: whether `save_model` and `push_to_hub` write
             the whole model with the adapters merged in, which loads without PEFT and without the model that training
             started from, instead of the adapters alone. Checkpoints hold the adapters either way.

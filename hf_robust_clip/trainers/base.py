@@ -412,8 +412,10 @@ class CLIPTrainer(PublishingTrainer):
 
     def on_optimizer_step(self) -> None:
         """Called after each optimizer step, before it is logged, evaluated and saved."""
-        with torch.no_grad():
-            self.unwrapped_model.logit_scale.clamp_(0.0, math.log(self.args.max_logit_scale))
+        logit_scale = self.unwrapped_model.logit_scale
+        if logit_scale.requires_grad:
+            with torch.no_grad():
+                logit_scale.clamp_(0.0, math.log(self.args.max_logit_scale))
 
     def on_train_end(self) -> None:
         """Called when training is over."""

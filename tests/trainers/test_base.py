@@ -54,10 +54,13 @@ def test_loss_is_the_models_own(tmp_path: Path) -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("start, end", [(math.log(200), math.log(100)), (-0.5, 0.0)])
-def test_logit_scale_is_clamped(start: float, end: float, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "start, end, trained", [(math.log(200), math.log(100), True), (-0.5, 0.0, True), (5.3, 5.3, False)]
+)
+def test_logit_scale_is_clamped_where_it_is_trained(start: float, end: float, trained: bool, tmp_path: Path) -> None:
     model = small_model()
     model.logit_scale.data.fill_(start)
+    model.logit_scale.requires_grad_(trained)
     trainer = make_trainer(CLIPTrainer, tmp_path, model=model, max_steps=1, learning_rate=1e-8)
     trainer.train()
     assert model.logit_scale.item() == pytest.approx(end, abs=1e-6)
