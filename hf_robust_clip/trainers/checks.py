@@ -18,16 +18,28 @@ from .arguments import CLIPTrainingArguments
 logger = logging.get_logger(__name__)
 
 IDENTITY = "identity"
+#: Ways to draw rows that need no lengths of texts.
+SAMPLINGS = ("random", "sequential")
 
 
 def check_arguments(args: CLIPTrainingArguments, train_dataset: Any, eval_dataset: Any) -> None:
-    """`ValueError` for arguments of another class, DataParallel, and datasets that cannot be trained on."""
+    """`ValueError` for arguments of another class or for texts alone, DataParallel, and datasets that do not work."""
     if not isinstance(args, CLIPTrainingArguments):
         raise ValueError(f"args must be a CLIPTrainingArguments, but is {type(args).__name__}")
     if args.n_gpu > 1:
         raise ValueError(
             f"this process sees {args.n_gpu} GPUs and would split batches between them with nn.DataParallel, which "
             "tears stacked views apart: start it with `accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES"
+        )
+    if args.train_sampling_strategy not in SAMPLINGS:
+        raise ValueError(
+            f"train_sampling_strategy must be one of {', '.join(map(repr, SAMPLINGS))}, but is "
+            f"{args.train_sampling_strategy!r}, which needs the length of each row's text"
+        )
+    if args.neftune_noise_alpha is not None:
+        raise ValueError(
+            f"neftune_noise_alpha must be None, but is {args.neftune_noise_alpha!r}: NEFTune adds noise to the input "
+            "embeddings of a language model, and a dual encoder has none of its own"
         )
     if args.contrastive_chunk_size is not None or args.accumulate_negatives:
         _check_chunking(args)

@@ -311,6 +311,12 @@ def test_evaluators_that_report_the_same_name_are_refused(tmp_path: Path) -> Non
         ({"text_augmentation": "poem"}, "text augmentation preset 'poem'"),
         ({"image_preset": "cubist"}, "image_preset must be one of.*'cubist'"),
         ({"text_preset": "poem"}, "text_preset must be one of.*'poem'"),
+        (
+            {"train_sampling_strategy": "group_by_length"},
+            "train_sampling_strategy must be one of 'random', 'sequential', but is 'group_by_length'",
+        ),
+        ({"train_sampling_strategy": "batch_rebalance"}, "but is 'batch_rebalance'"),
+        ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha must be None, but is 5.0"),
         ({"on_bad_row": "ignore"}, "on_bad_row must be one of 'raise', 'skip', but is 'ignore'"),
         ({"max_logit_scale": 0.5}, "max_logit_scale must be at least 1"),
         ({"max_length": 1}, "max_length must be None or at least 2"),
