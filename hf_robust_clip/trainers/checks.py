@@ -83,7 +83,9 @@ def warn_of_half_precision(model: nn.Module) -> None:
     if half:
         logger.warning(
             f"The model's trained parameters are {', '.join(map(str, half))}: steps of a small learning rate are lost "
-            "to rounding. Load it with dtype=torch.float32; with bf16=True it computes in half precision all the same."
+            "to rounding. Load it with dtype=torch.float32, and leave out bf16_full_eval and fp16_full_eval, with "
+            "which evaluate() outside training turns them so; with bf16=True it computes in half precision all the "
+            "same."
         )
 
 

@@ -291,6 +291,19 @@ def test_half_precision_checkpoint_is_loaded_in_full(tmp_path: Path, caplog: pyt
     assert "trained parameters are torch.bfloat16" in caplog.text
 
 
+def test_weights_that_an_evaluation_left_in_half_precision_are_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    options: dict[str, Any] = {"rows": 8, "max_steps": 1, "bf16_full_eval": True, "eval_dataset": [digits()[0]]}
+    for evaluated_before in (False, True):
+        trainer = make_trainer(CLIPTrainer, tmp_path, **options)
+        if evaluated_before:
+            trainer.evaluate()
+        assert "trained parameters are" not in caplog.text
+        trainer.train()
+    assert "trained parameters are torch.bfloat16" in caplog.text and "leave out bf16_full_eval" in caplog.text
+
+
 def test_evaluators_that_report_the_same_name_are_refused(tmp_path: Path) -> None:
     test = digits("test").select(range(20))
     trainer = make_trainer(CLIPTrainer, tmp_path, evaluators=[*evaluators(test), evaluators(test)[1]])
