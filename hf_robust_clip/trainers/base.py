@@ -404,6 +404,10 @@ class CLIPTrainer(PublishingTrainer):
     def on_epoch_begin(self) -> None:
         """Called before each epoch, and again when training resumes within one."""
         self._epoch = self._first_epoch if self._epoch is None else self._epoch + 1
+        # A callback may have ended the last epoch within a step.
+        self._pending.clear()
+        if self._finite is not None:
+            self._finite.drop_batches()
         if self._streamed is not None:
             self._streamed.begin_pass(self._epoch)
         self.data_collator.set_epoch(self._epoch)

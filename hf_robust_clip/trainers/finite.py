@@ -46,8 +46,12 @@ class FiniteCheck:
 
     def clear(self) -> None:
         """Forget everything."""
-        self._batches.clear()
+        self.drop_batches()
         self._steps.clear()
+
+    def drop_batches(self) -> None:
+        """Forget the batches of a step that was not made; steps that are still to be looked at stay."""
+        self._batches.clear()
 
     @torch.no_grad()
     def note_batch(

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from recording import RecordedSafeCLIP
+from recording import RecordedRoCLIP, RecordedSafeCLIP
 from training import SHORT, assert_same_bits, make_trainer, poisoned_pairs, small_model, train_and_resume, training_log
 from transformers import SiglipConfig, SiglipModel, TrainerCallback
 
@@ -139,6 +139,28 @@ def test_a_last_step_of_fewer_batches_counts_as_many_as_it_has(tmp_path: Path) -
     assert_same_gradients(found, expected)
     spanned, _ = run(CLIPTrainer, tmp_path, **given, accumulate_negatives=True)
     assert len(spanned) == 3
+
+
+class EndsWithinAStep(TrainerCallback):
+    """Ends the first epoch after the first batch of its second step."""
+
+    ended = False
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 1 and not self.ended:
+            control.should_epoch_stop = self.ended = True
+
+
+@pytest.mark.parametrize("spanned", [False, True])
+def test_batches_of_a_step_that_was_not_made_are_no_part_of_the_next(spanned: bool, tmp_path: Path) -> None:
+    given = {"rows": 32, "gradient_accumulation_steps": 2, "accumulate_negatives": spanned, "num_train_epochs": 2}
+    trainer: Any = make_trainer(RecordedRoCLIP, tmp_path, callbacks=[EndsWithinAStep()], **given)
+    checked = []
+    note_gradient = trainer._finite.note_gradient
+    trainer._finite.note_gradient = lambda norm: (checked.append(len(trainer._finite._batches)), note_gradient(norm))
+    trainer.train()
+    assert [len(step.rows) for step in trainer.steps] == ([16] * 3 if spanned else [8] * 7)
+    assert checked == ([1] * 3 if spanned else [2] * 3)
 
 
 class Groups(RecordedSafeCLIP):
