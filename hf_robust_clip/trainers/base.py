@@ -389,6 +389,7 @@ class CLIPTrainer(PublishingTrainer):
         """Called when training starts, after a checkpoint is restored."""
         if self.state.global_step == 0:
             self.reset_training_state()
+            self._collapse.begin()
         if self.args.bf16_full_eval or self.args.fp16_full_eval:
             # With these, evaluate() before train() turns the weights themselves to half precision.
             warn_of_half_precision(self.unwrapped_model)

@@ -27,13 +27,20 @@ _SIDES = {"image_alike": "image", "text_alike": "caption"}
 
 
 class CollapseWatch:
-    """Looks for embeddings that are all alike, and for an accuracy that falls at once; warns once of each."""
+    """Looks for embeddings all alike, and for an accuracy that falls at once; warns of each once a training."""
 
     def __init__(self) -> None:
         self._apart: set[str] = set()
         self._warned: set[str] = set()
         self._before: float | None = None
+        self._latest: float | None = None
         self._judged = False
+
+    def begin(self) -> None:
+        """Start anew, as a training does; the accuracy that was measured last is that before it."""
+        self._apart.clear()
+        self._warned.clear()
+        self._before, self._judged = self._latest, False
 
     @staticmethod
     @torch.no_grad()
@@ -68,10 +75,13 @@ class CollapseWatch:
     def judge(self, figures: Mapping[str, float], step: int) -> None:
         """Compare the first evaluation in training with the one before it."""
         accuracy = figures.get(ACCURACY)
-        if accuracy is None or self._judged:
+        if accuracy is None:
             return
+        self._latest = accuracy
         if step == 0:
             self._before = accuracy
+            return
+        if self._judged:
             return
         self._judged = True
         if self._before is None:

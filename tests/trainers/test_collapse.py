@@ -60,6 +60,10 @@ def test_a_collapsed_tower_is_seen_in_training(
     trainer.train()
     assert "the captions of a batch have nearly the same embedding" in caplog.text
     assert "look whether the captions differ" in caplog.text
+    if cls is CLIPTrainer:  # a second training is warned of by itself
+        caplog.clear()
+        trainer.train()
+        assert "the captions of a batch have nearly the same embedding" in caplog.text
     assert not any("alike" in name for entry in training_log(trainer) for name in entry)
 
 
@@ -80,6 +84,17 @@ def test_accuracy_that_falls_at_once(
         watch.judge({"clean_accuracy": accuracy, "attack_success_rate": 0.5}, step)
     watch.judge({"attack_success_rate": 0.5}, 30)
     assert ("destroys what the model knew" in caplog.text) == warned
+
+
+def test_each_training_is_warned_of_by_what_was_measured_before_it(caplog: pytest.LogCaptureFixture) -> None:
+    watch = CollapseWatch()
+    watch.judge({"clean_accuracy": 0.9}, 0)
+    for after in (0.6, 0.3):
+        watch.begin()
+        watch.look({"text_alike": 0.999}, 50, 100)
+        watch.judge({"clean_accuracy": after}, 100)
+    assert caplog.text.count("the captions of a batch have nearly the same embedding") == 2
+    assert "fell from 90.0% to 60.0%" in caplog.text and "fell from 60.0% to 30.0%" in caplog.text
 
 
 @pytest.mark.parametrize("before", ["run_evaluators", "eval_on_start"])
