@@ -131,6 +131,29 @@ class RoCLIPTrainer(CLIPTrainer):
         self._warned_of_collapse = False
         rows = self._adversarial_rows()
         self._adversarial = torch.from_numpy(rows).to(self.args.device) if rows is not None else None
+        self._warn_of_no_matches()
+
+    def _warn_of_no_matches(self) -> None:
+        args, state = self.args, self.state
+        steps, start = args.steps_per_matching_epoch, args.matching_start_epoch
+        if steps is not None and state.max_steps <= start * steps:
+            logger.warning(
+                f"Training ends after step {state.max_steps}, before the first matching epoch "
+                f"(matching_start_epoch={start} of steps_per_matching_epoch={steps}): it will be CLIP throughout."
+            )
+        elif steps is None and state.num_train_epochs <= start:
+            logger.warning(
+                f"Training ends after epoch {state.num_train_epochs}, before the first matching epoch "
+                f"(matching_start_epoch={start}, counted from 0): it will be CLIP throughout."
+            )
+        batch = self._train_batch_size * args.world_size
+        rows = batch * args.gradient_accumulation_steps * state.max_steps
+        # The last batch comes too late.
+        if self.pools is not None and not self.pools.full and self.pools.size > rows - batch:
+            logger.warning(
+                f"The pools of {self.pools.size} pairs (pool_size={args.pool_size!r}) do not fill before training "
+                f"ends, after {rows} pairs, and matching begins when they are full: it will be CLIP throughout."
+            )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As [`CLIPTrainer`]'s, with the pools' fill and age; warns, once, when matching has collapsed."""

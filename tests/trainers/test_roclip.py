@@ -276,6 +276,29 @@ def test_no_collapse_no_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture
     assert "collapsed" not in caplog.text
 
 
+@pytest.mark.parametrize(
+    "change, warning",
+    [
+        ({"matching_start_epoch": 2}, "ends after epoch 2, before the first matching epoch (matching_start_epoch=2,"),
+        (
+            {"steps_per_matching_epoch": 4},
+            "ends after step 4, before the first matching epoch (matching_start_epoch=1",
+        ),
+        ({"pool_size": 25}, "The pools of 25 pairs (pool_size=25) do not fill before training ends, after 32 pairs"),
+        ({"steps_per_matching_epoch": 3}, None),
+        ({"pool_size": 24}, None),
+    ],
+)
+def test_training_that_never_matches_is_warned_of(
+    change: dict[str, Any], warning: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = make_trainer(RoCLIPTrainer, tmp_path, **{"rows": 16, "num_train_epochs": 2, "pool_size": 8, **change})
+    trainer.train()
+    matched = any("image_match_loss" in entry for entry in training_log(trainer))
+    assert matched == (warning is None) == ("it will be CLIP throughout" not in caplog.text)
+    assert warning is None or warning in caplog.text
+
+
 # ---- Arguments ----
 
 
