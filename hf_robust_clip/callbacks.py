@@ -98,6 +98,8 @@ class PairSimilarityCallback(TrainerCallback):
         poisoned_column (`str`, defaults to `"poisoned"`): Boolean column that marks the poisoned pairs.
         max_pairs (`int`, defaults to 1000): Most pairs of each kind, drawn where there are more; at least 1.
         seed (`int`, defaults to 0): Of that draw.
+        prefix (`str`, *optional*): Put before the figures' names in the log, for several callbacks in one run:
+            `"held_out_"`.
 
     Attributes:
         records (`list[SimilarityRecord]`): One for each time; after resuming, those of the whole training.
@@ -105,6 +107,7 @@ class PairSimilarityCallback(TrainerCallback):
     Raises:
         `ValueError`: If the dataset is empty or has no length, a column is missing, or a flag is not boolean. When
             called, if a pair cannot be read; with `on_bad_row="skip"` among the trainer's arguments it is left out.
+            When training starts, if another callback has the same prefix.
 
     Example:
 
@@ -125,6 +128,7 @@ class PairSimilarityCallback(TrainerCallback):
         poisoned_column: str = POISONED,
         max_pairs: int = 1000,
         seed: int = 0,
+        prefix: str = "",
     ) -> None:
         if not hasattr(dataset, "__len__"):
             raise ValueError(
@@ -137,6 +141,7 @@ class PairSimilarityCallback(TrainerCallback):
         self.dataset = dataset
         self.image_column = image_column
         self.caption_column = caption_column
+        self.prefix = prefix
         flags = _flags(dataset, poisoned_column)
         rng = np.random.default_rng(seed)
         self._rows = {
@@ -148,7 +153,13 @@ class PairSimilarityCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.records = [_read(entry) for entry in state.log_history if _is_record(entry)]
+        found = (_read(entry, self.prefix) for entry in state.log_history)
+        self.records = [record for record in found if record is not None]
+        if self.records and state.global_step == 0:  # before it has made one
+            raise ValueError(
+                f"two PairSimilarityCallbacks have prefix={self.prefix!r}: give one of them another, for example "
+                "prefix='held_out_'"
+            )
         # A checkpoint of an epoch's last step was saved before the end of that epoch.
         if float(state.epoch or 0).is_integer():
             self._record(args, state, **kwargs)
@@ -173,8 +184,9 @@ class PairSimilarityCallback(TrainerCallback):
                     figures[f"{kind}_similarity_{name}"] = float(np.quantile(similarities, share))
         record = SimilarityRecord(float(state.epoch or 0), state.global_step, **figures)
         self.records.append(record)
+        names = _names(self.prefix)
         # JSON has no NaN.
-        state.log_history.append({name: value for name, value in asdict(record).items() if value == value})
+        state.log_history.append({names[name]: value for name, value in asdict(record).items() if value == value})
 
     def _similarities(
         self, args: TrainingArguments, model: Any, processing_class: Any, rows: list[int]
@@ -218,9 +230,15 @@ def _flags(dataset: Any, column: str) -> NDArray[np.bool_]:
     return np.array(flags, dtype=bool)
 
 
-def _is_record(entry: dict[str, Any]) -> bool:
-    return "clean_pairs" in entry and "poisoned_pairs" in entry
+def _names(prefix: str) -> dict[str, str]:
+    """What the fields of a record are called in the log; `epoch` and `step` as in every entry."""
+    names = (item.name for item in fields(SimilarityRecord))
+    return {name: name if name in ("epoch", "step") else prefix + name for name in names}
 
 
-def _read(entry: dict[str, Any]) -> SimilarityRecord:
-    return SimilarityRecord(**{item.name: entry[item.name] for item in fields(SimilarityRecord) if item.name in entry})
+def _read(entry: dict[str, Any], prefix: str) -> SimilarityRecord | None:
+    """The record that an entry of the log is; `None` if it is none, or of another prefix."""
+    names = _names(prefix)
+    if names["clean_pairs"] not in entry:
+        return None
+    return SimilarityRecord(**{name: entry[logged] for name, logged in names.items() if logged in entry})

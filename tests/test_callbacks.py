@@ -117,19 +117,27 @@ def test_training_is_the_same_to_the_bit_with_and_without(cls: type[CLIPTrainer]
 @pytest.mark.parametrize("saved_at", [3, 4, 6])
 def test_records_survive_resuming(saved_at: int, tmp_path: Path):
     pairs = poisoned_pairs(32)
-    whole, resumed = PairSimilarityCallback(pairs), PairSimilarityCallback(pairs)
-    options: dict[str, Any] = {"train_dataset": pairs, "num_train_epochs": 2}
-    first = make_trainer(
-        CLIPTrainer, tmp_path, callbacks=[whole], save_strategy="steps", save_steps=saved_at, **options
+    whole, resumed = (
+        [PairSimilarityCallback(pairs), PairSimilarityCallback(poisoned_pairs(5), prefix="few_")] for _ in range(2)
     )
+    options: dict[str, Any] = {"train_dataset": pairs, "num_train_epochs": 2}
+    first = make_trainer(CLIPTrainer, tmp_path, callbacks=whole, save_strategy="steps", save_steps=saved_at, **options)
     first.train()
-    second = make_trainer(CLIPTrainer, tmp_path / "resumed", callbacks=[resumed], **options)
+    second = make_trainer(CLIPTrainer, tmp_path / "resumed", callbacks=resumed, **options)
     second.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{saved_at}"))
-    assert resumed.records == whole.records and len(whole.records) == 3
+    for one, two, clean_pairs in zip(whole, resumed, (21, 3), strict=True):
+        assert one.records == two.records and [record.clean_pairs for record in one.records] == [clean_pairs] * 3
     assert_same_bits(first, second)
     # Training anew starts anew.
     second.train()
-    assert len(resumed.records) == 3 and resumed.records[0].step == 0
+    assert all(len(callback.records) == 3 and callback.records[0].step == 0 for callback in resumed)
+
+
+def test_two_of_one_prefix_are_refused(tmp_path: Path):
+    callbacks = [PairSimilarityCallback(poisoned_pairs(rows), prefix="few_") for rows in (4, 5)]
+    trainer = make_trainer(CLIPTrainer, tmp_path, rows=8, callbacks=callbacks)
+    with pytest.raises(ValueError, match="two PairSimilarityCallbacks have prefix='few_': give one of them another"):
+        trainer.train()
 
 
 @pytest.mark.parametrize(
