@@ -25,7 +25,8 @@ def add_parser(commands: Any) -> None:
         type=Path,
         action="append",
         metavar="FILE",
-        help="figures to add, as `hf-robust-clip evaluate --json FILE` writes them; may be repeated",
+        help="figures of this model to add, or of a control, as `hf-robust-clip evaluate --json FILE` writes them; "
+        "may be repeated",
     )
     parser.add_argument("--license", metavar="NAME", help="license of the weights, such as mit")
     parser.add_argument("--repo-id", metavar="REPO_ID", help="where the model is, or will be, on the Hub: name/model")
@@ -36,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the sub-command as its arguments say."""
     if not (args.folder / RUN_FILE).is_file():
         raise UsageError(f"FOLDER: {args.folder} has no {RUN_FILE}: it was not saved by a trainer of hf_robust_clip")
-    measured = [_read_results(path) for path in args.results or ()]
+    measured = [_read_results(path, args.folder, args.repo_id) for path in args.results or ()]
     # What follows imports transformers, which takes seconds.
     from .progress import quiet_cards, quiet_libraries
 
@@ -60,15 +61,24 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _read_results(path: Path) -> dict[str, Any]:
-    """Figures and what they are of, as `evaluate --json` writes them."""
+def _read_results(path: Path, folder: Path, repo_id: str | None) -> dict[str, Any]:
+    """Figures of the model in `folder`, or of a control, and what they are of, as `evaluate --json` writes them."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"--results: {path} cannot be read: {error.strerror or error}") from error
     except ValueError as error:
         raise UsageError(f"--results: {path} is no JSON: {error}") from error
-    kinds = {"measures": list, "figures": dict}
+    kinds = {"model": str, "measures": list, "figures": dict}
     if not isinstance(content, dict) or not all(isinstance(content.get(name), kind) for name, kind in kinds.items()):
-        raise UsageError(f"--results: {path} has no measures and figures; accepted is what evaluate --json writes")
-    return {name: content[name] for name in (*kinds, "control") if name in content}
+        raise UsageError(
+            f"--results: {path} has no model, measures and figures; accepted is what evaluate --json writes"
+        )
+    own = [folder.resolve().name, *([repo_id] if repo_id is not None else [])]
+    if "control" not in content and content["model"] not in own:
+        raise UsageError(
+            f"--results: {path} is of {content['model']!r}, and the card of {' or '.join(map(repr, own))}: accepted "
+            "are figures of the same model, whose name on the Hub --repo-id tells, and those of another one that was "
+            "measured with evaluate --control LABEL"
+        )
+    return {name: content[name] for name in ("measures", "figures", "control") if name in content}

@@ -13,6 +13,7 @@ from hf_robust_clip.cli.main import main
 from hf_robust_clip.record import RUN_FILE, RunRecord
 
 ACCURACY = {"measure": "zero-shot accuracy", "figures": ["clean_accuracy"], "images": 10, "classes": ["cat", "dog"]}
+RESULTS = {"measures": [{**ACCURACY, "images": 20}], "figures": {"clean_accuracy": 0.875}}
 
 
 @pytest.fixture
@@ -53,8 +54,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_the_card_has_what_was_measured_then_and_later(folder: Path, capsys: Any) -> None:
-    results = {"measures": [{**ACCURACY, "images": 20}], "figures": {"clean_accuracy": 0.875}, "model": "x"}
-    (folder / "results.json").write_text(json.dumps(results))
+    (folder / "results.json").write_text(json.dumps({**RESULTS, "model": "tester/model"}))
     flags = ["--results", str(folder / "results.json"), "--license", "mit", "--repo-id", "tester/model"]
     assert main(["card", str(folder), *flags]) == 0
     assert "README.md" in capsys.readouterr().out
@@ -65,6 +65,25 @@ def test_the_card_has_what_was_measured_then_and_later(folder: Path, capsys: Any
     # It is written anew as often as asked for.
     assert main(["card", str(folder)]) == 0
     assert "87.5%" not in (folder / "README.md").read_text()
+
+
+def test_figures_of_another_model_are_not_credited_to_this_one(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def card(model: str, **control: str) -> int:
+        (folder / "results.json").write_text(json.dumps({**RESULTS, "model": model, **control}))
+        (folder / "README.md").unlink(missing_ok=True)
+        return main(["card", ".", "--results", "results.json"])
+
+    # As `evaluate FOLDER` calls it, from wherever it was measured; and a control is another model by what it is.
+    monkeypatch.chdir(folder)
+    assert card(folder.resolve().name) == 0
+    assert card("plain", control="plain fine-tuning") == 0
+    assert "plain fine-tuning" in (folder / "README.md").read_text()
+    for other in ("openai/clip-vit-base-patch32", "tester/model", "checkpoint-2"):
+        assert card(other) == 2 and not (folder / "README.md").exists()
+        error = capsys.readouterr().err
+        assert repr(other) in error and repr(folder.resolve().name) in error and "--repo-id" in error
 
 
 def test_a_card_by_a_person_stays(folder: Path, capsys: Any) -> None:
