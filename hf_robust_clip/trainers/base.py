@@ -41,6 +41,7 @@ from .adapters import add_adapters, check_adapters
 from .arguments import CLIPTrainingArguments
 from .checks import (
     check_arguments,
+    check_best_metric,
     check_collator,
     resolve_image_augmentation,
     resolve_text_augmentation,
@@ -57,6 +58,8 @@ from .streaming import StreamedTraining
 logger = logging.get_logger(__name__)
 
 STATE_FILE = "robust_clip_state.safetensors"
+#: Methods in which a subclass may add figures, whose names are then not known.
+_EVALUATION = ("evaluate", "evaluation_loop", "run_evaluators")
 
 Evaluator = Callable[..., dict[str, float]]
 
@@ -148,6 +151,8 @@ class CLIPTrainer(PublishingTrainer):
         for evaluator in evaluators:
             if hasattr(evaluator, "check"):
                 evaluator.check(processing_class)
+        if all(getattr(type(self), name) is getattr(CLIPTrainer, name) for name in _EVALUATION):
+            check_best_metric(args, evaluators, eval_dataset)
         self.image_augmentation = resolve_image_augmentation(image_augmentation, args)
         text_augmentation = resolve_text_augmentation(text_augmentation, args)
         # One view and an augmentation: the augmented view takes the original's place.

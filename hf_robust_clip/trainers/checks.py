@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from ..augment.images import ImageAugmentation
 from ..augment.text import TextAugmentation
 from ..data.collator import ORIGINAL, CLIPDataCollator
 from ..data.rows import check_dataset
+from ..evaluation.figures import figure_names
 from .arguments import CLIPTrainingArguments
 
 logger = logging.get_logger(__name__)
@@ -55,6 +56,23 @@ def check_arguments(args: CLIPTrainingArguments, train_dataset: Any, eval_datase
             f"train_dataset has {len(train_dataset)} rows, fewer than one batch of {batch} "
             f"(per_device_train_batch_size={args.per_device_train_batch_size} on {args.world_size} processes): "
             "lower per_device_train_batch_size, or set dataloader_drop_last=False"
+        )
+
+
+def check_best_metric(args: CLIPTrainingArguments, evaluators: Sequence[Any], eval_dataset: Any) -> None:
+    """
+    `ValueError` for a `metric_for_best_model` that no evaluation has: the Trainer looks for it after the first one.
+    Where an evaluator is not of this package, its figures are not known before.
+    """
+    metric, figures = args.metric_for_best_model, figure_names(evaluators)
+    if metric is None or figures is None or args.eval_strategy == "no" or not (evaluators or eval_dataset is not None):
+        return
+    losses = [f"{name}_loss" for name in eval_dataset] if isinstance(eval_dataset, dict) else ["loss"]
+    accepted = figures if eval_dataset is None else [*figures, *losses]
+    if metric.removeprefix("eval_") not in accepted:
+        raise ValueError(
+            f"metric_for_best_model={metric!r} is no figure of an evaluation; accepted are {', '.join(accepted)}"
+            + ("; a loss takes an eval_dataset" if eval_dataset is None else "")
         )
 
 

@@ -32,6 +32,12 @@ METHOD_FLAGS = {
 }
 
 
+WITHOUT_PREFIX = [
+    *("--trigger", "patch:size=3", "--target", "eight", "--eval-strategy", "epoch"),
+    *("--metric-for-best-model", "eval_attack_success_rate"),
+]
+
+
 @pytest.fixture(scope="module")
 def folder(
     tiny_model: Callable[..., CLIPModel],
@@ -210,6 +216,7 @@ def test_a_file_holds_every_kind_of_argument(tmp_path: Path) -> None:
         (["--caption_column", "text"], "'text'"),
         (["--text_preset", "poem"], "text_preset"),
         (["--per_device_train_batch_size", "65"], "fewer than one batch"),
+        (["--eval-data", "DATA", "--eval-split", "train", *WITHOUT_PREFIX], "patch_attack_success_rate"),
         (["--learning_rat", "1"], "did you mean --learning_rate?"),
         (["--learning_rate", "high"], "invalid float value"),
         (["--trigger", "patch", "--target", "eight"], "--trigger needs --eval-data"),
