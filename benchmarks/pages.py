@@ -128,6 +128,38 @@ def memory() -> str:
     return markdown(heads, rows) + "\n" + whereof("memory")
 
 
+def endurance() -> str:
+    """What a long training keeps as it was."""
+    result = read("endurance")
+    ratios, runs = result["ratios"], result["runs"]
+    memory, files, busy, clock = (
+        [ratios[f"{run['trainer']}_{figure}"] for run in runs]
+        for figure in (
+            "memory_end_over_half",
+            "open_files_end_over_begin",
+            "processor_time_last_over_first_tenth",
+            "step_last_over_first_tenth",
+        )
+    )
+    heads = (
+        f"{runs[0]['steps']:,} steps of",
+        "memory, last tenth over sixth",
+        "open files, end over beginning",
+        "processor time of a step, last tenth over first",
+        "the same by the clock",
+    )
+    rows = [
+        (run["trainer"], f"{memory[i]:.3f}", f"{files[i]:.2f}", f"{busy[i]:.2f}", f"{clock[i]:.2f}")
+        for i, run in enumerate(runs)
+    ]
+    text = (
+        f"In the second half memory grew by at most {max(memory) - 1:.1%}. At the end at most {max(files):.2f} times "
+        f"as many files were open as at the beginning, and a step took at most {max(busy):.2f} times the processor time; "
+        f"by the clock it was {min(clock):.2f} to {max(clock):.2f} times as long.\n"
+    )
+    return markdown(heads, rows) + "\n" + text + "\n" + whereof("endurance")
+
+
 def profile() -> str:
     """The parts of a step."""
     result = read("profile_step")
@@ -208,6 +240,7 @@ PAGES: dict[str, Tables] = {
         "missed": misses,
         "memory": memory,
         "scoring": scoring,
+        "endurance": endurance,
     },
     "scaling.md": {
         "processes": processes,
