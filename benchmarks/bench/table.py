@@ -137,8 +137,17 @@ def _subject(content: Mapping[str, Any]) -> list[str]:
         f"Target {study['target']!r}; {cells[0]['counts']['test_images']} test images, {between} of them attacked; a "
         f"model of {cells[0]['parameters'] / 1e6:.1f}M parameters."
     )
+    attacks = {cell["attack"]: cell["settings"]["poisoning"] for cell in cells}
+    triggers = ", ".join(_attack_text(name, attacks[name]) for name in study["attacks"] if name in attacks)
     note = study["note"].strip()
-    return [note, what] if note else [what]
+    return [*([note] if note else []), what, f"Attacks: {triggers}."]
+
+
+def _attack_text(attack: str, poisoning: Mapping[str, Any]) -> str:
+    """An attack's name, and in brackets the fields of its trigger that the study sets."""
+    given = poisoning.get("trigger", {}).items()
+    fields = " ".join(f"{name}={value}" for name, value in given if (name, value) != ("name", attack))
+    return f"{attack} ({fields})" if fields else attack
 
 
 def _accuracy(content: Mapping[str, Any]) -> str:

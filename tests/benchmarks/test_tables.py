@@ -38,6 +38,7 @@ def a_cell(row: str, seed: int, accuracy: float, success: float, **figures: floa
         "measuring_seconds": 1.0,
         "device": "CPU, 1 thread(s)",
         "versions": {"torch": "9.9"},
+        "settings": {"poisoning": {"trigger": {"name": "patch", "size": 3}, "rate": 0.01}},
     }
 
 
