@@ -35,6 +35,7 @@ _PUBLIC = {
     "WordTrigger": "attacks.text_triggers",
     "ZeroShotEvaluator": "evaluation.zero_shot",
     "fit_similarity_mixture": "mixture",
+    "newest_checkpoint": "trainers.checkpoints",
     "poison_dataset": "attacks.poisoning",
     "poison_stream": "attacks.streaming",
     "prepare_dataset": "data.preparing",
