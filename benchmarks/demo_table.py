@@ -2,7 +2,7 @@
 The README's tables: the demo over seeds and triggers, as `hf-robust-clip demo` measures it.
 
     python benchmarks/demo_table.py                 # what benchmarks/results holds, as Markdown
-    python benchmarks/demo_table.py --run           # run what is missing there first: 3 minutes each, or 15
+    python benchmarks/demo_table.py --run           # run what is missing there first: 3 minutes each, or 24
     python benchmarks/demo_table.py --readme        # and put the tables into README.md
 """
 

@@ -154,8 +154,8 @@ def endurance() -> str:
     ]
     text = (
         f"In the second half memory grew by at most {max(memory) - 1:.1%}. At the end at most {max(files):.2f} times "
-        f"as many files were open as at the beginning, and a step took at most {max(busy):.2f} times the processor time; "
-        f"by the clock it was {min(clock):.2f} to {max(clock):.2f} times as long.\n"
+        f"as many files were open as at the beginning, and a step took at most {max(busy):.2f} times the processor "
+        f"time; by the clock it was {min(clock):.2f} to {max(clock):.2f} times as long.\n"
     )
     return markdown(heads, rows) + "\n" + text + "\n" + whereof("endurance")
 
