@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pytest
 
-from hf_robust_clip.data.loading import label_by_captions, load_pairs
+from hf_robust_clip.data.loading import encode_labels, label_by_captions, load_pairs, stream_pairs
 
 
 @pytest.fixture
@@ -89,3 +91,69 @@ def test_labels_by_captions() -> None:
     assert list(label_by_captions(dataset, classes, votes=2)["id"]) == [0, 1, 2, 4]
     with pytest.raises(ValueError, match="no row of dataset has 3 captions that name one of the classes cat"):
         label_by_captions(dataset, {"cat": ["cat"]})
+    with pytest.raises(ValueError, match=r"caption_column='text' is not a column of dataset; .* 'captions', 'id'"):
+        label_by_captions(dataset, classes, "text")
+    with pytest.raises(ValueError, match="classes is empty"):
+        label_by_captions(dataset, {})
+
+
+@pytest.mark.parametrize(
+    "captions, expected",
+    [
+        (["a dog", None, "snow", "a cat"], [0, 2]),  # a caption each is enough
+        ([["a dog", "dog"], None, ["dog", None], ["snow", "snow"]], [0, 3]),  # None has no vote
+        ([["dog", "dog", "dog", "snow"], [], [None], ["dog", "dog"]], [0]),  # three, where there are more
+    ],
+)
+def test_labels_by_captions_of_any_number(captions: list[Any], expected: list[int]) -> None:
+    dataset = datasets.Dataset.from_dict({"captions": captions, "id": range(4)})
+    assert list(label_by_captions(dataset, {"dog": ["dog"], "snow": ["snow"]})["id"]) == expected
+
+
+def test_labels_by_captions_replace_others(caplog: pytest.LogCaptureFixture) -> None:
+    dataset = datasets.Dataset.from_dict({"captions": ["snow", "a dog"], "label": [7, 8]})
+    labelled = label_by_captions(dataset, {"dog": ["dog"], "snow": ["snow"]})
+    assert [labelled.features["label"].int2str(label) for label in labelled["label"]] == ["snow", "dog"]
+    assert "the column 'label' of dataset is replaced" in caplog.text
+
+
+@pytest.mark.parametrize("dtype", ["string", "large_string"])
+def test_names_of_classes_become_numbers(dtype: str, pairs: datasets.Dataset) -> None:
+    names = ["b", "a", None, "c", "a"]
+    some = pairs.select(range(5)).remove_columns("label").add_column("label", names)
+    some = some.cast_column("label", datasets.Value(dtype))
+    encoded = encode_labels(some, "label")
+    expected = some.class_encode_column("label")
+    assert list(encoded["label"]) == list(expected["label"]) == [1, 0, None, 2, 0]
+    assert encoded.features["label"] == expected.features["label"]
+    assert list(encoded["caption"]) == list(some["caption"])
+    assert encode_labels(pairs, "label") is pairs and encode_labels(pairs, "none") is pairs
+
+
+def test_tables_beside_images_are_not_overlooked(
+    images: list[str], pairs: datasets.Dataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "data"
+    (folder / "imgs").mkdir(parents=True)
+    lines = ["image,caption"]
+    for i, name in enumerate(images):
+        shutil.copy(tmp_path / name, folder / "imgs" / name)
+        lines.append(f"imgs/{name},{pairs[i]['caption']}")
+    (folder / "pairs.csv").write_text("\n".join(lines) + "\n")
+    for load in (load_pairs, stream_pairs):
+        with pytest.raises(ValueError, match=r"in which 'pairs.csv' is not read.* metadata.csv .* column file_name"):
+            load(str(folder))
+    check(load_pairs(str(folder / "pairs.csv")), pairs)
+    # Of classes, which subfolders name, a dataset can be made without the table.
+    for kind in ("one", "two"):
+        shutil.copytree(folder / "imgs", folder / kind)
+    assert load_pairs(str(folder)).column_names == ["image", "label"]
+    assert "'pairs.csv' is not read" in caplog.text
+
+
+def test_a_split_that_is_not_there_is_told_those_that_are(pairs: datasets.Dataset, tmp_path: Path) -> None:
+    pairs.select(range(2)).to_parquet(tmp_path / "train.parquet")
+    for load in (load_pairs, stream_pairs):
+        with pytest.raises(ValueError, match=r"split='test' is not in .*; its splits are train"):
+            load(str(tmp_path), "test")
+    assert len(load_pairs(str(tmp_path), "train[:1]")) == 1
