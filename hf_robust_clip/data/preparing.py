@@ -127,7 +127,7 @@ def prepare_dataset(
         for name, shard in _write_shards(folder, wanted, preparation, num_proc):
             shards[name] = shard
             write_record(folder, made_from, shards)
-        if wanted or not is_finished(folder):
+        if wanted or not is_finished(folder, names):
             finish(folder, names, preparation.features, dataset, made_from)
     bad = [row for name in names for row in shards[name]["bad_rows"]]
     if len(bad) == len(dataset):
@@ -136,6 +136,11 @@ def prepare_dataset(
         shown = shown_rows(bad, len(bad))
         logger.warning(f"{len(bad)} unusable rows of dataset were left out: {shown}. {RECORD_FILE} lists them all")
     prepared: datasets.Dataset = datasets.load_from_disk(str(folder))
+    if len(prepared) != len(dataset) - len(bad):
+        raise ValueError(
+            f"folder={str(folder)!r} holds {len(prepared)} rows where {len(dataset) - len(bad)} were prepared: its "
+            "shards are not those that were written. Give another folder, or delete this one"
+        )
     return prepared
 
 

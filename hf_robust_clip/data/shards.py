@@ -13,11 +13,10 @@ import pyarrow as pa
 from datasets.fingerprint import Hasher
 
 from ..files import in_one_move, remove_partial, write_text
+from .confining import STATE_FILE, stored_files
 
 #: What a folder was made from, and the shards that are whole.
 RECORD_FILE = "prepared.json"
-#: What makes a folder one that `datasets` loads, written last.
-_STATE_FILE = "state.json"
 
 
 def shard_name(number: int, count: int) -> str:
@@ -35,7 +34,8 @@ def whole_shards(folder: Path, made_from: Mapping[str, Any]) -> dict[str, dict[s
         made_from (mapping): All that the shards depend on, as JSON has it.
 
     Raises:
-        `ValueError`: If the folder was made from something else, which the message says, or holds other things.
+        `ValueError`: If the folder was made from something else, which the message says, or holds other things, or if
+            its record is none.
     """
     remove_partial(folder)
     path = folder / RECORD_FILE
@@ -49,7 +49,7 @@ def whole_shards(folder: Path, made_from: Mapping[str, Any]) -> dict[str, dict[s
                 "a new or empty folder, or that of an earlier call"
             )
         return {}
-    record = json.loads(path.read_text(encoding="utf-8"))
+    record = _read_record(path)
     differences = list(_differences(record["made_from"], made_from))
     if differences:
         raise ValueError(
@@ -83,9 +83,12 @@ def write_shard(path: Path, schema: pa.Schema, tables: Iterable[pa.Table]) -> di
     return {"rows": rows, "bytes": path.stat().st_size}
 
 
-def is_finished(folder: Path) -> bool:
-    """Whether [`finish`] has been here."""
-    return (folder / _STATE_FILE).is_file()
+def is_finished(folder: Path, names: Sequence[str]) -> bool:
+    """Whether [`finish`] has been here, and nobody since has made the folder one of other files."""
+    try:
+        return stored_files(folder) == list(names)
+    except (OSError, ValueError):
+        return False
 
 
 def finish(
@@ -96,7 +99,7 @@ def finish(
     made_from: Mapping[str, Any],
 ) -> None:
     """
-    Write what `load_from_disk` reads.
+    Write what `load_from_disk` reads, its `state.json` last.
 
     Args:
         folder (`Path`): With all shards.
@@ -117,7 +120,32 @@ def finish(
         "_output_all_columns": False,
         "_split": None if source.split is None else str(source.split),
     }
-    write_text(folder / _STATE_FILE, json.dumps(state, indent=1) + "\n")
+    write_text(folder / STATE_FILE, json.dumps(state, indent=1) + "\n")
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        wrong = _what_is_wrong(record)
+    except (ValueError, RecursionError) as error:
+        wrong = f"it is no JSON: {error}"
+    if wrong is not None:
+        raise ValueError(f"{path} cannot be used: {wrong}. Give another folder, or delete that one")
+    found: dict[str, Any] = record
+    return found
+
+
+def _what_is_wrong(record: Any) -> str | None:
+    """Why a record is not what [`write_record`] writes, if it is not."""
+    for key in ("made_from", "shards"):
+        if not isinstance(record, dict) or not isinstance(record.get(key), dict):
+            return f"it has no object under {key!r}"
+    for name, shard in record["shards"].items():
+        counts = [shard.get(key) for key in ("rows", "bytes")] if isinstance(shard, dict) else [None]
+        rows = shard.get("bad_rows") if isinstance(shard, dict) else None
+        if not isinstance(rows, list) or not all(type(count) is int for count in (*counts, *rows)):
+            return f"its shard {name!r} must have integers as 'rows' and 'bytes', and a list of them as 'bad_rows'"
+    return None
 
 
 def _differences(then: Mapping[str, Any], now: Mapping[str, Any], inside: str = "") -> Iterator[str]:

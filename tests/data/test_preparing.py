@@ -4,6 +4,7 @@ import io
 import json
 import multiprocessing
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -325,6 +326,24 @@ def test_shards_that_are_short_or_gone_are_made_again(source, processor, folder:
     assert contents(tmp_path) == contents(folder)
 
 
+def test_a_folder_that_lists_other_files_is_put_right(source, processor, folder: Path, tmp_path: Path):
+    prepare(source.select(range(3)), processor, tmp_path / "other")
+    shutil.copytree(folder, tmp_path / "pairs", ignore=shutil.ignore_patterns("*.lock"))
+    state = tmp_path / "pairs" / "state.json"
+    files = [{"filename": "../other/data-00000-of-00001.arrow"}]
+    for content in (json.dumps({**json.loads(state.read_text()), "_data_files": files}), "{", "[]"):
+        state.write_text(content)
+        assert len(prepare(source, processor, tmp_path / "pairs")) == ROWS
+        assert contents(tmp_path / "pairs") == contents(folder)
+    shards = sorted((tmp_path / "pairs").glob("*.arrow"))
+    record = json.loads((tmp_path / "pairs" / "prepared.json").read_text())
+    shutil.copy(shards[3], shards[0])
+    record["shards"][shards[0].name]["bytes"] = shards[0].stat().st_size
+    (tmp_path / "pairs" / "prepared.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=f"holds 20 rows where {ROWS} were prepared"):
+        prepare(source, processor, tmp_path / "pairs")
+
+
 def test_a_second_call_reads_no_image(source, processor, folder: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("hf_robust_clip.data.preparing.decode_row", None)
     files = [path for path in folder.iterdir() if path.suffix != ".lock"]  # which some versions of filelock touch
@@ -353,6 +372,27 @@ def test_a_folder_of_another_call_is_refused(source, processor, folder: Path, tm
         prepare(source, processor, tmp_path)
     with pytest.raises(ValueError, match="is a file"):
         prepare(source, processor, tmp_path / "notes.txt")
+
+
+def test_a_record_that_is_none_is_refused(source, processor, folder: Path, tmp_path: Path):
+    record = json.loads((folder / "prepared.json").read_text())
+    shard = {"rows": 6, "bytes": 9, "bad_rows": []}
+    for content, message in (
+        ("{", "it is no JSON"),
+        ("[" * 100_000, "it is no JSON"),
+        ([], "no object under 'made_from'"),
+        ({}, "no object under 'made_from'"),
+        ({**record, "made_from": "x"}, "no object under 'made_from'"),
+        ({**record, "shards": []}, "no object under 'shards'"),
+        ({**record, "shards": {"a": None}}, "its shard 'a' must have"),
+        ({**record, "shards": {"a": {**shard, "bytes": "9"}}}, "its shard 'a' must have"),
+        ({**record, "shards": {"a": {"rows": 6, "bytes": 9}}}, "its shard 'a' must have"),
+        ({**record, "shards": {"a": {**shard, "bad_rows": "ab"}}}, "its shard 'a' must have"),
+        ({**record, "shards": {"a": {**shard, "bad_rows": [1, "b"]}}}, "its shard 'a' must have"),
+    ):
+        (tmp_path / "prepared.json").write_text(content if isinstance(content, str) else json.dumps(content))
+        with pytest.raises(ValueError, match=rf"prepared.json cannot be used: .*{message}"):
+            prepare(source, processor, tmp_path)
 
 
 def test_what_cannot_be_prepared_is_refused(source, processor, tmp_path: Path):
