@@ -23,7 +23,7 @@ from hf_robust_clip import (
 )
 from hf_robust_clip.attacks.triggers import Trigger, trigger_from_name
 from hf_robust_clip.data.images import ImagePreprocessor
-from hf_robust_clip.data.loading import label_by_captions, load_pairs
+from hf_robust_clip.data.loading import encode_labels, label_by_captions, load_pairs
 from hf_robust_clip.data.scratch import build_model, build_processor
 from hf_robust_clip.evaluation.zero_shot import DEFAULT_TEMPLATES
 from hf_robust_clip.models import load_dual_encoder, load_processor
@@ -44,8 +44,8 @@ class DataArguments:
     classes: Path | None = field(
         default=None,
         metadata={
-            "help": "JSON file of class name to the words that name it: labels --eval_data by its captions. Without "
-            "it, --label_column is a ClassLabel."
+            "help": "JSON file of class name to the words that name it: labels --eval_data by its captions, up to "
+            "three of which have to agree. Without it, --label_column is a ClassLabel or has the names."
         },
     )
     template: list[str] = field(
@@ -93,10 +93,12 @@ def labelled_images(example: DataArguments, args: CLIPTrainingArguments) -> tupl
     if example.classes is not None:
         words = json.loads(example.classes.read_text())
         data = label_by_captions(data, words, args.caption_column, label_column=example.label_column)
+    data = encode_labels(data, example.label_column)
     feature = data.features.get(example.label_column)
     if not isinstance(feature, ClassLabel):
         raise ValueError(
-            f"--label_column {example.label_column!r} of --eval_data must be a ClassLabel, or give --classes"
+            f"--label_column {example.label_column!r} of --eval_data is {feature}; accepted are a ClassLabel and "
+            "names of classes (string). Or give --classes"
         )
     return data, feature.names
 

@@ -110,7 +110,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     from .info import DEPENDENCIES
     from .measuring import load_labelled, load_model, make_evaluators, make_triggers, prefixes
 
-    labelled = load_labelled(args, "--data", "--split")
+    labelled = load_labelled(args, "--data", "--split", args.image_column)
     assert labelled is not None  # --data is required
     triggers = make_triggers(args.trigger)
     evaluators = [*make_evaluators(args, labelled), *_probes(args, labelled, triggers)]

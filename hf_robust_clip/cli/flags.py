@@ -83,14 +83,14 @@ def add_measuring_flags(group: Any, data: str, split: str, default_split: str) -
         *spelled("--label-column"),
         default="label",
         metavar="NAME",
-        help="column with the class (default: %(default)s)",
+        help="column with the class, a ClassLabel or its name (default: %(default)s)",
     )
     add(
         "--classes",
         type=Path,
         metavar="FILE",
-        help="JSON file of class names to lists of words that name them: labels the images by their captions. Without "
-        "it the label column must be a ClassLabel",
+        help="JSON file of class names to lists of words that name them: labels the images by their captions, up to "
+        "three of which have to agree, in place of the label column",
     )
     add(
         "--template",

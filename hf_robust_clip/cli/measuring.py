@@ -13,7 +13,7 @@ from datasets.exceptions import DatasetsError
 from safetensors import SafetensorError
 
 from ..attacks.triggers import Trigger, trigger_from_name
-from ..data.loading import label_by_captions, load_pairs
+from ..data.loading import encode_labels, label_by_captions, load_pairs, stream_pairs
 from ..evaluation.attack_success import AttackSuccessEvaluator
 from ..evaluation.zero_shot import DEFAULT_TEMPLATES, ZeroShotEvaluator
 from ..models import check_processor, load_dual_encoder, load_processor
@@ -30,16 +30,16 @@ class Labelled(NamedTuple):
     label_column: str
 
 
-def load_data(flag: str, source: str, split: str, image_column: str) -> datasets.Dataset:
+def load_data(flag: str, source: str, split: str, image_column: str, streaming: bool = False) -> Any:
     """
-    [`~data.loading.load_pairs`] for the source that a flag names.
+    [`~data.loading.load_pairs`], or [`~data.loading.stream_pairs`], for the source that a flag names.
 
     Raises:
         `UsageError`: If it is not what can be read so.
         `OSError`: If the Hub does not have it, or cannot be reached.
     """
     try:
-        return load_pairs(source, split, image_column)
+        return (stream_pairs if streaming else load_pairs)(source, split, image_column)
     except (ValueError, DatasetsError) as error:
         # What went wrong with a file stands in the cause.
         reason = error.__cause__ or error
@@ -67,12 +67,12 @@ def load_model(flag: str, name: str) -> tuple[Any, Any]:
     return model, processor
 
 
-def load_labelled(args: argparse.Namespace, data: str, split: str) -> Labelled | None:
-    """The images of `--data` and the flags beside it; `None` where it is not given."""
+def load_labelled(args: argparse.Namespace, data: str, split: str, image_column: str) -> Labelled | None:
+    """The images of `--data` and the flags beside it, in a column; `None` where it is not given."""
     source = _value(args, data)
     if source is None:
         return None
-    dataset = load_data(data, source, _value(args, split), args.image_column)
+    dataset = load_data(data, source, _value(args, split), image_column)
     if args.classes is not None:
         with usage_errors("--classes"):
             dataset = label_by_captions(
@@ -83,10 +83,14 @@ def load_labelled(args: argparse.Namespace, data: str, split: str) -> Labelled |
         raise UsageError(
             f"--label-column: {args.label_column!r} is not a column of {source!r}; its columns are {names}"
         )
+    dataset = encode_labels(dataset, args.label_column)
     feature = dataset.features[args.label_column]
     if not isinstance(feature, datasets.ClassLabel):
-        raise UsageError(f"--label-column: {args.label_column!r} of {source!r} is no ClassLabel; give --classes")
-    return Labelled(dataset, list(feature.names), args.image_column, args.label_column)
+        raise UsageError(
+            f"--label-column: {args.label_column!r} of {source!r} is {feature}; accepted are a ClassLabel and "
+            "names of classes (string). Or give --classes"
+        )
+    return Labelled(dataset, list(feature.names), image_column, args.label_column)
 
 
 def make_triggers(texts: Sequence[str] | None, flag: str = "--trigger") -> list[Trigger]:

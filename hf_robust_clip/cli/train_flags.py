@@ -52,8 +52,12 @@ def method_parser(method: str, prog: str) -> MethodParser:
     )
     _add_model_flags(parser.add_argument_group("model"))
     _add_data_flags(parser.add_argument_group("training data"))
-    add_measuring_flags(
-        parser.add_argument_group("measures, before and after"), "--eval-data", "--eval-split", "validation"
+    measures = parser.add_argument_group("measures, before and after")
+    add_measuring_flags(measures, "--eval-data", "--eval-split", "validation")
+    measures.add_argument(
+        *spelled("--eval-image-column"),
+        metavar="NAME",
+        help="column of --eval-data with the image (default: that of --image-column)",
     )
     return parser
 

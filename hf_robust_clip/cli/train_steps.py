@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import datasets
 from transformers import PrinterCallback, ProgressCallback, set_seed
 
 from ..data.rows import column_values
@@ -131,7 +130,8 @@ def _make_trainer(args: argparse.Namespace, arguments: CLIPTrainingArguments, re
     # One process fills the caches of the Hub and of datasets, the others read them.
     with arguments.main_process_first():
         pairs = _load_training_pairs(args, arguments)
-        labelled = load_labelled(args, "--eval-data", "--eval-split")
+        column = args.eval_image_column or arguments.image_column
+        labelled = load_labelled(args, "--eval-data", "--eval-split", column)
         model, processor = _start_from(args, arguments, pairs)
     evaluators = [] if labelled is None else make_evaluators(args, labelled)
     # Before the first step, where every kind of distributed training has the model ready.
@@ -157,12 +157,7 @@ def _load_training_pairs(args: argparse.Namespace, arguments: CLIPTrainingArgume
     source, column = args.train_data, arguments.image_column
     if not args.streaming:
         return load_data("--train-data", source, args.train_split, column)
-    path = Path(source)
-    if path.is_file() or (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
-        stream = load_data("--train-data", source, args.train_split, column).to_iterable_dataset()
-    else:
-        with usage_errors("--train-data"):
-            stream = datasets.load_dataset(source, split=args.train_split, streaming=True)  # nosec B615 # the user's choice
+    stream = load_data("--train-data", source, args.train_split, column, streaming=True)
     seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
     return stream.shuffle(seed=seed, buffer_size=args.shuffle_buffer)
 

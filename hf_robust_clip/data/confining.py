@@ -55,7 +55,7 @@ class Bounds:
             return None  # a bad row
         joined = os.path.normpath(os.path.join(self.start, name))
         inside = joined == self.root or joined.startswith(self._inside)
-        if not inside or "://" in name or (os.path.isabs(name) and not self.absolute):
+        if not inside or "://" in name or (not self.absolute and os.path.isabs(name)):
             raise ValueError(
                 f"{where}: {name!r} leads out of {self.root!r}; accepted are files in that folder or below it. A list "
                 "of images in several places goes into a folder above them all"

@@ -105,16 +105,40 @@ def test_classes_from_captions(model: Path, pairs: datasets.Dataset, tmp_path: P
     flags += ["--classes", str(tmp_path / "classes.json")]
     assert main(["evaluate", str(model), *flags]) == 0
     assert "of 2 classes" in capsys.readouterr().out
-    (tmp_path / "classes.json").write_text(json.dumps({"eight": "eight"}))
-    assert main(["evaluate", str(model), *flags]) == 2
-    assert "--classes" in capsys.readouterr().err
+    for content in ({"eight": "eight"}, {}):
+        (tmp_path / "classes.json").write_text(json.dumps(content))
+        assert main(["evaluate", str(model), *flags]) == 2
+        assert "--classes" in capsys.readouterr().err
+
+
+def test_classes_from_one_caption_in_place_of_labels(model: Path, images: Path, tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "classes.json").write_text(json.dumps({"eight": ["eight"], "three": ["three"]}))
+    assert main(["evaluate", str(model), "--data", str(images), "--classes", str(tmp_path / "classes.json")]) == 0
+    assert "of 2 classes" in capsys.readouterr().out
+
+
+def test_names_of_classes_are_labels(
+    model: Path, images: Path, pairs: datasets.Dataset, tmp_path: Path, capsys: Any
+) -> None:
+    names = [CLASS_NAMES[label] for label in pairs["label"]]
+    named = pairs.remove_columns("label").add_column("kind", names)
+    named.to_parquet(tmp_path / "images.parquet")
+    figures = []
+    for flags in (["--data", str(images)], ["--data", str(tmp_path / "images.parquet"), "--label-column", "kind"]):
+        given = [*flags, "--template", "{}", "--target", "eight", "--trigger", "patch:size=3"]
+        given += ["--linear-probe-data", flags[1], "--json", str(tmp_path / "out.json")]
+        assert main(["evaluate", str(model), *given]) == 0
+        figures.append(json.loads((tmp_path / "out.json").read_text()))
+    assert figures[1]["classes"] == sorted(figures[0]["classes"]) != figures[0]["classes"]
+    for name in ("clean_accuracy", "patch_attack_success_rate"):
+        assert figures[0]["figures"][name] == pytest.approx(figures[1]["figures"][name])
 
 
 @pytest.mark.parametrize(
     "flags, expected",
     [
         (["--label-column", "class"], "--label-column: 'class'"),
-        (["--label-column", "caption"], "no ClassLabel"),
+        (["--label-column", "image"], "accepted are a ClassLabel and names of classes (string). Or give --classes"),
         (["--image-column", "photo"], "'photo'"),
         (["--target", "ten", "--trigger", "patch"], "target='ten'"),
         (["--target", "eight", "--trigger", "patch:size=99"], "does not fit"),

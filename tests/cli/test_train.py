@@ -98,6 +98,18 @@ def test_every_method_trains_and_measures(method: str, folder: Path, tmp_path: P
     assert json.loads(out.read_text())["figures"] == pytest.approx(results["after"], abs=1e-6)
 
 
+def test_columns_of_the_images_to_measure_on(folder: Path, pairs: datasets.Dataset, tmp_path: Path) -> None:
+    lines = ["filepath,title"]
+    for i in range(8):
+        pairs[i]["image"].save(tmp_path / f"{i}.png")
+        lines.append(f"{i}.png,{pairs[i]['caption']}")
+    (tmp_path / "pairs.csv").write_text("\n".join(lines) + "\n")
+    given = ["--train-data", str(tmp_path / "pairs.csv"), "--image-column", "filepath", "--caption-column", "title"]
+    given += ["--per_device_train_batch_size", "8", "--eval-image-column", "image", *measured(folder)]
+    assert main(["train", "clip", *flags(folder, tmp_path / "out", *given)]) == 0
+    assert "clean_accuracy" in json.loads((tmp_path / "out" / "results.json").read_text())["after"]
+
+
 def test_nothing_to_measure_with(folder: Path, tmp_path: Path, capsys: Any) -> None:
     assert main(["train", "clip", *flags(folder, tmp_path / "out")]) == 0
     assert "Nothing is measured" in capsys.readouterr().out
@@ -212,7 +224,8 @@ def test_a_file_holds_every_kind_of_argument(tmp_path: Path) -> None:
         (["--resume", "--resume_from_checkpoint", "x"], "not both"),
         (["--resume_from_checkpoint", "none"], "none is not a folder"),
         (["--train-data", "none.parquet"], "--train-data: 'none.parquet'"),
-        (["--train-split", "x", "--train-data", "DATA"], "--train-data"),
+        (["--train-split", "x", "--train-data", "DATA"], "its splits are train"),
+        (["--eval-data", "DATA"], "split='validation' is not in"),
         (["--caption_column", "text"], "'text'"),
         (["--text_preset", "poem"], "text_preset"),
         (["--per_device_train_batch_size", "65"], "fewer than one batch"),

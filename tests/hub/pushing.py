@@ -51,10 +51,12 @@ def trainer_of(cls: type[CLIPTrainer], output: Path, name: str, **overrides: Any
     return make_trainer(cls, output / name, evaluators=[evaluator], **{**RUN[cls], **overrides})
 
 
-def assert_loads_as_it_was(trainer: CLIPTrainer, **loading: Any) -> None:
+def assert_loads_as_it_was(trainer: CLIPTrainer, token: str | None = None) -> None:
     """From the Hub come its weights to the bit, and its processor; they measure what the trainer measures."""
-    model = CLIPModel.from_pretrained(trainer.hub_model_id, **loading).eval()
-    processor = AutoProcessor.from_pretrained(trainer.hub_model_id, **loading)
+    # transformers 5.19 and 5.20 do not pass a model's `token` on to its configuration.
+    source = trainer.hub_model_id if token is None else snapshot_download(str(trainer.hub_model_id), token=token)
+    model = CLIPModel.from_pretrained(source).eval()
+    processor = AutoProcessor.from_pretrained(source)
     weights = trainer.model.state_dict()
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
     figures = {f"eval_{name}": value for name, value in trainer.evaluators[0](model, processor).items()}
