@@ -30,7 +30,9 @@ _OUTCOME_FREE = (
     *("accelerator_config", "activation_checkpointing", "gradient_checkpointing", "debug"),
     *("prediction_loss_only", "remove_unused_columns", "ddp_timeout", "skip_memory_metrics", "use_cpu", "batch_eval_"),
 )
-_TOKEN = re.compile(r"hf_[A-Za-z0-9]{6,}")
+_TOKEN = re.compile(r"hf_[\w.\-]{6,}")
+#: Flags with a secret behind them; argparse takes a flag's beginning for the flag, of hub_token from "hub_t" on.
+_TOKEN_FLAG = re.compile(r"--?([\w-]+[_-])?tok(e|en)?|--?hub[_-]to?", re.IGNORECASE)
 
 
 def record_of(trainer: CLIPTrainer) -> RunRecord:
@@ -98,12 +100,18 @@ def command_line(arguments: Sequence[str]) -> str:
     shown, redact = [Path(arguments[0]).name], False
     for argument in arguments[1:]:
         name, equals, _ = argument.partition("=")
-        is_token = name.startswith("--") and name.replace("-", "_").endswith("_token")
+        is_token = _TOKEN_FLAG.fullmatch(name) is not None
         if redact or (is_token and equals):
             argument = f"{name}=<token>" if equals and not redact else "<token>"
         redact = is_token and not equals
-        shown.append(_TOKEN.sub("<token>", argument).replace(os.path.expanduser("~"), "~"))
+        shown.append(_without_home(_TOKEN.sub("<token>", argument)))
     return shlex.join(shown)
+
+
+def _without_home(argument: str) -> str:
+    """An argument with a tilde for the home folder, where a path in it begins with that folder."""
+    home = os.path.expanduser("~").rstrip(os.sep)
+    return re.sub(rf"((?<![\w./~-])|(?<=://)){re.escape(home)}(?![\w.-])", "~", argument) if home else argument
 
 
 def _saved_weights(trainer: CLIPTrainer, course: Sequence[dict[str, float]]) -> dict[str, float] | None:
