@@ -17,7 +17,8 @@ import numpy as np
 
 from .data.rows import POISONED, shown_rows
 from .evaluation.columns import read_column
-from .files import RUN_FILE
+from .files import RUN_FILE, write_text
+from .record_form import RECORD, check_form
 
 #: Most entries of a log that a record keeps, evenly spaced.
 LOG_ENTRIES = 500
@@ -93,17 +94,21 @@ class RunRecord:
             where (`str`): What errors call it.
 
         Raises:
-            `ValueError`: If it is no record.
+            `ValueError`: If it is no record, or one of its entries is nothing that a record holds.
         """
         try:
-            content = json.loads(text)
+            content = jsonable(json.loads(text))
         except ValueError as error:
             raise ValueError(f"{where} is no JSON: {error}") from error
+        except RecursionError as error:
+            raise ValueError(f"{where} is no record of a run: its entries are nested too deeply") from error
         names = {item.name: item for item in dataclasses.fields(cls)}
         given = set(content) if isinstance(content, dict) else set()
         required = {name for name, item in names.items() if item.default_factory is dataclasses.MISSING}
         if not required <= given <= set(names):
             raise ValueError(f"{where} is no record of a run: its keys must be {', '.join(names)}")
+        for name, value in content.items():
+            check_form(value, RECORD[name], f"{where}: {name}")
         return cls(**content)
 
     def plain(self) -> RunRecord:
@@ -111,8 +116,8 @@ class RunRecord:
         return self.from_json(self.to_json())
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write it into a model's folder, as JSON."""
-        Path(folder, RUN_FILE).write_text(self.to_json(), encoding="utf-8")
+        """Write it into a model's folder, as JSON, in one move."""
+        write_text(Path(folder, RUN_FILE), self.to_json())
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> RunRecord:
@@ -214,9 +219,14 @@ def jsonable(value: Any) -> Any:
     if isinstance(value, Enum | np.generic):
         return jsonable(value.value if isinstance(value, Enum) else value.item())
     if isinstance(value, dict):
-        return {str(key): jsonable(entry) for key, entry in value.items()}
+        return {_encodable(str(key)): jsonable(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
         return [jsonable(entry) for entry in (sorted(value, key=str) if isinstance(value, set | frozenset) else value)]
     if isinstance(value, float):
         return value if math.isfinite(value) else None
-    return value if value is None or isinstance(value, bool | int | str) else str(value)
+    return value if value is None or isinstance(value, bool | int) else _encodable(str(value))
+
+
+def _encodable(text: str) -> str:
+    """A text that UTF-8 can hold: half a pair of surrogates, as in a command that is no UTF-8, is spelled out."""
+    return text.encode("utf-8", "backslashreplace").decode()

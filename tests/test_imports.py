@@ -21,7 +21,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     ),
     frozenset({"attacks"}),
     frozenset({"models", "data", "evaluation"}),
-    frozenset({"methods", "record"}),
+    frozenset({"methods", "record", "record_form"}),
     frozenset({"callbacks", "cards", "report"}),
     frozenset({"trainers"}),
     frozenset({"cli", "__main__"}),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,14 @@ from hf_robust_clip.trainers.recording import command_line, evaluations
 def record(**changes: Any) -> RunRecord:
     given: dict[str, Any] = {
         "trainer": "CleanCLIPTrainer",
-        "model": {"name": None, "type": "clip"},
+        "model": {
+            "name": None,
+            "type": "clip",
+            "parameters": 10,
+            "trainable_parameters": 10,
+            "image_size": 16,
+            "adapter": None,
+        },
         "data": {"rows": 3},
         "defence": {"unimodal_weight": 1.0},
         "settings": {},
@@ -33,7 +41,15 @@ def record(**changes: Any) -> RunRecord:
         "steps": 4,
         "epochs": 1.0,
         "planned_steps": 8,
-        "environment": {"seconds": 1.5},
+        "environment": {
+            "versions": {"torch": "2"},
+            "device": "CPU",
+            "processes": 1,
+            "precision": "float32",
+            "seed": 0,
+            "seconds": 1.5,
+            "command": "train.py",
+        },
     }
     return RunRecord(**{**given, **changes})
 
@@ -58,6 +74,59 @@ def test_what_is_no_record_is_refused(content: str | None, message: str, tmp_pat
         (tmp_path / RUN_FILE).write_text(content)
     with pytest.raises(ValueError, match=message):
         RunRecord.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "entry, value, message",
+    [
+        ("model", {}, r"model is \{\}; accepted is a mapping with 'name', 'type'"),
+        ("model", [], "model is .*accepted is a mapping"),
+        ("measures", [{}], r"measures\[0\] is \{\}; accepted is a mapping with 'measure', 'figures'"),
+        ("measures", [{"measure": "x", "figures": [1]}], r"measures\[0\]\['figures'\]\[0\] is 1; accepted is a text"),
+        ("environment", {}, "environment is .* with 'versions'"),
+        ("course", [{}], r"course\[0\] is \{\}; accepted is a mapping with 'step', 'epoch'"),
+        ("skipped", {"count": 3}, "skipped is .* with 'rows', 'streamed'"),
+        ("epochs", None, "epochs is None; accepted is a number"),
+        ("before", {"clean_accuracy": "high"}, r"before\['clean_accuracy'\] is 'high'; accepted is a number"),
+        ("after", {"clean_accuracy": 10**400}, "after.* is 10*.*; accepted is a number"),
+        ("log", [{"loss": 1.0}], r"log\[0\] is .* with 'epoch'"),
+        ("details", {"splits": [{}]}, r"details\['splits'\]\[0\] is"),
+        ("augmentation", {"images": None}, "augmentation is .* with 'captions'"),
+    ],
+)
+def test_entries_that_no_record_has_are_refused(entry: str, value: Any, message: str) -> None:
+    content = {**json.loads(record().to_json()), entry: value}
+    with pytest.raises(ValueError, match=f"^FILE: {message}"):
+        RunRecord.from_json(json.dumps(content), "FILE")
+
+
+def test_a_record_nested_too_deeply_is_refused() -> None:
+    content = {**json.loads(record().to_json()), "settings": {}}
+    text = json.dumps(content).replace('"settings": {}', f'"settings": {"[" * 5000}{"]" * 5000}')
+    with pytest.raises(ValueError, match="nested too deeply"):
+        RunRecord.from_json(text)
+
+
+def test_half_a_pair_of_surrogates_does_not_lose_the_record(tmp_path: Path) -> None:
+    odd = "caf\udce9"
+    environment = {**record().environment, "command": command_line(["train.py", "--data", odd])}
+    measure = {"measure": "x", "figures": [], "classes": [odd], "trigger": {"name": "word", odd: odd}}
+    record(environment=environment, measures=[measure]).save(tmp_path)
+    read = RunRecord.load(tmp_path)
+    assert read.environment["command"] == r"train.py --data 'caf\udce9'"
+    assert read.measures[0]["classes"] == [r"caf\udce9"]
+    # From a file, too, which can spell one out.
+    text = record().to_json().replace('"train.py"', r'"caf\udce9"')
+    assert RunRecord.from_json(text).environment["command"] == r"caf\udce9"
+
+
+def test_a_record_is_not_written_through_a_link(tmp_path: Path) -> None:
+    other, folder = tmp_path / "other", tmp_path / "model"
+    other.write_text("mine")
+    folder.mkdir()
+    (folder / RUN_FILE).symlink_to(other)
+    record().save(folder)
+    assert other.read_text() == "mine" and RunRecord.load(folder) == record()
 
 
 def test_unknown_keys_are_refused(tmp_path: Path) -> None:
@@ -129,6 +198,11 @@ def test_triggers_are_described() -> None:
         ["train.py", "--hub_token=hf_secretsecret"],
         ["train.py", "--hub-token", "secretsecret"],
         ["train.py", "--note", "see hf_secretsecret"],
+        ["train.py", "--data", "https://you:hf_oauth_eyJsecret.secret-secret@host/x"],
+        ["train.py", "hf_jwt_eyJsecret.secret"],
+        ["train.py", "--hub_tok", "secret"],
+        ["train.py", "--hub-t=secret"],
+        ["train.py", "--HF_TOKEN", "secret"],
     ],
 )
 def test_command_keeps_no_token(arguments: list[str]) -> None:
@@ -141,6 +215,27 @@ def test_command_keeps_what_is_no_secret(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("HOME", "/home/someone")
     shown = command_line(["train.py", "--max_token", "3", "--data", "/home/someone/a b.parquet", "--seed=1"])
     assert shown == "train.py --max_token '<token>' --data '~/a b.parquet' --seed=1"
+
+
+@pytest.mark.parametrize(
+    "home, argument, shown",
+    [
+        ("/", "/mnt/pairs", "/mnt/pairs"),
+        ("", "/mnt/pairs", "/mnt/pairs"),
+        ("/home/al", "/home/alice/o", "/home/alice/o"),
+        ("/home/al", "/home/al.old", "/home/al.old"),
+        ("/home/al", "/mnt/home/al/o", "/mnt/home/al/o"),
+        ("/home/al", "/home/al", "~"),
+        ("/home/al/", "--data=/home/al/o", "--data=~/o"),
+        ("/home/al", "zip://a.png::/home/al/x,/home/al", "zip://a.png::~/x,~"),
+        ("/home/al", "file:///home/al/x", "file://~/x"),
+    ],
+)
+def test_only_a_path_that_begins_with_the_home_folder_loses_it(
+    home: str, argument: str, shown: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", home)
+    assert shlex.split(command_line(["train.py", argument]))[1] == shown
 
 
 def test_evaluations_are_the_evaluators_figures() -> None:

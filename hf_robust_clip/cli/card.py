@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import RUN_FILE
+from ..record_form import RESULTS, check_form
 from .output import UsageError, say, usage_errors
 
 
@@ -64,16 +65,19 @@ def run(args: argparse.Namespace) -> int:
 def _read_results(path: Path, folder: Path, repo_id: str | None) -> dict[str, Any]:
     """Figures of the model in `folder`, or of a control, and what they are of, as `evaluate --json` writes them."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        # NaN and the infinities, which no figure is, count as not measured.
+        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda name: None)
     except OSError as error:
         raise UsageError(f"--results: {path} cannot be read: {error.strerror or error}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"--results: {path} is no JSON: {error}") from error
     kinds = {"model": str, "measures": list, "figures": dict}
     if not isinstance(content, dict) or not all(isinstance(content.get(name), kind) for name, kind in kinds.items()):
         raise UsageError(
             f"--results: {path} has no model, measures and figures; accepted is what evaluate --json writes"
         )
+    with usage_errors():
+        check_form(content, RESULTS, f"--results: {path}")
     own = [folder.resolve().name, *([repo_id] if repo_id is not None else [])]
     if "control" not in content and content["model"] not in own:
         raise UsageError(

@@ -272,7 +272,9 @@ def split_course(splits: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _held(split: Mapping[str, Any]) -> str:
-    return f"{split['poisons_in_safe_set']:.1%} of the poisons and {split['safe_share']:.1%} of all pairs"
+    pairs = f"{split['safe_share']:.1%} of all pairs"
+    poisons = split["poisons_in_safe_set"]
+    return pairs if poisons is None else f"{poisons:.1%} of the poisons and {pairs}"
 
 
 def _listed(numbers: Sequence[int]) -> str:

@@ -167,7 +167,8 @@ def guesses(accuracy: float | None, measure: Mapping[str, Any]) -> bool:
 def _attack_title(measure: Mapping[str, Any]) -> str:
     if not measure.get("trigger"):
         return "Targeted poisoning"
-    title = f"{str(measure['trigger']['name']).capitalize()} trigger, target “{measure['target']}”"
+    title = f"{str(measure['trigger']['name']).capitalize()} trigger"
+    title += f", target “{measure['target']}”" if measure.get("target") else ""
     return f"{title}, by linear probe" if measure["measure"] == "linear probe" else title
 
 

@@ -176,7 +176,7 @@ def _attacks(record: RunRecord, pictures: RunPictures | None) -> dict[str, Any]:
             {
                 "number": attack.number,
                 "title": attack.title,
-                "target": attack.measure["target"],
+                "target": attack.measure.get("target"),
                 "amplification": shown.amplification,
                 "images": [
                     {

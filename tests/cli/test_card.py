@@ -94,7 +94,9 @@ def test_a_card_by_a_person_stays(folder: Path, capsys: Any) -> None:
     assert "move or delete it" in error and error.count("\n") == 1
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"measures": {}, "figures": {}}', None])
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "{}", '{"measures": {}, "figures": {}}', '{"measures": [{}], "figures": {}}', None]
+)
 def test_results_that_are_none(text: str | None, folder: Path, capsys: Any) -> None:
     if text is not None:
         (folder / "results.json").write_text(text)
@@ -106,7 +108,11 @@ def test_results_that_are_none(text: str | None, folder: Path, capsys: Any) -> N
 def test_wrong_usage(folder: Path, tmp_path_factory: Any, capsys: Any) -> None:
     assert main(["card", str(tmp_path_factory.mktemp("empty"))]) == 2
     assert main(["card", str(folder), "--repo-id", "no/such/id"]) == 2
+    whole = (folder / RUN_FILE).read_text()
     (folder / RUN_FILE).write_text("{}")
     assert main(["card", str(folder)]) == 2
+    (folder / RUN_FILE).write_text(json.dumps({**json.loads(whole), "measures": [{}]}))
+    assert main(["card", str(folder)]) == 2
     errors = capsys.readouterr().err.splitlines()
-    assert len(errors) == 3 and RUN_FILE in errors[0] and "repo_id" in errors[1]
+    assert len(errors) == 4 and RUN_FILE in errors[0] and "repo_id" in errors[1]
+    assert f"{RUN_FILE}: measures[0] is {{}}; accepted is a mapping with 'measure', 'figures'" in errors[3]

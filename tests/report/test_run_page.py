@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from hf_robust_clip import CleanCLIPTrainer, CLIPTrainer, RoCLIPTrainer, SafeCLIPTrainer
+from hf_robust_clip.cards import render_card
 from hf_robust_clip.record import RunRecord, jsonable
 from hf_robust_clip.report import AttackPictures, MatchedPair, RunPictures, TriggeredImage, render_run_report, run_page
 from hf_robust_clip.report.run_findings import evaluations_of, headlines, run_findings, unmeasured
@@ -230,6 +231,32 @@ def test_whatever_comes_from_data_is_escaped(trainer: str, text: str, no_plots: 
     assert all(address.startswith("data:") for address in addresses if address is not None)
     # Escaped, not left out: a reader sees the text itself.
     assert page.words.count(text) > 12
+
+
+def places(value: Any) -> list[tuple[Any, Any]]:
+    """Each entry of plain data as what holds it and its key there; of a list the first two."""
+    keys = list(value) if isinstance(value, dict) else range(min(len(value), 2)) if isinstance(value, list) else ()
+    return [(value, key) for key in keys] + [place for key in keys for place in places(value[key])]
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_a_record_with_an_odd_entry_is_refused_or_makes_a_card_and_a_page(trainer: str, no_plots: None) -> None:
+    odd = (None, True, -1, 2**63, 10**400, 0.5, 1e99, "", "\ud800", [], [None], ["a"], {}, {"name": "patch"})
+    generator = np.random.default_rng(0)
+    text = make_record(trainer, skipped={"count": 2, "rows": [1, 2], "streamed": False}).to_json()
+    for _ in range(20):
+        content = json.loads(text)
+        there = places(content)
+        holder, key = there[generator.integers(len(there))]
+        if isinstance(holder, dict) and generator.random() < 0.2:
+            del holder[key]
+        else:
+            holder[key] = odd[generator.integers(len(odd))]
+        try:
+            record = RunRecord.from_json(json.dumps(content))
+        except ValueError:
+            continue
+        assert render_card(record) and render_run_report(record)
 
 
 def test_trigger_of_any_name_can_be_drawn(coarse_plots: None) -> None:
