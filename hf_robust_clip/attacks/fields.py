@@ -29,15 +29,25 @@ class TriggerFields:
         return dataclasses.replace(self, seed=seed) if "seed" in names else self  # type: ignore[type-var]
 
 
-def check_int(name: str, value: object, minimum: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-        raise ValueError(f"{name}={value!r}; accepted is an integer of at least {minimum}")
+def check_int(name: str, value: object, minimum: int, maximum: int | None = None) -> None:
+    within = isinstance(value, int) and minimum <= value and (maximum is None or value <= maximum)
+    if not within or isinstance(value, bool):
+        limit = "" if maximum is None else f" and at most {maximum}"
+        raise ValueError(f"{name}={value!r}; accepted is an integer of at least {minimum}{limit}")
 
 
 def check_float(name: str, value: object, maximum: float = math.inf) -> None:
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= maximum or math.isinf(value):
         limit = "finite" if math.isinf(maximum) else f"at most {maximum:g}"
         raise ValueError(f"{name}={value!r}; accepted is a number above 0 and {limit}")
+
+
+def check_text(name: str, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        # A lone surrogate: no tokenizer, file or table takes one.
+        raise ValueError(f"{name}: {text!r} cannot be encoded: {error}") from error
 
 
 def check_choice(name: str, value: object, accepted: tuple[str, ...]) -> None:

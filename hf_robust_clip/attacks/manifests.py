@@ -9,10 +9,8 @@ from typing import Any
 
 from .fields import check_choice, check_float, check_int
 from .rows import decode_target
-from .spec import MODES
+from .spec import LARGEST_SIZE, MODES
 
-#: Largest side that poisoned images are resized to.
-_LARGEST_SIZE = 8192
 _DATASET_KEYS = (
     *("mode", "trigger", "indices", "captions", "counts"),
     *("image_size", "columns", "fingerprint", "source_index", "image"),
@@ -77,9 +75,7 @@ def _check_common(part: Mapping[str, Any], columns: tuple[str, ...], optional: t
     try:
         check_choice("mode", part["mode"], MODES)
         if part["image_size"] is not None:
-            check_int("image_size", part["image_size"], minimum=1)
-            if part["image_size"] > _LARGEST_SIZE:
-                raise ValueError(f"image_size={part['image_size']!r}; accepted is at most {_LARGEST_SIZE}")
+            check_int("image_size", part["image_size"], minimum=1, maximum=LARGEST_SIZE)
     except ValueError as error:
         raise ValueError(f"manifest: {error}") from error
     for names, accepts, accepted in ((columns, _is_text, "a name"), (optional, _is_name_or_none, "a name or null")):

@@ -20,6 +20,7 @@ from .manifests import check_dataset_part
 from .rows import (
     build_rows,
     captions_fingerprint,
+    check_columns,
     check_features,
     decode_target,
     naming,
@@ -162,9 +163,10 @@ def _check_dataset(
         )
     if not isinstance(dataset, Dataset):
         raise ValueError(f"dataset is a {type(dataset).__name__}; accepted is a datasets.Dataset, one split at a time")
+    check_columns(image_column, caption_column)
     for name, column in (("image", image_column), ("caption", caption_column), ("label", label_column)):
         if column is not None and column not in dataset.column_names:
-            there = ", ".join(dataset.column_names)
+            there = ", ".join(map(repr, dataset.column_names))
             raise ValueError(f"{name}_column={column!r} is no column of the dataset; there are {there}")
     if len(dataset) == 0:
         raise ValueError("dataset is empty; accepted is a dataset with at least one row")

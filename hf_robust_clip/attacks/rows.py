@@ -30,6 +30,12 @@ POISONED = "poisoned"
 ENCODED_IMAGE_DTYPES = ("string", "large_string", "binary", "large_binary")
 
 
+def check_columns(image_column: str, caption_column: str) -> None:
+    """That images and captions are in different columns: a poison would have one in the place of the other."""
+    if image_column == caption_column:
+        raise ValueError(f"image_column and caption_column are both {image_column!r}; accepted are different columns")
+
+
 def check_features(features: Features, image_column: str, caption_column: str) -> None:
     """That the columns hold images and captions, and the column `poisoned`, where there is one, marks."""
     feature = features[image_column]
@@ -151,13 +157,22 @@ def decode_target(image: Any) -> Image.Image:
 
 
 def prepare(image: Image.Image, size: int | None) -> Image.Image:
-    """The image, with a `size` resized and cropped as CLIP's image processor does."""
+    """
+    The image, with a `size` resized and cropped as CLIP's image processor does; `ValueError` where it has more pixels
+    in between than Pillow's guard says, as a long strip can.
+    """
     if size is None:
         return image
     image = without_ends(image)
     width, height = image.size
     short = min(width, height)
-    image = image.resize((width * size // short, height * size // short), Image.Resampling.BICUBIC)
+    width, height, most = width * size // short, height * size // short, Image.MAX_IMAGE_PIXELS
+    if most is not None and width * height > most:
+        raise ValueError(
+            f"image_size={size} makes {width} x {height} pixels of it before it is cropped, more than the {most} of "
+            "PIL.Image.MAX_IMAGE_PIXELS"
+        )
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
 

@@ -11,12 +11,16 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from .fields import check_text
 from .rows import naming
 from .text_triggers import WordTrigger
 from .triggers import Trigger
 
 #: Of the manifests that record what was poisoned.
 VERSION = 1
+#: Largest side that poisoned images are resized to, far above any model's: four times as many pixels cost four times
+#: the time and memory a row.
+LARGEST_SIZE = 2048
 MODES = ("backdoor", "label_consistent", "targeted", "text_query")
 DEFAULT_TEMPLATES = (
     "a photo of a {}.",
@@ -67,7 +71,8 @@ class PoisonSpec:
         seed (`int`, defaults to 0): of the rows and captions drawn. The trigger has its own.
         mode (`str`, defaults to `"backdoor"`): one of the four above.
         image_size (`int`, *optional*): resize the poisoned images (shortest edge, bicubic) and crop their centre to
-            this size first, so that the trigger is applied at the model's input resolution. Not in text-query mode.
+            this size first, so that the trigger is applied at the model's input resolution. At most `LARGEST_SIZE`.
+            Not in text-query mode.
         target_image (PIL image, `bytes`, path or `uint8` array `(H, W, 3)`, *optional*): the image of targeted mode.
         source_index (`int`, *optional*): instead of `target_image`, the row whose image it is. Not for streams.
 
@@ -91,12 +96,15 @@ class PoisonSpec:
             raise ValueError(f"mode={self.mode!r}; accepted are {', '.join(MODES)}")
         if not isinstance(self.target, str) or not self.target.strip():
             raise ValueError(f"target={self.target!r}; accepted is the name of a class")
+        check_text("target", self.target)
         if (self.count is None) == (self.rate is None):
             raise ValueError(f"count={self.count} and rate={self.rate}; exactly one of them must be given")
         for name, minimum in (("count", 1), ("seed", 0), ("image_size", 1), ("source_index", 0)):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < minimum):
                 raise ValueError(f"{name}={value!r}; accepted is an integer of at least {minimum}")
+        if self.image_size is not None and self.image_size > LARGEST_SIZE:
+            raise ValueError(f"image_size={self.image_size!r}; accepted is at most {LARGEST_SIZE}")
         if self.rate is not None and not (isinstance(self.rate, int | float) and 0 < self.rate <= 1):
             raise ValueError(f"rate={self.rate!r}; accepted is a fraction above 0 and at most 1")
         self._check_templates()
@@ -138,6 +146,7 @@ class PoisonSpec:
                     raise ValueError(f"templates: {template!r}; accepted is {accepted}")
             elif not isinstance(template, str) or template.count("{}") != 1:
                 raise ValueError(f"templates: {template!r}; accepted is a string with exactly one {{}}")
+            check_text("templates", template)
 
 
 def targeted_specs(

@@ -25,6 +25,7 @@ from .rows import (
     POISONED,
     caption_array,
     caption_list,
+    check_columns,
     check_features,
     decode_target,
     labelling,
@@ -145,11 +146,12 @@ def _check_stream(stream: IterableDataset, columns: Mapping[str, str | None]) ->
         found = type(stream).__name__
         accepted = "a datasets.IterableDataset, one split at a time (poison_dataset takes a datasets.Dataset)"
         raise ValueError(f"stream is a {found}; accepted is {accepted}")
+    check_columns(columns["image"] or "", columns["caption"] or "")
     features = stream.features
     if features is not None:
         for name, column in columns.items():
             if column is not None and column not in features:
-                there = ", ".join(features)
+                there = ", ".join(map(repr, features))
                 raise ValueError(f"{name}_column={column!r} is no column of the stream; there are {there}")
         check_features(features, columns["image"] or "", columns["caption"] or "")
     elif columns["label"] is not None:
@@ -318,7 +320,9 @@ class _Attack:
     def _value(self, row: dict[str, Any], name: str) -> Any:
         column = self.columns[name]
         if column not in row:
-            raise ValueError(f"{name}_column={column!r} is no column of the stream; a row has {', '.join(row)}")
+            raise ValueError(
+                f"{name}_column={column!r} is no column of the stream; a row has {', '.join(map(repr, row))}"
+            )
         return row[column]
 
 

@@ -28,6 +28,8 @@ Pixels = NDArray[np.uint8]  # (H, W, 3), RGB
 
 PATCH_PLACES = ("top_left", "top_right", "bottom_left", "bottom_right", "center", "random")
 PATCH_PATTERNS = ("noise", "solid", "stripes", "checkerboard")
+#: Most points of a warp's field along an axis.
+FINEST_GRID = 256
 BLEND_PATTERNS = ("noise", "stripes", "triangles", "text")
 
 
@@ -193,7 +195,8 @@ class WarpTrigger(Trigger):
 
     Args:
         strength (`float`, defaults to 0.5): in half pixels, above 0 and finite.
-        grid (`int`, defaults to 4): points of the field along each axis, at least 2.
+        grid (`int`, defaults to 4): points of the field along each axis, from 2 to 256. With as many as the image has
+            pixels along an axis, each is moved by itself, and nothing of the warp is smooth.
         seed (`int`, defaults to 0): of the field.
 
     Raises:
@@ -207,7 +210,7 @@ class WarpTrigger(Trigger):
 
     def __post_init__(self) -> None:
         check_float("strength", self.strength)
-        check_int("grid", self.grid, minimum=2)
+        check_int("grid", self.grid, minimum=2, maximum=FINEST_GRID)
         check_int("seed", self.seed, minimum=0)
 
     def _apply(self, pixels: Pixels) -> Pixels:
@@ -250,7 +253,9 @@ def trigger_from_name(name: str, **overrides: Any) -> Trigger | WordTrigger:
     accepted = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
     unknown = [key for key in overrides if key not in accepted]
     if unknown:
-        raise ValueError(f"trigger {name!r} has no field {', '.join(unknown)}; accepted are {', '.join(accepted)}")
+        raise ValueError(
+            f"trigger {name!r} has no field {', '.join(map(repr, unknown))}; accepted are {', '.join(accepted)}"
+        )
     return cls(**overrides)
 
 

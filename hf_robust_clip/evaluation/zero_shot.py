@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..attacks.fields import check_text
 from .columns import read_labels
 from .embedding import Embedder
 from .measures import accuracy, balanced_accuracy, top_k_accuracy
@@ -119,6 +120,8 @@ def check_class_names(class_names: Sequence[str]) -> list[str]:
     names = [class_names] if isinstance(class_names, str) else list(class_names)
     if len(names) < 2 or len(set(names)) < len(names) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"class_names must be at least two different names, but is {names!r}")
+    for name in names:
+        check_text("class_names", name)
     return names
 
 
@@ -127,4 +130,6 @@ def check_templates(templates: Sequence[str]) -> list[str]:
     checked = [templates] if isinstance(templates, str) else list(templates)
     if not checked or not all(isinstance(template, str) and template.count("{}") == 1 for template in checked):
         raise ValueError(f"templates must be texts with one '{{}}' each for the class name, but is {checked!r}")
+    for template in checked:
+        check_text("templates", template)
     return checked

@@ -432,6 +432,9 @@ def test_replay_refuses_what_it_was_not_made_for():
         ({"target": 3}, "target=3"),
         ({"seed": -1}, "seed=-1"),
         ({"image_size": 0}, "image_size=0"),
+        ({"image_size": 2049}, "image_size=2049; accepted is at most 2048"),
+        ({"target": "d\ud800g"}, r"target: 'd\\ud800g' cannot be encoded"),
+        ({"templates": ["a {}", "\ud800 {}"]}, r"templates: '\\ud800 \{\}' cannot be encoded"),
         ({"templates": "a {}"}, "templates='a {}'.*list"),
         ({"templates": []}, "at least one template"),
         ({"templates": ["a dog"]}, "'a dog'.*exactly one {}"),
@@ -458,6 +461,23 @@ def test_replay_refuses_what_it_was_not_made_for():
 def test_spec_errors(arguments, message):
     with pytest.raises(ValueError, match=message):
         PoisonSpec(**({"trigger": PATCH, "target": "dog", "count": 3} | arguments))
+
+
+def test_one_column_for_images_and_captions_is_refused():
+    for column in ("image", "caption"):
+        with pytest.raises(ValueError, match=f"image_column and caption_column are both '{column}'"):
+            poison_dataset(pairs(), PoisonSpec(PATCH, "dog", count=3), image_column=column, caption_column=column)
+
+
+def test_a_strip_is_not_made_larger_than_an_image_may_be():
+    # 2,048 x 131,072 pixels, of which a square would be kept.
+    data = pairs().to_dict()
+    strip = BytesIO()
+    Image.new("RGB", (128, 2)).save(strip, "PNG")
+    data["image"] = [{"bytes": strip.getvalue(), "path": None} for _ in data["image"]]
+    dataset = Dataset.from_dict(data, features=FEATURES)
+    with pytest.raises(ValueError, match=r"image of row \d+: image_size=2048 makes 131072 x 2048 pixels"):
+        poison_dataset(dataset, PoisonSpec(PATCH, "dog", count=1, image_size=2048))
 
 
 @pytest.mark.parametrize("place", ["start", "end", "random"])
@@ -596,7 +616,7 @@ def test_dataset_errors():
     spec = PoisonSpec(PATCH, "dog", count=3)
     dataset = pairs()
     for column in ("image", "caption", "label"):
-        with pytest.raises(ValueError, match=f"{column}_column='nothing' .* there are image, caption, label"):
+        with pytest.raises(ValueError, match=f"{column}_column='nothing' .* there are 'image', 'caption', 'label'"):
             poison_dataset(dataset, spec, **{f"{column}_column": "nothing"})
     with pytest.raises(ValueError, match=r"empty"):
         poison_dataset(dataset.select([]), spec)

@@ -390,7 +390,7 @@ def test_columns_of_unknown_features_are_looked_for_in_the_rows():
     unknown = IterableDataset.from_generator(rows_of_a_generator, gen_kwargs={"kind": "bytes"})
     for name in ("image", "caption", "key"):
         given = {"key_column": "id", f"{name}_column": "x"}
-        with pytest.raises(ValueError, match=f"{name}_column='x' is no column of the stream; a row has id, image"):
+        with pytest.raises(ValueError, match=f"{name}_column='x' is no column of the stream; a row has 'id', 'image'"):
             list(poison_stream(unknown, PoisonSpec(PATCH, "dog", rate=1.0), **given)[0])
     with pytest.raises(ValueError, match=r"features of the stream are not known.*cast"):
         poison_stream(unknown, SPECS["backdoor"], label_column="label", key_column="id")
@@ -453,14 +453,16 @@ def test_what_a_stream_cannot_do_is_refused():
     with pytest.raises(ValueError, match=r"IterableDatasetDict.*one split"):
         poison_stream(IterableDatasetDict(train=stream()), SPECS["backdoor"])
     for name in ("image", "caption", "label", "key"):
-        with pytest.raises(ValueError, match=rf"{name}_column='x' is no column of the stream; there are id, image"):
+        with pytest.raises(
+            ValueError, match=rf"{name}_column='x' is no column of the stream; there are 'id', 'image'"
+        ):
             poison_stream(stream(), SPECS["backdoor"], **{f"{name}_column": "x"})
     with pytest.raises(ValueError, match=r"key_column='label' has type ClassLabel.*integers or strings"):
         poison_stream(stream(), SPECS["backdoor"], key_column="label")
     with pytest.raises(ValueError, match=r"image_column='label' has type"):
         poison_stream(stream(), SPECS["backdoor"], image_column="label")
-    with pytest.raises(ValueError, match=r"caption_column='image' has type Image.*accepted is string, or lists"):
-        poison_stream(stream(), SPECS["text_query"], caption_column="image")
+    with pytest.raises(ValueError, match=r"caption_column='label' has type ClassLabel.*accepted is string, or lists"):
+        poison_stream(stream(), SPECS["text_query"], caption_column="label")
     with pytest.raises(ValueError, match=r"'yak' is no class of 'label'"):
         poison_stream(stream(), PoisonSpec(PATCH, "yak", rate=0.1), label_column="label")
     empty = stream().map(lambda row: {"caption": None}).cast(FEATURES)

@@ -63,6 +63,11 @@ def test_fields_out_of_range_are_errors(field, value, accepted):
         WordTrigger(**{field: value})
 
 
+def test_a_word_that_no_tokenizer_takes_is_refused():
+    with pytest.raises(ValueError, match=r"word: 'c\\ud83df' cannot be encoded"):
+        WordTrigger("c\ud83df")
+
+
 def test_it_is_no_trigger_on_images(pairs, tiny_model, processor):
     assert not issubclass(WordTrigger, Trigger)
     with pytest.raises(ValueError, match=r"caption is a ndarray; accepted is a string"):

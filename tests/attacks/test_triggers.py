@@ -302,6 +302,7 @@ def test_what_is_no_image_is_an_error(trigger, image, found):
         ("warp", "strength", float("inf"), "finite"),
         ("warp", "strength", "0.5", "number"),
         ("warp", "grid", 1, "at least 2"),
+        ("warp", "grid", 100_000, "at least 2 and at most 256"),
     ],
 )
 def test_fields_out_of_range_are_errors(name, field, value, accepted):
@@ -312,7 +313,7 @@ def test_fields_out_of_range_are_errors(name, field, value, accepted):
 def test_unknown_names_and_fields_are_errors():
     with pytest.raises(ValueError, match=r"'badnets'.*patch, blended, sinusoid, warp"):
         trigger_from_name("badnets")
-    with pytest.raises(ValueError, match="no field alpha; accepted are size, place, pattern, seed"):
+    with pytest.raises(ValueError, match="no field 'alpha'; accepted are size, place, pattern, seed"):
         trigger_from_name("patch", alpha=0.5)
     for config in ({}, {"name": 3}, None):
         with pytest.raises(ValueError, match="no trigger"):

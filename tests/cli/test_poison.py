@@ -121,7 +121,7 @@ def test_what_it_did_not_write_stays(source: Path, tmp_path: Path, capsys: Any) 
         (["--count", "1", "--mode", "text_query"], "patch", "needs a WordTrigger"),
         (["--count", "1", "--template", "no braces"], "patch", "exactly one {}"),
         (["--count", "1", "--templates", "none.txt"], "patch", "--templates: none.txt"),
-        (["--count", "1"], "patch:width=3", "no field width"),
+        (["--count", "1"], "patch:width=3", "no field 'width'"),
         (["--count", "1"], "patch:size=big", "size='big'"),
         (["--count", "1"], "patch:size=400", "does not fit"),
         (["--count", "65"], "patch", "count=65"),

@@ -293,6 +293,8 @@ ROWS = [{"image": Image.new("RGB", (16, 16)), "label": label} for label in (0, 1
         ({"class_names": ["cat", "cat"]}, "class_names must be at least two different"),
         ({"class_names": "cat"}, "class_names must be at least two different"),
         ({"class_names": ["cat", 3]}, "class_names must be at least two different"),
+        ({"class_names": ["cat", "d\ud800g"]}, r"class_names: 'd\\ud800g' cannot be encoded"),
+        ({"templates": ["\ud800 {}"]}, r"templates: '\\ud800 \{\}' cannot be encoded"),
         ({"templates": []}, r"templates must be texts with one '\{\}'"),
         ({"templates": ["a photo"]}, "templates must be texts"),
         ({"templates": ["a {} and a {}"]}, "templates must be texts"),
