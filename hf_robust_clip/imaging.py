@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -16,6 +16,12 @@ ACCEPTED = "a PIL image, a path, encoded bytes, a datasets.Image value {'bytes',
 #: How many times as long as wide an image is at most before it is resized by its shorter side: of a longer strip that
 #: would make one as long at the model's size, of which a square is kept. 20,000 x 3 pixels would become 334 million.
 LONGEST_STRIP = 64
+
+#: Formats of Pillow's that are not read. PostScript is a program, which Pillow would have Ghostscript run; the others
+#: hold an image of another format, which may be larger than they say.
+NOT_READ = ("BLP", "EPS", "ICNS", "ICO", "IPTC")
+#: What an ICO begins with.
+_ICO = b"\0\0\1\0"
 
 _CHANNELS = (1, 3, 4)
 #: How far resampling may carry a float image beyond [0, 1].
@@ -57,7 +63,7 @@ def decode_image(value: Any, least_side: int | None = None) -> Image.Image:
     Raises:
         `ValueError`: If the value is none of these or does not decode; the message says why. A file whose header
             claims more than `PIL.Image.MAX_IMAGE_PIXELS` is not decoded (Pillow itself decodes up to twice as many,
-            with a warning), nor is PostScript, which is a program.
+            with a warning), nor is one in a format of `NOT_READ`: PostScript, icons and other containers.
     """
     name = ""
     if isinstance(value, Mapping):
@@ -86,7 +92,11 @@ def decode_image(value: Any, least_side: int | None = None) -> Image.Image:
             return _to_rgb(_array_to_image(np.asarray(value)))
     except UnidentifiedImageError as error:
         # Its own message gives the address of a buffer.
-        found = f"its {len(value)} bytes are" if isinstance(value, (bytes, bytearray, memoryview)) else f"{value} is"
+        found = (
+            f"its {len(value)} bytes are"
+            if isinstance(value, (bytes, bytearray, memoryview))
+            else f"{os.fspath(value)!r} is"
+        )
         raise ValueError(f"the image{name} does not decode: {found} in no format that Pillow reads") from error
     # Pillow raises SyntaxError, struct.error, EOFError, DecompressionBombError and more for tampered files.
     except Exception as error:
@@ -107,22 +117,25 @@ def without_ends(image: Image.Image) -> Image.Image:
 def _open(path: str | os.PathLike[str], least_side: int | None) -> Image.Image:
     if isinstance(path, str) and "://" in path:
         # What a streamed image folder holds in place of bytes. Imported here: nothing else on this floor needs it.
-        import datasets
+        from datasets.utils.file_utils import xopen
 
-        return _to_rgb(datasets.Image().decode_example({"path": path, "bytes": None}))
-    with _opened(path) as image:
-        return _to_rgb(_drafted(image, least_side))
+        with xopen(path, "rb") as file:
+            return _to_rgb(_drafted(_opened(io.BytesIO(file.read())), least_side))
+    with open(path, "rb") as file:
+        return _to_rgb(_drafted(_opened(file), least_side))
 
 
-def _opened(source: io.BytesIO | str | os.PathLike[str]) -> Image.Image:
-    """An image that is not loaded yet, of no more pixels than Pillow's guard says, and no program."""
-    image = Image.open(source)
-    if image.format == "EPS":
-        image.close()
-        raise ValueError("it is PostScript, a program that Pillow would have Ghostscript run")
+def _opened(file: BinaryIO) -> Image.Image:
+    """An image that is not loaded yet, of a format that is read, and of no more pixels than Pillow's guard says."""
+    # Pillow decodes it when it opens it. Left out of Pillow's formats, it would pass for another one.
+    is_ico = file.read(len(_ICO)) == _ICO
+    file.seek(0)
+    image = None if is_ico else Image.open(file)
+    found = "ICO" if image is None else image.format
+    if image is None or found in NOT_READ:
+        raise ValueError(f"it is in a format that is not read, {found}: one of {', '.join(NOT_READ)}")
     most, pixels = Image.MAX_IMAGE_PIXELS, image.width * image.height
     if most is not None and pixels > most:
-        image.close()
         raise Image.DecompressionBombError(
             f"its header claims {image.width} x {image.height} pixels, more than the {most} of "
             "PIL.Image.MAX_IMAGE_PIXELS"

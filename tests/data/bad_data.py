@@ -77,7 +77,9 @@ CASES = (
     Case("PNG, header with a wrong checksum", wrong_checksum(b"IHDR"), refused="column 'image': .*no format"),
     Case("3.6 billion pixels claimed", claiming(60_000, 60_000), refused="'image': .*DecompressionBombError"),
     Case("144 million pixels claimed", claiming(12_000, 12_000), refused="'image': .*claims 12000 x 12000 pixels"),
-    Case("PostScript", POSTSCRIPT, refused="column 'image': .*PostScript"),
+    Case("PostScript", POSTSCRIPT, refused="column 'image': .*not read, EPS"),
+    Case("ICO", encoded(picture(), "ICO"), refused="column 'image': .*not read, ICO"),
+    Case("ICNS", encoded(picture(), "ICNS"), refused="column 'image': .*not read, ICNS"),
     Case("a page of errors", b"<html>404</html>", refused="column 'image': .*no format"),
     Case("an array with NaN", np.full((4, 4), np.nan), refused="column 'image': .*nan"),
     # Images that can.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import struct
 import sys
 from pathlib import Path
 
@@ -100,6 +101,15 @@ def test_claimed_pixels_take_no_memory() -> None:
     for size in ((60_000, 60_000), (12_000, 12_000), (2**31 - 1, 2**31 - 1)):
         with pytest.raises(ValueError, match="DecompressionBombError"):
             decode_image(claiming(*size))
+    # Behind the header of an icon, which Pillow decodes before one sees what it claims.
+    content = encoded(Image.new("L", (9_500, 9_500)), "PNG")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for icon in (
+        struct.pack("<HHHBBBBHHII", 0, 1, 1, 16, 16, 0, 0, 1, 32, len(content), 22) + content,
+        b"icns" + struct.pack(">I4sI", 16 + len(content), b"ic07", 8 + len(content)) + content,
+    ):
+        with pytest.raises(ValueError, match="in a format that is not read"):
+            decode_image(icon)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from bad_data import POSTSCRIPT, claiming
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import ExifTags, Image, ImageCms, ImageOps
@@ -87,8 +88,22 @@ def test_a_streamed_path_is_opened_as_datasets_would(tmp_path: Path):
     archive = tmp_path / "images.zip"
     with zipfile.ZipFile(archive, "w") as file:
         file.writestr("folder/image.png", encode(Image.fromarray(pixels)))
+        file.writestr("bomb.png", claiming(12_000, 12_000))
+        file.writestr("program", POSTSCRIPT)
     value = {"path": f"zip://folder/image.png::{archive}", "bytes": None}
     np.testing.assert_array_equal(decoded(value), pixels)
+    for name, reason in (("bomb.png", "claims 12000 x 12000 pixels"), ("program", "not read, EPS")):
+        with pytest.raises(ValueError, match=reason):
+            decode_image(f"zip://{name}::{archive}")
+
+
+def test_a_path_is_shown_without_what_a_terminal_would_carry_out(tmp_path: Path):
+    path = tmp_path / "a\x1b[2J\nb.png"
+    path.write_bytes(b"no image")
+    for value in (path, str(path), {"path": str(path), "bytes": None}, str(path) + "c"):
+        with pytest.raises(ValueError) as error:
+            decode_image(value)
+        assert str(error.value).isprintable()
 
 
 def test_decoding_again_changes_nothing():
