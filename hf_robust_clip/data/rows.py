@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -28,10 +29,6 @@ _SLICE = 10_000
 
 class BadRowError(ValueError):
     """A row that cannot be trained on: its image does not decode, or its caption is no string."""
-
-
-#: What reading a row raises when the row is at fault: [`BadRowError`], or a dataset's own trouble with broken data.
-UNREADABLE = (ValueError, OSError, SyntaxError, EOFError)
 
 
 def decode_row(
@@ -84,6 +81,11 @@ def decode_row(
     return {**row, image_column: image}
 
 
+def given(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What a row was given, without the keys that only this package adds: it is believed what they say."""
+    return {name: value for name, value in row.items() if name not in (ROW_INDEX, BAD_ROWS)}
+
+
 def undecoded(dataset: Any, image_column: str, caption_column: str) -> Any:
     """
     The same `datasets` dataset with only the columns that training reads, stored tokens among them, unformatted, and
@@ -121,7 +123,7 @@ class IndexedDataset(torch.utils.data.Dataset[dict[str, Any]]):
         on_bad_row (`str`): `"raise"` leaves an unusable row to the collator, which raises. `"skip"` takes the next
             usable row in its place, so that batches keep their size on every rank, and lists the number of the row
             passed over under `"bad_rows"`. A row that the dataset itself fails to read (its transform meets a broken
-            image, say) is unusable too.
+            image, say) is unusable too, and raises a [`BadRowError`] here.
         least_side (`int`, *optional*): As of [`~imaging.decode_image`], for `on_bad_row="skip"`, which decodes images
             here; otherwise the collator does.
     """
@@ -148,20 +150,32 @@ class IndexedDataset(torch.utils.data.Dataset[dict[str, Any]]):
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         if self.on_bad_row == "skip":
             return [self._usable(int(index)) for index in indices]
-        if isinstance(self.dataset, datasets.Dataset):
+        if not isinstance(self.dataset, datasets.Dataset):
+            return [self._read(int(index)) for index in indices]
+        try:
             batch = self.dataset[list(indices)]
-            rows = [{name: batch[name][i] for name in batch} for i in range(len(indices))]
-        else:
-            rows = [dict(self.dataset[index]) for index in indices]
-        return [{**row, ROW_INDEX: int(index)} for row, index in zip(rows, indices, strict=True)]
+        except Exception:
+            # Of the dataset's transform, whose error does not say which row it met.
+            for index in indices:
+                self._read(int(index))
+            raise
+        rows = [{name: batch[name][i] for name in batch} for i in range(len(indices))]
+        return [{**given(row), ROW_INDEX: int(index)} for row, index in zip(rows, indices, strict=True)]
+
+    def _read(self, index: int) -> dict[str, Any]:
+        try:
+            return {**given(self.dataset[index]), ROW_INDEX: index}
+        except Exception as error:
+            if not _is_the_rows_fault(error):
+                raise
+            raise BadRowError(f"row {index} cannot be read: {type(error).__name__}: {error}") from error
 
     def _usable(self, first: int) -> dict[str, Any]:
         bad: list[int] = []
         for index in itertools.chain(range(first, len(self)), range(first)):
             try:
-                row = {**self.dataset[index], ROW_INDEX: index}
-                return {**decode_row(row, *self.columns, self.least_side), BAD_ROWS: bad}
-            except UNREADABLE as error:
+                return {**decode_row(self._read(index), *self.columns, self.least_side), BAD_ROWS: bad}
+            except BadRowError as error:
                 bad.append(index)
                 last = error
         raise BadRowError(f"none of the {len(self)} rows can be used; the last: {last}") from last
@@ -189,7 +203,7 @@ class SkippingIterableDataset(torch.utils.data.IterableDataset[dict[str, Any]]):
     def __iter__(self) -> Iterator[dict[str, Any]]:
         worker = torch.utils.data.get_worker_info()
         alone = worker is None or worker.num_workers == 1
-        yield from usable_rows(self.dataset, *self.columns, self.least_side, needs_one=alone)
+        yield from usable_rows(map(given, self.dataset), *self.columns, self.least_side, needs_one=alone)
 
 
 def usable_rows(
@@ -292,6 +306,15 @@ def poison_flags(dataset: Any) -> np.ndarray | None:
     return np.array([bool(flag) for flag in column_values(dataset, POISONED)])
 
 
+def _is_the_rows_fault(error: Exception) -> bool:
+    """Whether a dataset met a broken row, and no mistake in its own code, which must not pass for many broken rows."""
+    if isinstance(error, (ValueError, OSError, SyntaxError, EOFError)):
+        return True
+    # A tampered image has Pillow raise DecompressionBombError, RuntimeError, AttributeError and more.
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    return any(frame.f_globals.get("__name__", "").startswith("PIL.") for frame in frames)
+
+
 def _check_nulls(dataset: datasets.Dataset, caption_column: str, argument: str) -> None:
     # Arrow counts nulls for free; which row of a selection holds one takes a look at the column.
     if dataset.data.column(caption_column).null_count:
@@ -306,8 +329,10 @@ def _check_nulls(dataset: datasets.Dataset, caption_column: str, argument: str) 
 def _first_columns(dataset: Any, argument: str) -> list[str] | None:
     try:
         first = dataset[0]
-    except UNREADABLE:
-        return None  # a bad row, for on_bad_row to deal with
+    except Exception as error:
+        if not _is_the_rows_fault(error):
+            raise
+        return None  # for on_bad_row to deal with
     if not isinstance(first, Mapping):
         raise ValueError(f"the rows of {argument} must be mappings of column names, but are {type(first).__name__}")
     return list(first)

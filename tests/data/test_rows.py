@@ -7,9 +7,11 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from bad_data import claiming
 from datasets import ClassLabel, Features, List, Value
 from PIL import Image
 
+from hf_robust_clip.data.collator import CLIPDataCollator
 from hf_robust_clip.data.rows import (
     BAD_ROWS,
     POISONED,
@@ -21,6 +23,8 @@ from hf_robust_clip.data.rows import (
     decode_row,
     undecoded,
 )
+from hf_robust_clip.data.streams import Stream as BatchStream
+from hf_robust_clip.data.streams import StreamBatch
 
 COLUMNS = ("image", "caption")
 BROKEN = b"no image at all"
@@ -212,6 +216,44 @@ def test_skip_passes_over_rows_that_the_dataset_fails_to_read():
     dataset = IndexedDataset(transformed, *COLUMNS, on_bad_row="skip")
     assert [row[ROW_INDEX] for row in dataset.__getitems__([1, 2, 3])] == [1, 3, 3]
     assert dataset[2][BAD_ROWS] == [2]
+
+
+@pytest.mark.parametrize(
+    "data, reason",
+    [(claiming(60_000, 60_000), "DecompressionBombError: "), (b"no image", "UnidentifiedImageError: ")],
+    ids=["bomb", "no image"],
+)
+def test_a_row_that_a_transform_fails_to_read_is_named_or_skipped(data: bytes, reason: str):
+    rows = {"image": [png(0), data, png(2)], "caption": ["a", "b", "c"]}
+    table = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
+    transformed = table.with_transform(lambda batch: batch)
+    with pytest.raises(BadRowError, match=f"^row 1 cannot be read: {reason}"):
+        IndexedDataset(transformed, *COLUMNS).__getitems__([0, 1, 2])
+    dataset = IndexedDataset(transformed, *COLUMNS, on_bad_row="skip")
+    assert [row[ROW_INDEX] for row in dataset.__getitems__([0, 1])] == [0, 2]
+    check_dataset(transformed.select([1]), *COLUMNS, argument="train_dataset")
+
+
+def test_a_transform_that_fails_on_a_batch_and_on_no_row_fails():
+    def alone(batch):
+        return {"image": list(batch["image"]), "caption": ["a"]} if len(batch["image"]) == 1 else {}["x"]
+
+    dataset = IndexedDataset(table().with_transform(alone), *COLUMNS)
+    assert dataset[1][ROW_INDEX] == 1
+    with pytest.raises(KeyError):
+        dataset.__getitems__([0, 1])
+
+
+@pytest.mark.parametrize("on_bad_row", ["raise", "skip"])
+@pytest.mark.parametrize("own", [{ROW_INDEX: 5, BAD_ROWS: [5, 6]}, {ROW_INDEX: "x", BAD_ROWS: None}])
+def test_what_rows_say_under_the_keys_of_this_package_is_not_believed(own: dict, on_bad_row, processor):
+    rows = [{**row, **own} for row in row_list(4)]
+    batch = CLIPDataCollator(processor)(IndexedDataset(rows, *COLUMNS, on_bad_row=on_bad_row).__getitems__([1, 3]))
+    assert batch[ROW_INDEX].tolist() == [1, 3] and BAD_ROWS not in batch
+    for stream in (BatchStream(Stream(rows), *COLUMNS, 4, False, on_bad_row), SkippingIterableDataset(rows, *COLUMNS)):
+        (first, *_) = stream
+        read = first.rows if isinstance(first, StreamBatch) else [first]
+        assert all(ROW_INDEX not in row and not row.get(BAD_ROWS) for row in read)
 
 
 def test_skip_raises_when_no_row_is_usable_and_says_why():
