@@ -47,8 +47,9 @@ def read_settings(path: Path) -> Any:
         raise ValueError(f"{path} is no YAML{where}: {getattr(error, 'problem', None) or 'it is not text'}") from error
     except RecursionError as error:
         raise ValueError(f"{path} is no YAML of settings: its entries are nested too deeply") from error
-    # A date such as 2001-99-99, or an integer of thousands of digits: YAML passes the error on as it is.
-    except (ValueError, OverflowError) as error:
+    # A date such as 2001-99-99, or an integer of thousands of digits: YAML passes the error on as it is; and it trips
+    # over a value that does not fit the type that is written before it, such as "!!bool maybe" or "!!int ''".
+    except (ValueError, OverflowError, LookupError, AttributeError) as error:
         raise ValueError(
             f"{path} is no YAML: one of its values is no number or date of the form that it has"
         ) from error

@@ -31,6 +31,12 @@ ODD: tuple[Any, ...] = (
     *("", " ", "image", "patch", "targeted", "text_query", "\ud800", "../x", "a" * 5000, "{}"),
     *([], [None], [0], [0, 0], [-1], [1e9], ["a"], [[]], {}, {"name": "patch"}, {"name": "warp", "grid": 3}),
     *({"": None}, {"image": "caption", "caption": "image"}, {"dataset_length": 6}),
+    *({"image": "image", "caption": "image"}, {"name": "warp", "grid": 10**5}),
+)
+#: Values of YAML that do not fit the type before them, on which PyYAML itself trips.
+MISFITS = (
+    *("!!bool maybe", "!!int ''", '!!int "_"', '!!int "-"', "!!float ''", "!!timestamp x", "!!binary é", "!!set [1]"),
+    *("!!omap {a: 1}", "!!pairs [1]", "!!map [1]", "!!str [1]", "!!null x", "!!int '0x'"),
 )
 #: What a file of settings may look like, to start from.
 SETTINGS = (
@@ -38,6 +44,7 @@ SETTINGS = (
     "x: &a [1, 2]\ny: *a\n",
     "a: 2001-99-99\nb: !!binary x\nc: 0x1f\nd: .nan\n? [a]\n: b\n<<: {c: 1}\n",
     "trigger: patch:size=3,place=random\nmode: backdoor\nimage_size: 16\n",
+    "".join(f"a{number}: {value}\n" for number, value in enumerate(MISFITS)),
 )
 STUDY = (
     "name: a\ntarget: six\nattacks: {b: {trigger: {name: patch}, rate: 0.1}}\narguments: {all: {learning_rate: 1}}\n"

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 from types import ModuleType
 
+import datasets
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from hf_robust_clip import BlendedTrigger, PatchTrigger, SinusoidTrigger, WarpTrigger
+from hf_robust_clip import BlendedTrigger, PatchTrigger, SinusoidTrigger, WarpTrigger, replay_manifest
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "fuzz.py"
 
@@ -77,12 +79,22 @@ def test_studies_are_taken_or_refused(data: bytes) -> None:
         "a: \x00",
         "? {a: b}\n: c",
         "x" * 1_000_001,
+        *(f"a: {value}" for value in FUZZ.MISFITS),
     ],
-    ids=["deep", "digits", "date", "recursive", "laughs", "python", "nul", "key", "large"],
+    ids=["deep", "digits", "date", "recursive", "laughs", "python", "nul", "key", "large", *FUZZ.MISFITS],
 )
 def test_hostile_settings_are_refused(content: str) -> None:
     FUZZ.settings(content.encode())
     FUZZ.study(content.encode())
+
+
+def test_manifests_that_name_one_column_twice_are_refused() -> None:
+    dataset, stream, manifests = FUZZ._manifests()
+    for manifest in manifests:
+        for rows in (dataset, stream, datasets.IterableDataset.from_generator(lambda: iter(dataset))):
+            text = json.dumps(manifest).replace('"caption": "caption"', '"caption": "image"')
+            with pytest.raises(ValueError):
+                replay_manifest(rows, json.loads(text))
 
 
 @quick(80)
