@@ -90,6 +90,15 @@ def test_it_runs_as_a_module() -> None:
     assert done.stdout == f"hf-robust-clip {__version__}\n"
 
 
+def test_an_error_holds_nothing_that_a_terminal_carries_out(capsys: Any, monkeypatch: Any) -> None:
+    def fail(args: Any) -> None:
+        raise ValueError("no image: a\x1b[2J\x9b1m\u202eb\udce9 \u00e9")
+
+    monkeypatch.setattr(evaluation, "evaluate", fail)
+    assert main(["evaluate", "model", "--data", "images"]) == 1
+    assert capsys.readouterr().err.endswith("no image: a\\x1b[2J\\x9b1m\\u202eb\\udce9 \u00e9\n")
+
+
 @pytest.mark.parametrize(
     "error, code",
     [
