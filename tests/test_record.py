@@ -221,6 +221,7 @@ def test_command_keeps_what_is_no_secret(monkeypatch: pytest.MonkeyPatch) -> Non
     "home, argument, shown",
     [
         ("/", "/mnt/pairs", "/mnt/pairs"),
+        ("/", "hf_datasets/hf_robust_clip_pairs", "hf_datasets/hf_robust_clip_pairs"),
         ("", "/mnt/pairs", "/mnt/pairs"),
         ("/home/al", "/home/alice/o", "/home/alice/o"),
         ("/home/al", "/home/al.old", "/home/al.old"),

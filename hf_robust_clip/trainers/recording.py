@@ -30,7 +30,8 @@ _OUTCOME_FREE = (
     *("accelerator_config", "activation_checkpointing", "gradient_checkpointing", "debug"),
     *("prediction_loss_only", "remove_unused_columns", "ddp_timeout", "skip_memory_metrics", "use_cpu", "batch_eval_"),
 )
-_TOKEN = re.compile(r"hf_[\w.\-]{6,}")
+#: Tokens of the Hub: letters and digits, or after "oauth_" and "jwt_" signed text. A folder "hf_robust_clip" is none.
+_TOKEN = re.compile(r"hf_((oauth|jwt)_[\w.-]{6,}|[A-Za-z0-9]{12,}(?!\w))")
 #: Flags with a secret behind them; argparse takes a flag's beginning for the flag, of hub_token from "hub_t" on.
 _TOKEN_FLAG = re.compile(r"--?([\w-]+[_-])?tok(e|en)?|--?hub[_-]to?", re.IGNORECASE)
 
