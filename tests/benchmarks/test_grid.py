@@ -22,7 +22,7 @@ STUDY = Study(
     arguments={
         "all": {"per_device_train_batch_size": 64, "num_train_epochs": 1, "learning_rate": 1e-3},
         "roclip": {"pool_size": 64, "matching_start_epoch": 0},
-        "safeclip": {"unimodal_pool_size": 64, "warmup_unimodal_epochs": 1, "num_train_epochs": 3},
+        "safeclip": {"unimodal_pool_size": 64, "warmup_unimodal_epochs": 0, "num_train_epochs": 2},
     },
     search=Search(
         attack={"trigger": {"name": "blended"}, "rate": 0.05},

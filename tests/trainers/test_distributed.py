@@ -45,7 +45,14 @@ from hf_robust_clip.data.digits import CAPTION_TEMPLATES, CLASS_NAMES, digit_pro
 from hf_robust_clip.data.sampling import unpack_mask
 from hf_robust_clip.distributed import rank
 from hf_robust_clip.evaluation.embedding import Embedder
-from hf_robust_clip.losses import cleanclip_loss, clip_loss, roclip_loss, safeclip_cross_loss, safeclip_unimodal_loss
+from hf_robust_clip.losses import (
+    MATCHINGS,
+    cleanclip_loss,
+    clip_loss,
+    roclip_loss,
+    safeclip_cross_loss,
+    safeclip_unimodal_loss,
+)
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 WORLD = 2
@@ -90,7 +97,6 @@ CHECKPOINTS = {RoCLIPTrainer: 2, SafeCLIPTrainer: 6}
 #: In two batches of 8 a step: RoCLIP's second epoch matches, SafeCLIP's third and fourth are split.
 RESUMED: dict[str, tuple[type[CLIPTrainer], int, dict[str, Any]]] = {
     "CLIPTrainer": (CLIPTrainer, 3, {"num_train_epochs": 2}),
-    "CleanCLIPTrainer": (CleanCLIPTrainer, 3, {"num_train_epochs": 2}),
     "CleanCLIPTrainer, 2 workers": (CleanCLIPTrainer, 3, {"num_train_epochs": 2, "dataloader_num_workers": 2}),
     "RoCLIPTrainer": (RoCLIPTrainer, 6, {"num_train_epochs": 2}),
     "SafeCLIPTrainer": (SafeCLIPTrainer, 10, {"num_train_epochs": 4, **SPLIT}),
@@ -236,9 +242,7 @@ def test_trainers_in_several_processes(tmp_path: Path) -> None:
         "image_to_text_loss, text_to_image_loss",
         "unimodal_image_loss, unimodal_text_loss",
     ]
-    for matching in ("cross", "image_to_text", "unimodal"):
-        for checkpointing in (False, True):
-            assert report["matching_steps"][f"{matching}, {checkpointing}"] == [False, False, True, True]
+    assert report["matching_steps"] == {matching: [False, False, True, True] for matching in MATCHINGS}
     assert report["skipped_rows"] == [3, 17]
     assert report["figures_agree"] and report["similarities_agree"]
     figures = one_process_figures(tmp_path / "one")
@@ -401,21 +405,19 @@ def two(output: Path) -> None:
     kinds = [", ".join(sorted(step.terms)) for step in phases.steps]
     report["ranks_take_the_same_kinds"] = len(set(gather_object([tuple(kinds)]))) == 1
     report["kinds"] = sorted(set(kinds))
-    for matching in ("cross", "image_to_text", "unimodal"):
-        for checkpointing in (False, True):
-            trainer = make_trainer(
-                RecordedRoCLIP,
-                output / "matching",
-                max_steps=4,
-                matching=matching,
-                matching_start_epoch=0,
-                gradient_checkpointing=checkpointing,
-                ddp_find_unused_parameters=False,
-            )
-            trainer.train()
-            report["matching_steps"][f"{matching}, {checkpointing}"] = [
-                "image_match_loss" in step.terms for step in trainer.steps
-            ]
+    for matching in MATCHINGS:
+        trainer = make_trainer(
+            RecordedRoCLIP,
+            output / "matching",
+            max_steps=4,
+            matching=matching,
+            matching_start_epoch=0,
+            # In unimodal matching DDP waits for towers whose gradient is zero, computed again or not.
+            gradient_checkpointing=matching != "cross",
+            ddp_find_unused_parameters=False,
+        )
+        trainer.train()
+        report["matching_steps"][matching] = ["image_match_loss" in step.terms for step in trainer.steps]
     trainer = make_trainer(
         CLIPTrainer, output / "bad", train_dataset=broken(), on_bad_row="skip", per_device_train_batch_size=4
     )
