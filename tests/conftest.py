@@ -1,5 +1,6 @@
 """Fixtures that several files share: the embedded digits, their processor, and models small enough for a test."""
 
+import gc
 import os
 
 # Before anything imports huggingface_hub, which reads it once. Subprocesses of tests inherit both.
@@ -20,6 +21,13 @@ from hf_robust_clip.data.scratch import build_model
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Several workers with a thread for each core each would only wait for one another.
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def old_garbage() -> None:
+    """The Trainer collects garbage before each training, and would look through all that is imported each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
