@@ -36,14 +36,18 @@ def check_columns(image_column: str, caption_column: str) -> None:
         raise ValueError(f"image_column and caption_column are both {image_column!r}; accepted are different columns")
 
 
+def holds_captions(feature: Any) -> bool:
+    """Whether a column is of strings, or of lists of strings."""
+    return getattr(getattr(feature, "feature", feature), "dtype", None) in ("string", "large_string")
+
+
 def check_features(features: Features, image_column: str, caption_column: str) -> None:
     """That the columns hold images and captions, and the column `poisoned`, where there is one, marks."""
     feature = features[image_column]
     if not isinstance(feature, ImageFeature) and getattr(feature, "dtype", None) not in ENCODED_IMAGE_DTYPES:
         accepted = "an Image feature, paths (string) or encoded images (binary)"
         raise ValueError(f"image_column={image_column!r} has type {feature}; accepted is {accepted}")
-    caption = getattr(features[caption_column], "feature", features[caption_column])
-    if getattr(caption, "dtype", None) not in ("string", "large_string"):
+    if not holds_captions(features[caption_column]):
         accepted = "string, or lists of strings"
         raise ValueError(
             f"caption_column={caption_column!r} has type {features[caption_column]}; accepted is {accepted}"

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from .fields import check_text
+from .fields import check_int, check_text
 from .rows import naming
 from .text_triggers import WordTrigger
 from .triggers import Trigger
@@ -100,9 +100,8 @@ class PoisonSpec:
         if (self.count is None) == (self.rate is None):
             raise ValueError(f"count={self.count} and rate={self.rate}; exactly one of them must be given")
         for name, minimum in (("count", 1), ("seed", 0), ("image_size", 1), ("source_index", 0)):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < minimum):
-                raise ValueError(f"{name}={value!r}; accepted is an integer of at least {minimum}")
+            if getattr(self, name) is not None:
+                check_int(name, getattr(self, name), minimum)
         if self.image_size is not None and self.image_size > LARGEST_SIZE:
             raise ValueError(f"image_size={self.image_size!r}; accepted is at most {LARGEST_SIZE}")
         if self.rate is not None and not (isinstance(self.rate, int | float) and 0 < self.rate <= 1):

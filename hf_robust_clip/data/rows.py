@@ -11,7 +11,7 @@ import datasets
 import numpy as np
 import torch
 
-from ..attacks.rows import POISONED
+from ..attacks.rows import ENCODED_IMAGE_DTYPES, POISONED, holds_captions
 from ..imaging import decode_image
 from .tokens import TOKENS_PREFIX
 
@@ -341,15 +341,13 @@ def _first_columns(dataset: Any, argument: str) -> list[str] | None:
 def _check_features(features: datasets.Features, image_column: str, caption_column: str, argument: str) -> None:
     image = features[image_column]
     if isinstance(image, datasets.ClassLabel) or (
-        isinstance(image, datasets.Value) and image.dtype not in ("string", "large_string", "binary", "large_binary")
+        isinstance(image, datasets.Value) and image.dtype not in ENCODED_IMAGE_DTYPES
     ):
         raise ValueError(
             f"image_column={image_column!r} of {argument} must hold images, their bytes, paths or arrays, but holds "
             f"{image}"
         )
-    caption = features[caption_column]
-    caption = getattr(caption, "feature", caption)
-    if getattr(caption, "dtype", None) not in ("string", "large_string"):
+    if not holds_captions(features[caption_column]):
         raise ValueError(
             f"caption_column={caption_column!r} of {argument} must hold strings or lists of strings, but holds "
             f"{features[caption_column]}"
