@@ -16,8 +16,7 @@ from .augment.images import ImageNormalization
 from .data.collator import CLIPDataCollator
 from .data.rows import BAD_ROWS, POISONED, ROW_INDEX, IndexedDataset
 from .evaluation.columns import check_columns, read_column
-from .evaluation.embedding import inference
-from .models import caption_padding, longest_caption
+from .models import caption_padding, inference, longest_caption
 
 if TYPE_CHECKING:
     from .trainers.base import CLIPTrainer

@@ -7,8 +7,12 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from .wording import shortened
+
 #: The name of a run's record in a model's folder and in a checkpoint.
 RUN_FILE = "robust_clip_run.json"
+#: What stands in place of a file of Git LFS that was not fetched.
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 @contextlib.contextmanager
@@ -38,3 +42,27 @@ def remove_partial(folder: Path, name: str = "*") -> None:
     """Delete what calls of [`in_one_move`] that were killed have left in a folder, of files of that name."""
     for partial in folder.glob(f".{name}.*.partial"):
         partial.unlink(missing_ok=True)
+
+
+def check_pulled(folder: str | os.PathLike[str]) -> None:
+    """
+    `ValueError` where a model's folder has pointers of Git LFS in place of its files: a vocabulary of that kind loads
+    without an error. A name that is not a folder passes.
+    """
+    weights = any(Path(folder).glob("*.safetensors"))
+    for path in sorted(Path(folder).glob("*")):
+        # Beside safetensors, other weights are not read, and often are left out on purpose.
+        read = path.suffix in (".safetensors", ".json", ".txt", ".model") or (path.suffix == ".bin" and not weights)
+        if read and is_pointer(path):
+            raise ValueError(
+                f"{shortened(str(path), 200)} is a pointer of Git LFS in place of the file: run `git lfs pull` in its "
+                "folder, or download it again"
+            )
+
+
+def is_pointer(path: Path) -> bool:
+    """Whether a file is a pointer of Git LFS."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(_LFS_POINTER)) == _LFS_POINTER

@@ -21,9 +21,9 @@ def shown(value: Any) -> str:
     return shortened(_CUT.repr(value), 160)
 
 
-def listed(values: Collection[Any]) -> str:
-    """What a message shows of a list: `"'a', 'b' and 12 more"`, at most ten entries, each cut to 30 characters."""
-    first = [shortened(repr(value), 30) for _, value in zip(range(MOST), values, strict=False)]
+def listed(values: Collection[Any], most: int = MOST, longest: int = 30) -> str:
+    """What a message shows of a list: `"'a', 'b' and 12 more"`, so many entries at most, each cut to `longest`."""
+    first = [shortened(repr(value), longest) for _, value in zip(range(most), values, strict=False)]
     more = len(values) - len(first)
     return ", ".join(first) + (f" and {more:,} more" if more else "") if first else "none"
 
@@ -34,3 +34,8 @@ def shortened(text: str, most: int = LONGEST) -> str:
         return text
     tail = (most - 3) // 2
     return f"{text[: most - 3 - tail]}...{text[len(text) - tail :]}"
+
+
+def said(error: BaseException, most: int = LONGEST) -> str:
+    """What an error of a library says, after its kind, in one line of at most so many characters."""
+    return shortened(" ".join(f"{type(error).__name__}: {error}".split()), most)

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_robust_clip.wording import LONGEST, listed, shortened, shown
+from hf_robust_clip.wording import LONGEST, listed, said, shortened, shown
 
 
 @given(st.text(), st.integers(3, 50))
@@ -33,3 +33,13 @@ def test_short_values_are_shown_as_they_are():
     assert shown("a dog") == "'a dog'"
     assert shown(None) == "None"
     assert shown(0.5) == "0.5"
+
+
+def test_what_a_library_says_is_one_line() -> None:
+    error = RuntimeError("Unable:\n  1. Set padding\n" + "x" * 900)
+    assert said(error).startswith("RuntimeError: Unable: 1. Set padding x") and len(said(error)) == 600
+    assert len(said(error, 50)) == 50
+
+
+def test_a_list_may_be_shorter_and_its_entries_longer() -> None:
+    assert listed(["a" * 40, "b", "c"], most=2, longest=60) == f"'{'a' * 40}', 'b' and 1 more"

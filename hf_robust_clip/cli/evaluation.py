@@ -120,8 +120,10 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         if hasattr(evaluator, "check"):
             with usage_errors("--trigger"):
                 evaluator.check(processor)
+    with usage_errors("MODEL"):
+        embedder = Embedder(model.to(device), processor, args.batch_size)
     say(f"Measuring {args.model} on {len(labelled.dataset)} images of {len(labelled.class_names)} classes\n")
-    figures = run_evaluators(evaluators, processor, Embedder(model.to(device), processor, args.batch_size))
+    figures = run_evaluators(evaluators, processor, embedder)
     attacks = evaluators[1 : 1 + len(triggers)]
     described = [
         {

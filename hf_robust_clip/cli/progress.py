@@ -5,12 +5,17 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from logging import LogRecord
 from typing import Any
 
 import datasets
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
+
+#: Of messages of transformers: that torchvision is missing, which weights were not loaded, and what the configurations
+#: of SigLIP say of the end token, which it does not use.
+_KNOWN = ("torchvision", "LOAD REPORT", "must be `None` or an integer within the vocabulary")
 
 
 class TrainingBar(TrainerCallback):
@@ -71,11 +76,15 @@ def quiet_cards() -> Iterator[None]:
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Leave out what the libraries say about themselves; errors are still shown."""
-    verbosity = logging.get_verbosity()
+    """
+    Leave out the libraries' bars, and what they say about themselves or what this package says itself; what else they
+    warn of may decide over a result, and is shown.
+    """
     weights_bars = logging.is_progress_bar_enabled()
     datasets_bars = datasets.are_progress_bars_disabled()
-    logging.set_verbosity_error()
+    handlers = logging.get_logger("transformers").handlers
+    for handler in handlers:
+        handler.addFilter(_keep)
     logging.disable_progress_bar()
     datasets.disable_progress_bars()
     try:
@@ -85,11 +94,17 @@ def quiet_libraries() -> Iterator[None]:
             warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
             yield
     finally:
-        logging.set_verbosity(verbosity)
+        for handler in handlers:
+            handler.removeFilter(_keep)
         if weights_bars:
             logging.enable_progress_bar()
         if not datasets_bars:
             datasets.enable_progress_bars()
+
+
+def _keep(record: LogRecord) -> bool:
+    """Whether a message of transformers tells more than this package, which checks weights and tokens itself."""
+    return not any(words in record.getMessage() for words in _KNOWN)
 
 
 @contextmanager

@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from ..files import check_pulled
+from ..weight_names import check_names
 from .output import UsageError, say, usage_errors
 
 #: What is left out: checkpoints, what only training resumes from, and pickled arguments with local paths in them.
@@ -41,11 +43,15 @@ def run(args: argparse.Namespace) -> int:
 
 
 def check_model_folder(folder: Path) -> None:
-    """`UsageError` for a folder without a model or adapters in it."""
+    """`UsageError` for a folder without a model or adapters in it, or with what nobody could load."""
     if not folder.is_dir():
         raise UsageError(f"FOLDER: {folder} is not a folder")
     if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
         raise UsageError(f"FOLDER: {folder} has neither a config.json nor an adapter_config.json: it holds no model")
+    with usage_errors("FOLDER"):
+        check_pulled(folder)
+        for weights in folder.glob("*.safetensors"):
+            check_names(weights)
 
 
 def push(folder: Path, repo_id: str, private: bool, revision: str | None, message: str) -> str:

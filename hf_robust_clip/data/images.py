@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from ..imaging import without_ends
+from ..wording import listed, said
 
 
 class ImagePreprocessor:
@@ -48,11 +49,24 @@ class ImagePreprocessor:
             return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2).contiguous()
         if self._crops:
             images = [without_ends(image) for image in images]
-        pixels = self.image_processor(list(images), do_rescale=False, do_normalize=False, return_tensors="pt")
-        pixels = pixels["pixel_values"]
+        kind = type(self.image_processor).__name__
+        try:
+            made = self.image_processor(list(images), do_rescale=False, do_normalize=False, return_tensors="pt")
+        except ValueError as error:
+            sizes = {image.size for image in images}
+            raise ValueError(
+                f"{kind} makes no batch of images of {len(sizes)} sizes, {listed(sizes, most=3)}: set do_center_crop, "
+                f"or a size with height and width, so that they come out alike ({said(error, 200)})"
+            ) from error
+        pixels = made["pixel_values"]
+        if pixels.ndim != 4 or pixels.shape[1] != 3:
+            raise ValueError(
+                f"{kind} returns pixel_values of shape {tuple(pixels.shape)}; (B, 3, H, W) is needed. Models of "
+                "patches of variable number, such as SigLIP 2 NaFlex, are not supported"
+            )
         if pixels.dtype != torch.uint8:
             raise TypeError(
-                f"{type(self.image_processor).__name__} returns {pixels.dtype} with do_rescale=False and "
+                f"{kind} returns {pixels.dtype} with do_rescale=False and "
                 "do_normalize=False; an image processor that keeps uint8 is needed"
             )
         return pixels

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 from tqdm.auto import tqdm
 
 from ..augment.images import ImageNormalization
+from ..data.fitting import check_fit
 from ..data.images import ImagePreprocessor
 from ..data.tokens import tokenise
 from ..distributed import rank
-from ..models import caption_padding, longest_caption
+from ..models import caption_padding, check_processor, inference, load_dual_encoder, longest_caption
 from .pixels import ImageRequest, Trigger, pixel_batches
 from .sharing import share_batches
 
@@ -29,7 +28,7 @@ class Embedder:
     Make one for each state of the model: what it remembers belongs to the weights that it saw.
 
     Args:
-        model (`PreTrainedModel`): A dual encoder, on its device.
+        model (`PreTrainedModel`): A dual encoder, on its device. What is wrapped around it is taken off.
         processor (`ProcessorMixin`): Its image processor and tokenizer.
         batch_size (`int`, defaults to 64): Images, or texts, encoded at a time.
         requests (iterable of [`~evaluation.pixels.ImageRequest`], *optional*): What will be asked for. Of a dataset,
@@ -37,6 +36,10 @@ class Embedder:
         across_ranks (`bool`, defaults to `False`): Share the work among the processes of the default group. Then all
             of them must ask for the same, in the same order. Batches are what they are in one process, and go whole
             to one rank or another, so that the embeddings are the same to the last bit.
+        check (`bool`, defaults to `True`): Try model and processor on one pair first ([`~data.fitting.check_fit`]).
+
+    Raises:
+        `ValueError`: If model and processor do not go together.
     """
 
     def __init__(
@@ -46,8 +49,12 @@ class Embedder:
         batch_size: int = 64,
         requests: Iterable[tuple[Any, str, Trigger | None]] = (),
         across_ranks: bool = False,
+        check: bool = True,
     ) -> None:
-        self.model = model
+        self.model = model = load_dual_encoder(model)
+        check_processor(processor, "processor")
+        if check:
+            check_fit(model, processor)
         self.tokenizer = processor.tokenizer
         self.batch_size = batch_size
         self.requests = [ImageRequest(*request) for request in requests]
@@ -139,20 +146,6 @@ class Embedder:
             return_tensors="pt",
         )
         return _normalize(self.model.get_text_features(**tokens.to(self.device)))
-
-
-@contextmanager
-def inference(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards every module is in the mode that it was in."""
-    # Module by module: a part that is kept in evaluation mode while the rest trains stays so.
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _key(request: ImageRequest) -> _Key:

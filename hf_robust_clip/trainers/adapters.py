@@ -8,11 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from peft import get_peft_model_state_dict
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 
+from ..models import check_weights
 from ..seeding import forked_rng
+from ..weight_names import PEFT_PREFIX
+from ..wording import said
 
 if TYPE_CHECKING:
     from .arguments import CLIPTrainingArguments
@@ -20,8 +25,6 @@ if TYPE_CHECKING:
 logger = logging.get_logger(__name__)
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-#: What PEFT puts before the name of a parameter of the model that it wraps.
-_PREFIX = "base_model.model."
 
 
 def add_adapters(model: Any, peft_config: Any, seed: int) -> Any:
@@ -39,7 +42,8 @@ def add_adapters(model: Any, peft_config: Any, seed: int) -> Any:
         `peft.PeftModel`.
 
     Raises:
-        `ValueError`: If a name in `target_modules` or `modules_to_save` fits no module of the model.
+        `ValueError`: If a name in `target_modules` or `modules_to_save` fits no module of the model, or PEFT does not
+            take the configuration for such a model.
     """
     from peft import get_peft_model
 
@@ -53,7 +57,12 @@ def add_adapters(model: Any, peft_config: Any, seed: int) -> Any:
             )
     # The Trainer sets the seed later, too late for the adapters' first weights.
     with forked_rng(seed, torch.device("cpu")):
-        adapted = get_peft_model(model, peft_config)
+        try:
+            adapted = get_peft_model(model, peft_config)
+        except Exception as error:  # whatever comes of a configuration for another kind of model
+            raise ValueError(
+                f"peft_config={type(peft_config).__name__} does not go with {type(model).__name__}: {said(error, 400)}"
+            ) from error
     adapted.logit_scale.requires_grad_(trained)
     return adapted
 
@@ -99,6 +108,17 @@ def warn_of_local_base(model: Any, args: CLIPTrainingArguments) -> None:
         )
 
 
+def check_adapter_file(model: Any, folder: str | os.PathLike[str]) -> None:
+    """`ValueError` for adapters in a checkpoint that are not those of a model: PEFT loads what fits, and is silent."""
+    path = Path(folder, ADAPTER_WEIGHTS)
+    if not has_adapters(model) or not path.is_file():
+        return
+    with safe_open(path, framework="pt") as file:
+        there = {name.removeprefix(PEFT_PREFIX) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    own = {name.removeprefix(PEFT_PREFIX) for name in get_peft_model_state_dict(model)} | {"logit_scale"}
+    check_weights(model, {"missing_keys": own - there, "unexpected_keys": there - own}, str(folder))
+
+
 def merged(model: Any) -> Any:
     """A copy of the dual encoder with the adapters added into its weights."""
     return copy.deepcopy(model).merge_and_unload()
@@ -122,7 +142,7 @@ def complete_adapter_file(model: Any, folder: str | os.PathLike[str], state: dic
     path = Path(folder, ADAPTER_WEIGHTS)
     if not path.is_file():
         return
-    name = f"{_PREFIX}logit_scale"
+    name = f"{PEFT_PREFIX}logit_scale"
     value = (state or {}).get(name, model.logit_scale)
     weights = {**load_file(path), name: value.detach().cpu().contiguous().clone()}
     save_file(weights, path, metadata={"format": "pt"})

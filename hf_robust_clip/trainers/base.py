@@ -22,6 +22,7 @@ from transformers.utils import logging
 from ..augment.images import ImageNormalization, to_float
 from ..callbacks import TrainerHooks
 from ..data.collator import ORIGINAL, CLIPDataCollator
+from ..data.fitting import check_fit
 from ..data.rows import (
     BAD_ROWS,
     POISONED,
@@ -33,7 +34,7 @@ from ..data.streams import PLACE, Stream, StreamCollator
 from ..evaluation.embedding import Embedder
 from ..evaluation.running import run_evaluators
 from ..losses import clip_loss
-from ..models import caption_padding, check_processor, load_dual_encoder, load_processor, longest_caption
+from ..models import caption_padding, check_processor, load_processor, longest_caption
 from ..record import describe_skipped, skipped_text
 from ..seeding import derive_seed, forked_rng
 from .adapters import add_adapters, check_adapters
@@ -44,6 +45,8 @@ from .checks import (
     check_best_metric,
     check_collator,
     check_negatives,
+    check_trained,
+    load_to_train,
     resolve_image_augmentation,
     resolve_text_augmentation,
     warn_of_half_precision,
@@ -146,7 +149,7 @@ class CLIPTrainer(PublishingTrainer):
         optimizer_cls_and_kwargs: tuple[Any, dict[str, Any]] | None = None,
     ) -> None:
         check_arguments(args, train_dataset, eval_dataset)
-        encoder = load_dual_encoder(model)
+        encoder = load_to_train(model)
         warn_of_half_precision(encoder)
         processing_class = load_processor(model, processing_class)
         check_processor(processing_class, "processing_class")
@@ -178,6 +181,11 @@ class CLIPTrainer(PublishingTrainer):
         if peft_config is not None:
             encoder = add_adapters(encoder, peft_config, args.seed)
         check_adapters(encoder, args)
+        if train_dataset is not None:
+            check_trained(encoder)
+        check_fit(encoder, processing_class, data_collator)
+        if evaluators and data_collator.tokenizer is not processing_class.tokenizer:
+            check_fit(encoder, processing_class)
         # The Trainer refuses an eval_strategy without a dataset; evaluators bring their own.
         if eval_dataset is None and evaluators:
             eval_dataset = []
@@ -653,6 +661,7 @@ class CLIPTrainer(PublishingTrainer):
             batch_size=self.args.eval_batch_size,
             # Sharded parameters come together only while all ranks encode in step.
             across_ranks=not (self.is_fsdp_enabled or self.is_deepspeed_enabled),
+            check=False,
         )
 
     # ---- Checkpoints ----

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from accelerate.utils import is_compiled_module
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.utils import logging
 
@@ -15,6 +17,7 @@ from ..augment.text import TextAugmentation
 from ..data.collator import ORIGINAL, CLIPDataCollator
 from ..data.rows import check_dataset
 from ..evaluation.figures import figure_names
+from ..models import load_dual_encoder
 from .arguments import CLIPTrainingArguments
 
 logger = logging.get_logger(__name__)
@@ -147,6 +150,40 @@ def warn_of_half_precision(model: nn.Module) -> None:
             "which evaluate() outside training turns them so; with bf16=True it computes in half precision all the "
             "same."
         )
+
+
+def load_to_train(model: Any) -> Any:
+    """
+    [`~models.load_dual_encoder`], also without what `torch.compile` has wrapped around parts of the model: it would be
+    in the names of all that is saved, which load nowhere then.
+    """
+    encoder = load_dual_encoder(model)
+    compiled = encoder is not model and is_compiled_module(model)
+    while parts := [name for name, part in encoder.named_modules() if is_compiled_module(part)]:
+        encoder.set_submodule(parts[0], encoder.get_submodule(parts[0])._orig_mod)
+        compiled = True
+    if compiled:
+        logger.warning(
+            "The model was given compiled, and is trained as it was before: torch_compile=True in args compiles it "
+            "for training."
+        )
+    return encoder
+
+
+def check_trained(model: nn.Module) -> None:
+    """`ValueError` for a model of which no parameter is trained, or none of its adapters."""
+    layers: list[Any] = [part for part in model.modules() if isinstance(part, BaseTunerLayer)]
+    if any(parameter.requires_grad for part in layers or [model] for parameter in part.parameters()):
+        return
+    if layers:
+        raise ValueError(
+            "the adapters on the model are frozen, and training would leave them as they are: load them with "
+            "PeftModel.from_pretrained(base, folder, is_trainable=True), and make new ones without inference_mode"
+        )
+    raise ValueError(
+        "no parameter of the model is trained: requires_grad is False for all of them; unfreeze some, such as with "
+        "model.requires_grad_(True)"
+    )
 
 
 def check_collator(collator: Any, args: CLIPTrainingArguments, text_augmentation: Any) -> None:

@@ -14,9 +14,11 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from ..cards import kept_card, license_of, write_card
+from ..models import check_weights
 from ..record import RUN_FILE, RunRecord, describe_dataset
 from .adapters import (
     ADAPTER_CONFIG,
+    check_adapter_file,
     complete_adapter_file,
     has_adapters,
     merged,
@@ -177,6 +179,20 @@ class PublishingTrainer(Trainer):
             if trouble is not None:
                 raise ValueError(f"resume_from_checkpoint={str(resume_from_checkpoint)!r} is no checkpoint: {trouble}")
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        check_adapter_file(self.unwrapped_model, resume_from_checkpoint)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        # The Trainer goes on with whatever fits, and the rest as it is.
+        ignored = set(getattr(self.model, "_keys_to_ignore_on_save", None) or ())
+        found = {
+            "missing_keys": set(load_result.missing_keys) - ignored,
+            "unexpected_keys": load_result.unexpected_keys,
+        }
+        check_weights(self.unwrapped_model, found, "the checkpoint")
+        super()._issue_warnings_after_load(load_result._replace(unexpected_keys=[]))
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         final = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import datasets
 import pytest
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import CLIPModel, CLIPProcessor
 
 from hf_robust_clip import (
@@ -170,6 +173,22 @@ def test_folders_that_hold_no_model(images: Path, processor: CLIPProcessor, tmp_
         assert main(["evaluate", str(tmp_path / "empty"), "--data", str(images)]) == 2
         error = capsys.readouterr().err
         assert error.startswith("hf-robust-clip evaluate: error: MODEL: ") and error.count("\n") == 1
+
+
+def test_models_that_could_not_be_measured(
+    model: Path, images: Path, processor: CLIPProcessor, tmp_path: Path, capsys: Any
+) -> None:
+    weights = {f"_orig_mod.{name}": value for name, value in load_file(model / "model.safetensors").items()}
+    compiled, larger = (shutil.copytree(model, tmp_path / name) for name in ("compiled", "larger"))
+    save_file(weights, compiled / "model.safetensors", metadata={"format": "pt"})
+    tokenizer = copy.deepcopy(processor.tokenizer)
+    tokenizer.add_tokens(["snowleopard"])
+    tokenizer.save_pretrained(larger)
+    for folder, expected in ((compiled, "put there by torch.compile"), (larger, "('snowleopard')")):
+        assert main(["evaluate", str(folder), "--data", str(images)]) == 2
+        output = capsys.readouterr()
+        assert output.err.startswith("hf-robust-clip evaluate: error: MODEL: ") and output.err.count("\n") == 1
+        assert expected in output.err and not output.out
 
 
 def test_what_the_hub_does_not_hand_out_is_a_failure(model: Path, images: Path, capsys: Any) -> None:

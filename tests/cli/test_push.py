@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from stand_in import BAD_TOKEN, READ_TOKEN, WRITE_TOKEN, HubStandIn
 
 from hf_robust_clip.cli.main import main
@@ -97,3 +99,15 @@ def test_folders_without_a_model(tmp_path: Path, folder: Path, capsys: Any) -> N
     assert main(["push", str(folder), "no/such/name"]) == 2
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 3 and "holds no model" in errors[0] and "REPO_ID" in errors[2]
+
+
+def test_a_folder_that_nobody_could_load(tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    save_file({"_orig_mod.logit_scale": torch.ones(())}, tmp_path / "model.safetensors")
+    # Adapters have the prefix of PEFT rightly.
+    save_file({"base_model.model.logit_scale": torch.ones(())}, tmp_path / "adapter_model.safetensors")
+    assert main(["push", str(tmp_path), "tester/model"]) == 2
+    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    assert main(["push", str(tmp_path), "tester/model"]) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 2 and "put there by torch.compile" in errors[0] and "`git lfs pull`" in errors[1]
