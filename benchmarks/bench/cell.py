@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset, concatenate_datasets
-from transformers import AutoModel, AutoProcessor, PrinterCallback, set_seed
+from transformers import PrinterCallback, set_seed
 
 from hf_robust_clip import (
     CleanCLIPTrainer,
@@ -32,6 +32,7 @@ from hf_robust_clip.data.images import ImagePreprocessor
 from hf_robust_clip.data.rows import POISONED
 from hf_robust_clip.evaluation.embedding import Embedder
 from hf_robust_clip.evaluation.running import run_evaluators
+from hf_robust_clip.models import load_dual_encoder, load_processor
 from hf_robust_clip.versions import versions
 
 from .attack import Planted, plant
@@ -158,7 +159,7 @@ def _run(cell: Cell, data: Path | None, work: Path, threads: int) -> dict[str, A
     if not cell.is_trained(work):
         _train(cell, model, processor, material, planted, folder)
     training = json.loads((folder / _DONE).read_text())
-    model = AutoModel.from_pretrained(folder).to(_device())  # nosec B615 # a folder
+    model = load_dual_encoder(folder).to(_device())
     start = time.perf_counter()
     figures = run_evaluators(planted.evaluators, processor, Embedder(model, processor, batch_size=256))
     return {
@@ -183,8 +184,7 @@ def _start(cell: Cell, material: Material, work: Path) -> tuple[Any, Any]:
     if cell.start is None:
         return start_model(cell.study, material, cell.seed)
     folder = work / cell.start.model_key
-    model = AutoModel.from_pretrained(folder, dtype=torch.float32)  # nosec B615 # a folder
-    return model, AutoProcessor.from_pretrained(folder)  # nosec B615 # a folder
+    return load_dual_encoder(folder), load_processor(folder, None)
 
 
 def _train(cell: Cell, model: Any, processor: Any, material: Material, planted: Planted, folder: Path) -> None:
