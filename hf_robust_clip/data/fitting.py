@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,18 +16,21 @@ from ..models import caption_padding, inference, longest_caption, text_config, t
 from ..seeding import forked_rng
 from ..wording import said, shown
 from .collator import CLIPDataCollator
+from .rows import BadRowError, IndexedDataset, decode_row
 
 logger = logging.get_logger(__name__)
 
 #: Width and height of the images that are tried: of different shapes, and of no model's size.
 _SIZES = ((67, 45), (45, 67))
+#: Images of a dataset whose sizes are looked at.
+_LOOKED_AT = 8
 #: More words than any model takes, and a caption that is padded beside it.
 _CAPTIONS = ("many different words " * 400, "a dog")
 #: CLIP's `eos_token_id` of old: such a model reads a caption at its token of the highest number.
 _LEGACY_END = 2
 
 
-def check_fit(model: Any, processor: Any, collator: CLIPDataCollator | None = None) -> None:
+def check_fit(model: Any, processor: Any, collator: CLIPDataCollator | None = None, dataset: Any = None) -> None:
     """
     Try a dual encoder on one pair of an image and a caption that is cut to the longest. Neither the model's mode nor
     torch's generators are changed.
@@ -34,6 +40,8 @@ def check_fit(model: Any, processor: Any, collator: CLIPDataCollator | None = No
         processor (`ProcessorMixin`): Its image processor and tokenizer.
         collator ([`~data.collator.CLIPDataCollator`], *optional*): What makes the batches of a training, which are
             tried on the model's forward pass. `None`: images and texts are embedded apart, as an evaluation does.
+        dataset (map-style dataset, *optional*): What is trained on. Where the image processor leaves images of
+            different sizes different, the first ones here must be of one.
 
     Raises:
         `ValueError`: If they do not go together. It names both sides.
@@ -43,21 +51,40 @@ def check_fit(model: Any, processor: Any, collator: CLIPDataCollator | None = No
         batches = CLIPDataCollator(
             processor, max_length=longest_caption(model, processor.tokenizer), padding=caption_padding(model)
         )
-    rows = [
-        {batches.image_column: Image.new("RGB", size, (90, 120, 150)), batches.caption_column: caption}
-        for size, caption in zip(_SIZES, _CAPTIONS, strict=True)
-    ]
+    images = [Image.new("RGB", size, (90, 120, 150)) for size in _SIZES]
     try:
-        batch = batches.for_evaluation()(rows)
-    except Exception:
+        batch = _batch(batches, images)
+    except Exception as error:
         if type(batches).__call__ is not CLIPDataCollator.__call__:
             return  # it may need more of a row than an image and a caption
-        raise
+        height, width = _sides(model) or (0, 0)
+        images = _first_images(dataset, batches) or [Image.new("RGB", (width, height))] * 2
+        if not isinstance(error, ValueError) or not height:
+            raise
+        batch = _batch(batches, images)
     pixels = batch["pixel_values"]
     tokens = {name: batch[name] for name in batches.tokenizer.model_input_names if name in batch}
     _check_tokens(model, batches, tokens["input_ids"])
     if _can_run(model):
         _try(model, pixels[:1], {name: values[:1] for name, values in tokens.items()}, whole=collator is not None)
+
+
+def _batch(collator: CLIPDataCollator, images: Sequence[Image.Image]) -> dict[str, torch.Tensor]:
+    rows = zip(images, itertools.cycle(_CAPTIONS))
+    given = [{collator.image_column: image, collator.caption_column: caption} for image, caption in rows]
+    return collator.for_evaluation()(given)
+
+
+def _first_images(dataset: Any, collator: CLIPDataCollator) -> list[Image.Image]:
+    """The usable ones among the first images of a map-style dataset."""
+    if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
+        return []
+    columns = (collator.image_column, collator.caption_column)
+    rows, images = IndexedDataset(dataset, *columns), []
+    for number in range(min(len(rows), _LOOKED_AT)):
+        with contextlib.suppress(BadRowError):
+            images.append(decode_row(rows[number], *columns)[collator.image_column])
+    return images
 
 
 def _check_tokens(model: Any, collator: CLIPDataCollator, ids: torch.Tensor) -> None:

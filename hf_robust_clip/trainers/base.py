@@ -183,7 +183,7 @@ class CLIPTrainer(PublishingTrainer):
         check_adapters(encoder, args)
         if train_dataset is not None:
             check_trained(encoder)
-        check_fit(encoder, processing_class, data_collator)
+        check_fit(encoder, processing_class, data_collator, train_dataset)
         if evaluators and data_collator.tokenizer is not processing_class.tokenizer:
             check_fit(encoder, processing_class)
         # The Trainer refuses an eval_strategy without a dataset; evaluators bring their own.
