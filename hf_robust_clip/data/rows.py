@@ -13,6 +13,8 @@ import torch
 
 from ..attacks.rows import ENCODED_IMAGE_DTYPES, POISONED, holds_captions
 from ..imaging import decode_image
+from ..kinds import is_rows, kind, wrong_dataset
+from ..wording import listed, shown
 from .tokens import TOKENS_PREFIX
 
 OnBadRow = Literal["raise", "skip"]
@@ -261,29 +263,50 @@ def check_dataset(
     Raises:
         `ValueError`: Naming the argument, what was found and what is accepted.
     """
-    if isinstance(dataset, Mapping):
-        raise ValueError(
-            f"{argument} is a dictionary, with {', '.join(map(repr, dataset)) or 'nothing in it'}; pass one dataset"
-        )
-    length = len(dataset) if hasattr(dataset, "__len__") else None
-    if length == 0:
-        raise ValueError(f"{argument} is empty; it needs rows with an image and a caption")
+    check_columns(
+        dataset,
+        {"image_column": image_column, "caption_column": caption_column},
+        "rows with an image and a caption",
+        argument,
+        streams=True,
+    )
     # Of a dataset with a transform only the rows tell what there is.
     features = None if has_transform(dataset) else getattr(dataset, "features", None)
-    names = None if has_transform(dataset) else getattr(dataset, "column_names", None)
-    streamed = isinstance(dataset, torch.utils.data.IterableDataset)  # has a __getitem__ that only raises
-    if names is None and length is not None and not streamed and hasattr(dataset, "__getitem__"):
-        names = _first_columns(dataset, argument)
-    if names is not None:
-        for name, column in (("image_column", image_column), ("caption_column", caption_column)):
-            if column not in names:
-                raise ValueError(
-                    f"{name}={column!r} is not a column of {argument}; its columns are {', '.join(map(repr, names))}"
-                )
     if features is not None:
         _check_features(features, image_column, caption_column, argument)
     if on_bad_row == "raise" and isinstance(dataset, datasets.Dataset) and features is not None:
         _check_nulls(dataset, caption_column, argument)
+
+
+def check_columns(
+    dataset: Any, columns: Mapping[str, str], needs: str, argument: str = "dataset", streams: bool = False
+) -> None:
+    """
+    Refuse what is not a dataset of rows, or is empty, or lacks a column.
+
+    Args:
+        dataset (`datasets.Dataset` or sequence of mappings): What to check.
+        columns (mapping): Of the argument that names a column to the column.
+        needs (`str`): What is needed of it, for the message on an empty dataset.
+        argument (`str`): What the caller calls the dataset.
+        streams (`bool`, defaults to `False`): Whether an iterable dataset is accepted as well.
+
+    Raises:
+        `ValueError`: Naming the argument, what was found and what is accepted.
+    """
+    streamed = streams and isinstance(dataset, torch.utils.data.IterableDataset)
+    if not streamed and not is_rows(dataset):
+        accepted = "a dataset whose rows are mappings of column names, with a length"
+        raise wrong_dataset(argument, dataset, f"{accepted}, or an iterable dataset" if streams else accepted)
+    if hasattr(dataset, "__len__") and len(dataset) == 0:
+        raise ValueError(f"{argument} is empty; it needs {needs}")
+    # Of a dataset with a transform only the rows tell what there is.
+    names: Any = None if has_transform(dataset) else getattr(dataset, "column_names", None)
+    if names is None and not streamed:
+        names = _first_columns(dataset, argument)
+    for name, column in columns.items() if names is not None else ():
+        if not isinstance(column, str) or column not in names:
+            raise ValueError(f"{name}={shown(column)} is not a column of {argument}; its columns are {listed(names)}")
 
 
 def shown_rows(rows: Sequence[int], count: int) -> str:
@@ -334,7 +357,9 @@ def _first_columns(dataset: Any, argument: str) -> list[str] | None:
             raise
         return None  # for on_bad_row to deal with
     if not isinstance(first, Mapping):
-        raise ValueError(f"the rows of {argument} must be mappings of column names, but are {type(first).__name__}")
+        raise ValueError(
+            f"the rows of {argument} must be mappings of column names to values, but row 0 is {kind(first)}"
+        )
     return list(first)
 
 
