@@ -32,7 +32,7 @@ from ..data.rows import (
 )
 from ..data.streams import PLACE
 from ..evaluation.embedding import Embedder
-from ..evaluation.running import run_evaluators
+from ..evaluation.running import evaluator_list, run_evaluators
 from ..losses import clip_loss
 from ..models import caption_padding, check_processor, load_dual_encoder, load_processor, longest_caption
 from ..record import describe_skipped, skipped_text
@@ -43,6 +43,7 @@ from .checks import (
     check_arguments,
     check_best_metric,
     check_collator,
+    explained,
     resolve_image_augmentation,
     resolve_text_augmentation,
     warn_of_half_precision,
@@ -83,8 +84,9 @@ class CLIPTrainer(PublishingTrainer):
         model (`str` or `PreTrainedModel`):
             A Hub id, a folder, or any dual encoder whose output has `image_embeds` and `text_embeds` and that has a
             `logit_scale`.
-        args ([`CLIPTrainingArguments`]):
-            Of the class that belongs to this trainer.
+        args ([`CLIPTrainingArguments`], *optional*):
+            Of the class that belongs to this trainer, `args_class`. `None`: its defaults, with the output folder
+            `tmp_trainer`.
         data_collator ([`CLIPDataCollator`], *optional*):
             Made from `processing_class` and `args` by default. One of your own must return this trainer's text views.
         train_dataset (`datasets.Dataset`, `datasets.IterableDataset` or any torch dataset, *optional*):
@@ -95,11 +97,11 @@ class CLIPTrainer(PublishingTrainer):
             The same, or a dictionary of such; gives the CLIP loss on un-augmented pairs, `eval_loss`.
         processing_class (`ProcessorMixin`, *optional*):
             With an image processor and a tokenizer. By default the one saved beside `model`.
-        evaluators (sequence of callables):
-            Each `(model, processor, embedder) -> dict[str, float]`; what they return is part of every evaluation as
-            `eval_*`, and can be the `metric_for_best_model`. They run on all ranks, and all ranks must ask the
-            embedder for the same. One with a method `image_requests() -> list[tuple]` of (dataset, image column,
-            trigger or `None`) has its images embedded in the same pass as those of the others.
+        evaluators (callable or sequence of callables):
+            One evaluator or several. Each `(model, processor, embedder) -> dict[str, float]`; what they return is part
+            of every evaluation as `eval_*`, and can be the `metric_for_best_model`. They run on all ranks, and all
+            ranks must ask the embedder for the same. One with a method `image_requests() -> list[tuple]` of (dataset,
+            image column, trigger or `None`) has its images embedded in the same pass as those of the others.
         image_augmentation (`nn.Module`, callable or `str`, *optional*):
             Floats in [0, 1] `(B, 3, H, W)` to the same, on the device. A string names a preset, `"identity"` none.
             `None`: `args.image_preset`.
@@ -124,18 +126,22 @@ class CLIPTrainer(PublishingTrainer):
     #: The views of a training batch, stacked in this order. `"original"` is un-augmented.
     views: tuple[str, ...] = (ORIGINAL,)
 
+    #: The class that `args` is of, and that they are made from where they are left out.
+    args_class: type[CLIPTrainingArguments] = CLIPTrainingArguments
+
     args: CLIPTrainingArguments
     data_collator: CLIPDataCollator
 
+    @explained
     def __init__(
         self,
         model: str | nn.Module,
-        args: CLIPTrainingArguments,
+        args: CLIPTrainingArguments | None = None,
         data_collator: CLIPDataCollator | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: Any = None,
-        evaluators: Sequence[Evaluator] = (),
+        evaluators: Evaluator | Sequence[Evaluator] = (),
         image_augmentation: nn.Module | Callable[[torch.Tensor], torch.Tensor] | str | None = None,
         text_augmentation: Callable[[str, int], str] | str | None = None,
         peft_config: Any = None,
@@ -143,7 +149,11 @@ class CLIPTrainer(PublishingTrainer):
         optimizers: tuple[Any, Any] = (None, None),
         optimizer_cls_and_kwargs: tuple[Any, dict[str, Any]] | None = None,
     ) -> None:
-        check_arguments(args, train_dataset, eval_dataset)
+        if args is None:
+            args = self.args_class(output_dir="tmp_trainer")
+            logger.info("No args were passed: output_dir is tmp_trainer.")
+        check_arguments(args, self.args_class, train_dataset, eval_dataset)
+        evaluators = evaluator_list(evaluators)
         encoder = load_dual_encoder(model)
         warn_of_half_precision(encoder)
         processing_class = load_processor(model, processing_class)
@@ -193,7 +203,7 @@ class CLIPTrainer(PublishingTrainer):
         # Without these the Trainer sees no labels and reports no eval_loss.
         self.can_return_loss = True
         self.label_names = []
-        self.evaluators = list(evaluators)
+        self.evaluators = evaluators
         self.normalization = ImageNormalization(data_collator.preprocess.mean, data_collator.preprocess.std)
         self.normalization.to(self.args.device)
         self._eval_collator = data_collator.for_evaluation()
@@ -215,8 +225,12 @@ class CLIPTrainer(PublishingTrainer):
         self._pairs_since_log = 0
         self._last_log = time.perf_counter()
         self.add_callback(TrainerHooks(self))
+        self.set_up()
 
     # ---- What a defence overrides ----
+
+    def set_up(self) -> None:
+        """Called at the end of `__init__`: what a defence makes of its arguments and the datasets, and refuses."""
 
     def loss_components(
         self, views: dict[str, Embeddings], scale: torch.Tensor, inputs: dict[str, Any]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ParamSpec
 
 import torch
 from torch import nn
@@ -22,11 +23,41 @@ IDENTITY = "identity"
 #: Ways to draw rows that need no lengths of texts.
 SAMPLINGS = ("random", "sequential")
 
+_A_PROCESSOR = "pass processing_class=, a processor with an image_processor and a tokenizer"
+#: What the stock Trainer takes, or took, and what to use here.
+INSTEAD = {
+    "compute_metrics": "pass evaluators=, each `(model, processor, embedder) -> dict[str, float]`. What they return "
+    "is part of every evaluation, as eval_*",
+    "preprocess_logits_for_metrics": "pass evaluators=, which embed images and texts by themselves",
+    "compute_loss_func": "derive from this trainer and override loss_components, which returns the terms of the loss",
+    "model_init": "pass model=. To search hyper-parameters, make a trainer with a model of its own for each trial",
+    "tokenizer": _A_PROCESSOR,
+    "image_processor": _A_PROCESSOR,
+    "processor": _A_PROCESSOR,
+}
 
-def check_arguments(args: CLIPTrainingArguments, train_dataset: Any, eval_dataset: Any) -> None:
+_P = ParamSpec("_P")
+
+
+def explained(init: Callable[_P, None]) -> Callable[_P, None]:
+    """An `__init__` that says what to pass in place of an argument of the stock Trainer; its signature stays."""
+
+    @functools.wraps(init)
+    def checked(*args: _P.args, **kwargs: _P.kwargs) -> None:
+        for name in kwargs:
+            if name in INSTEAD:
+                raise ValueError(f"{name}= is not an argument of {type(args[0]).__name__}: {INSTEAD[name]}")
+        init(*args, **kwargs)
+
+    return checked
+
+
+def check_arguments(
+    args: CLIPTrainingArguments, args_class: type[CLIPTrainingArguments], train_dataset: Any, eval_dataset: Any
+) -> None:
     """`ValueError` for arguments of another class or for texts alone, DataParallel, and datasets that do not work."""
-    if not isinstance(args, CLIPTrainingArguments):
-        raise ValueError(f"args must be a CLIPTrainingArguments, but is {type(args).__name__}")
+    if not isinstance(args, args_class):
+        raise ValueError(f"args must be a {args_class.__name__}, but is {type(args).__name__}")
     if args.n_gpu > 1:
         raise ValueError(
             f"this process sees {args.n_gpu} GPUs and would split batches between them with nn.DataParallel, which "

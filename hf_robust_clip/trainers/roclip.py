@@ -44,22 +44,21 @@ class RoCLIPTrainer(CLIPTrainer):
         model (`str` or `PreTrainedModel`): A Hub id, a folder, or a dual encoder, as a rule untrained.
         args ([`RoCLIPTrainingArguments`]): The paper's recipe by default.
         image_augmentation, text_augmentation: `None`: the presets of `args`, `"strong"` and `"eda"`.
-        **kwargs: As of [`CLIPTrainer`].
+        Others: As of [`CLIPTrainer`].
 
     Raises:
         `ValueError`: As of [`CLIPTrainer`]; and for a `train_dataset` of unknown length if `pool_size` is a share of
             it, or if `steps_per_matching_epoch` is not set.
     """
 
+    args_class = RoCLIPTrainingArguments
     args: RoCLIPTrainingArguments
 
-    def __init__(self, model: Any, args: RoCLIPTrainingArguments, *arguments: Any, **kwargs: Any) -> None:
-        super().__init__(model, args, *arguments, **kwargs)
-        self.pools: FeaturePools | None = None
+    def set_up(self) -> None:
+        super().set_up()
         self._adversarial: torch.Tensor | None = None
         self._warned_of_collapse = False
-        if self.train_dataset is not None:
-            self.pools = self._make_pools()
+        self.pools: FeaturePools | None = self._make_pools() if self.train_dataset is not None else None
 
     def _make_pools(self) -> FeaturePools:
         rows = self._dataset_length()

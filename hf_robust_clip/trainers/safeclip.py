@@ -52,7 +52,7 @@ class SafeCLIPTrainer(CLIPTrainer):
         model (`str` or `PreTrainedModel`): A Hub id, a folder, or a dual encoder, as a rule untrained.
         args ([`SafeCLIPTrainingArguments`]): The paper's recipe by default.
         image_augmentation, text_augmentation: `None`: the presets of `args`, `"strong"` and `"eda"`.
-        **kwargs: As of [`CLIPTrainer`].
+        Others: As of [`CLIPTrainer`].
 
     Raises:
         `ValueError`: As of [`CLIPTrainer`]; and for an iterable `train_dataset`, whose pairs cannot be scored and
@@ -61,10 +61,11 @@ class SafeCLIPTrainer(CLIPTrainer):
 
     views = ("first", "second")
     extra_inputs = (*CLIPTrainer.extra_inputs, SAFE)
+    args_class = SafeCLIPTrainingArguments
     args: SafeCLIPTrainingArguments
 
-    def __init__(self, model: Any, args: SafeCLIPTrainingArguments, *arguments: Any, **kwargs: Any) -> None:
-        super().__init__(model, args, *arguments, **kwargs)
+    def set_up(self) -> None:
+        super().set_up()
         self.pools: FeaturePools | None = None
         #: The record and the histogram of every split so far.
         self.splits = SplitHistory()
