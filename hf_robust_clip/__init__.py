@@ -92,7 +92,7 @@ else:
 
     def __getattr__(name: str) -> Any:
         if name not in _PUBLIC:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+            raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
         module = importlib.import_module(f".{_PUBLIC[name]}", __name__)
         value = module if _PUBLIC[name] == name else getattr(module, name)
         globals()[name] = value

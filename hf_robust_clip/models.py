@@ -40,13 +40,13 @@ def load_dual_encoder(model: str | nn.Module) -> Any:
     return loaded
 
 
-def load_processor(model: str | nn.Module, processing_class: Any) -> Any:
+def load_processor(model: str | nn.Module, processing_class: Any, argument: str = "processing_class") -> Any:
     """`processing_class` if there is one, else the processor saved beside the model that was named by id or folder."""
     if processing_class is not None:
         return processing_class
     if not isinstance(model, str):
         raise ValueError(
-            "processing_class is None, and the model was given as an object: pass its processor, for example "
+            f"{argument} is None, and the model was given as an object: pass its processor, for example "
             "AutoProcessor.from_pretrained(...)"
         )
     return AutoProcessor.from_pretrained(model, trust_remote_code=False)  # nosec B615

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from .lookup import Search, full_precision_products
+from .wording import listed, shown
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
@@ -62,9 +63,9 @@ class FeaturePool(nn.Module):
             if name == "chunk_size" and value is None:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, but is {value!r}")
+                raise ValueError(f"{name} must be an integer of at least 1, but is {shown(value)}")
         if dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}, but is {dtype!r}")
+            raise ValueError(f"dtype must be one of {listed(DTYPES)}, but is {shown(dtype)}")
         self.size, self.dim, self.chunk_size = size, dim, chunk_size
         self.register_buffer("features", torch.zeros(size, dim, dtype=dtype))
         self.register_buffer("keys", torch.full((size,), -1))

@@ -37,6 +37,7 @@ from ..losses import clip_loss
 from ..models import caption_padding, check_processor, load_dual_encoder, load_processor, longest_caption
 from ..record import describe_skipped, skipped_text
 from ..seeding import derive_seed, forked_rng
+from ..wording import shown
 from .adapters import add_adapters, check_adapters
 from .arguments import CLIPTrainingArguments
 from .checks import (
@@ -315,7 +316,7 @@ class CLIPTrainer(PublishingTrainer):
         if inputs["input_ids"].shape[0] != len(views) * rows:
             raise ValueError(
                 f"data_collator returned {inputs['input_ids'].shape[0]} texts for {rows} images, but this trainer has "
-                f"the views {views}: give it views={views!r}"
+                f"the views {views}: give it views={shown(views)}"
             )
         images = to_float(pixels)
         stacked = torch.cat([self.normalization(self._image_view(images, view)) for view in views])
@@ -634,8 +635,9 @@ class CLIPTrainer(PublishingTrainer):
         elif checkpoint is not None:
             self.reset_training_state()
             logger.warning(
-                f"resume_from_checkpoint={checkpoint!r} has no {STATE_FILE}, as if saved with save_only_model=True: "
-                "training goes on from its weights, but not as it would have without the interruption."
+                f"resume_from_checkpoint={shown(checkpoint)} has no {STATE_FILE}, as if saved with "
+                "save_only_model=True: training goes on from its weights, but not as it would have without the "
+                "interruption."
             )
         super()._load_optimizer_and_scheduler(checkpoint)
 
@@ -670,8 +672,8 @@ class CLIPTrainer(PublishingTrainer):
         ):
             if saved != current:
                 raise ValueError(
-                    f"resume_from_checkpoint={checkpoint!r}: its {name} was {saved}, but is {current} now. Resume "
-                    "with what it was saved with, or start anew from its weights by passing the folder as model"
+                    f"resume_from_checkpoint={shown(checkpoint)}: its {name} was {saved}, but is {current} now. "
+                    "Resume with what it was saved with, or start anew from its weights by passing the folder as model"
                 )
 
     def _dataset_length(self) -> int | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, ParamSpec
+from typing import Any, ParamSpec, cast
 
 import torch
 from torch import nn
@@ -15,6 +15,8 @@ from ..augment.text import TextAugmentation
 from ..data.collator import ORIGINAL, CLIPDataCollator
 from ..data.rows import check_dataset
 from ..evaluation.figures import figure_names
+from ..kinds import check_callable
+from ..wording import listed, shown
 from .arguments import CLIPTrainingArguments
 
 logger = logging.get_logger(__name__)
@@ -65,13 +67,13 @@ def check_arguments(
         )
     if args.train_sampling_strategy not in SAMPLINGS:
         raise ValueError(
-            f"train_sampling_strategy must be one of {', '.join(map(repr, SAMPLINGS))}, but is "
-            f"{args.train_sampling_strategy!r}, which needs the length of each row's text"
+            f"train_sampling_strategy must be one of {listed(SAMPLINGS)}, but is "
+            f"{shown(args.train_sampling_strategy)}, which needs the length of each row's text"
         )
     if args.neftune_noise_alpha is not None:
         raise ValueError(
-            f"neftune_noise_alpha must be None, but is {args.neftune_noise_alpha!r}: NEFTune adds noise to the input "
-            "embeddings of a language model, and a dual encoder has none of its own"
+            f"neftune_noise_alpha must be None, but is {shown(args.neftune_noise_alpha)}: NEFTune adds noise to the "
+            "input embeddings of a language model, and a dual encoder has none of its own"
         )
     if args.contrastive_chunk_size is not None or args.accumulate_negatives:
         _check_chunking(args)
@@ -102,7 +104,7 @@ def check_best_metric(args: CLIPTrainingArguments, evaluators: Sequence[Any], ev
     accepted = figures if eval_dataset is None else [*figures, *losses]
     if metric.removeprefix("eval_") not in accepted:
         raise ValueError(
-            f"metric_for_best_model={metric!r} is no figure of an evaluation; accepted are {', '.join(accepted)}"
+            f"metric_for_best_model={shown(metric)} is no figure of an evaluation; accepted are {listed(accepted)}"
             + ("; a loss takes an eval_dataset" if eval_dataset is None else "")
         )
 
@@ -118,7 +120,7 @@ def _check_chunking(args: CLIPTrainingArguments) -> None:
         )
     if "lomo" in args.optim:
         raise ValueError(
-            f"{which} does not work with optim={args.optim!r}, which updates weights during the backward pass: "
+            f"{which} does not work with optim={shown(args.optim)}, which updates weights during the backward pass: "
             "set another optimizer, such as 'adamw_torch'"
         )
 
@@ -131,7 +133,7 @@ def warn_of_half_precision(model: nn.Module) -> None:
     }
     if half:
         logger.warning(
-            f"The model's trained parameters are {', '.join(map(str, half))}: steps of a small learning rate are lost "
+            f"The model's trained parameters are {listed(half)}: steps of a small learning rate are lost "
             "to rounding. Load it with dtype=torch.float32, and leave out bf16_full_eval and fp16_full_eval, with "
             "which evaluate() outside training turns them so; with bf16=True it computes in half precision all the "
             "same."
@@ -145,7 +147,8 @@ def check_collator(collator: Any, args: CLIPTrainingArguments, text_augmentation
     for name in ("image_column", "caption_column", "draft_decoding", "stored_tokens"):
         if getattr(collator, name) != getattr(args, name):
             raise ValueError(
-                f"{name} is {getattr(args, name)!r} in args, but {getattr(collator, name)!r} in data_collator"
+                f"{name} is {shown(getattr(args, name))} in args, but {shown(getattr(collator, name))} in "
+                "data_collator"
             )
     if text_augmentation is not None and collator.text_augmentation is None and collator.views != (ORIGINAL,):
         raise ValueError(
@@ -161,6 +164,9 @@ def resolve_image_augmentation(
     given = args.image_preset if given is None else given
     if isinstance(given, str):
         return None if given == IDENTITY else ImageAugmentation(given).to(args.device)
+    check_callable(
+        "image_augmentation", given, "a preset's name, or a function of images, such as ImageAugmentation()"
+    )
     return given.to(args.device) if isinstance(given, nn.Module) else given
 
 
@@ -169,4 +175,5 @@ def resolve_text_augmentation(given: Any, args: CLIPTrainingArguments) -> Callab
     given = args.text_preset if given is None else given
     if isinstance(given, str):
         return None if given == IDENTITY else TextAugmentation.from_preset(given)
-    return given
+    accepted = "a preset's name, or a function `(caption, seed) -> caption`, such as TextAugmentation()"
+    return cast(Callable[[str, int], str], check_callable("text_augmentation", given, accepted))

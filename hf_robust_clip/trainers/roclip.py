@@ -13,6 +13,7 @@ from ..attacks.rows import naming
 from ..data.rows import POISONED, ROW_INDEX, column_values, poison_flags
 from ..losses import Matching, clip_loss, roclip_loss
 from ..pool import FeaturePool
+from ..wording import shown
 from .arguments import RoCLIPTrainingArguments
 from .base import CLIPTrainer, Embeddings
 from .pools import FeaturePools, pool_length
@@ -150,8 +151,9 @@ class RoCLIPTrainer(CLIPTrainer):
         # The last batch comes too late.
         if self.pools is not None and not self.pools.full and self.pools.size > rows - batch:
             logger.warning(
-                f"The pools of {self.pools.size} pairs (pool_size={args.pool_size!r}) do not fill before training "
-                f"ends, after {rows} pairs, and matching begins when they are full: it will be CLIP throughout."
+                f"The pools of {self.pools.size} pairs (pool_size={shown(args.pool_size)}) do not fill before "
+                f"training ends, after {rows} pairs, and matching begins when they are full: it will be CLIP "
+                "throughout."
             )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

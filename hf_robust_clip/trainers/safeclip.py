@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from ..data.sampling import RoutedBatchSampler
 from ..losses import clip_loss, safeclip_cross_loss, safeclip_unimodal_loss
+from ..wording import shown
 from .arguments import SafeCLIPTrainingArguments
 from .base import CLIPTrainer, Embeddings
 from .chunking import Batch
@@ -100,8 +101,8 @@ class SafeCLIPTrainer(CLIPTrainer):
         ):
             if bool(value) is not accepted:
                 raise ValueError(
-                    f"{name}={value!r} does not work with SafeCLIPTrainer, which deals batches that are all safe or "
-                    f"all risky itself: set it to {accepted}"
+                    f"{name}={shown(value)} does not work with SafeCLIPTrainer, which deals batches that are all safe "
+                    f"or all risky itself: set it to {accepted}"
                 )
 
     def run_details(self) -> dict[str, Any]:
@@ -123,8 +124,8 @@ class SafeCLIPTrainer(CLIPTrainer):
             if not isinstance(scheduler, LambdaLR):
                 name = SchedulerType(self.args.lr_scheduler_type).value
                 raise ValueError(
-                    f"lr_scheduler_type={name!r} does not work with SafeCLIPTrainer: its phases need a schedule that "
-                    "is a function of the step, such as 'cosine', 'linear' or 'constant'"
+                    f"lr_scheduler_type={shown(name)} does not work with SafeCLIPTrainer: its phases need a schedule "
+                    "that is a function of the step, such as 'cosine', 'linear' or 'constant'"
                 )
             # Of the optimizer, which may be the user's, with other rates than args.learning_rate.
             largest = max(map(float, scheduler.base_lrs))
@@ -192,9 +193,9 @@ class SafeCLIPTrainer(CLIPTrainer):
         saved, current = metadata.get("steps_per_epoch"), str(self._steps_per_epoch)
         if saved is not None and saved != current:
             raise ValueError(
-                f"resume_from_checkpoint={checkpoint!r}: its number of optimizer steps in an epoch was {saved}, but "
-                f"is {current} now, and SafeCLIP counts its phases, learning rates and splits in epochs. Resume with "
-                "what it was saved with (per_device_train_batch_size, the number of processes and "
+                f"resume_from_checkpoint={shown(checkpoint)}: its number of optimizer steps in an epoch was {saved}, "
+                f"but is {current} now, and SafeCLIP counts its phases, learning rates and splits in epochs. Resume "
+                "with what it was saved with (per_device_train_batch_size, the number of processes and "
                 "gradient_accumulation_steps decide it), or start anew from its weights by passing the folder as model"
             )
 
