@@ -17,6 +17,7 @@ from .data.collator import CLIPDataCollator
 from .data.rows import BAD_ROWS, POISONED, ROW_INDEX, IndexedDataset, check_columns
 from .evaluation.columns import read_column
 from .evaluation.embedding import inference
+from .kinds import check_string
 from .models import caption_padding, longest_caption
 from .wording import shown
 
@@ -138,7 +139,7 @@ class PairSimilarityCallback(TrainerCallback):
         self.dataset = dataset
         self.image_column = image_column
         self.caption_column = caption_column
-        self.prefix = prefix
+        self.prefix = check_string("prefix", prefix)
         flags = _flags(dataset, poisoned_column)
         rng = np.random.default_rng(seed)
         self._rows = {

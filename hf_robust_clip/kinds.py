@@ -29,7 +29,12 @@ def kind(value: Any) -> str:
 def is_rows(value: Any) -> bool:
     """Whether something has rows that are asked for by their number: a map-style dataset, a list."""
     numbered = hasattr(value, "__len__") and hasattr(value, "__getitem__")
-    return numbered and not isinstance(value, Mapping | str | bytes) and not _is_stream(value) and not _table(value)
+    return (
+        numbered
+        and not isinstance(value, Mapping | str | bytes | type)
+        and not _is_stream(value)
+        and not _table(value)
+    )
 
 
 def wrong_dataset(argument: str, value: Any, accepted: str) -> ValueError:
@@ -45,8 +50,9 @@ def text_list(argument: str, values: Any, accepted: str) -> list[str]:
     Raises:
         `ValueError`: For anything else, and where one of them is not a string.
     """
-    given = values.names if isinstance(getattr(values, "names", None), list) else values
-    given = given.tolist() if hasattr(given, "tolist") else given
+    names = getattr(values, "names", None)
+    is_label = isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
+    given = names if is_label else values.tolist() if hasattr(values, "tolist") else values
     if not isinstance(given, Iterable) or isinstance(given, str | bytes | Mapping | Set):
         raise ValueError(f"{argument} must be {accepted}, but is {shown(values)}")
     texts = list(given)
@@ -60,6 +66,13 @@ def check_callable(argument: str, value: Any, accepted: str) -> Any:
     """The value, which must be a function or an object that can be called; `ValueError` for others, and a class."""
     if not callable(value) or isinstance(value, type):
         raise ValueError(f"{argument} must be {accepted}, but is {kind(value)}")
+    return value
+
+
+def check_string(argument: str, value: Any) -> str:
+    """The value, which must be a string; `ValueError` for others."""
+    if not isinstance(value, str):
+        raise ValueError(f"{argument} must be a string, but is {kind(value)}")
     return value
 
 

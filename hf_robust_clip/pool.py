@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .kinds import kind
 from .lookup import Search, full_precision_products
 from .wording import listed, shown
 
@@ -182,6 +183,8 @@ class FeaturePool(nn.Module):
         return f"size={self.size}, dim={self.dim}, dtype={self.features.dtype}, filled={self._fill}"
 
     def _check(self, features: torch.Tensor, name: str) -> None:
+        if not isinstance(features, torch.Tensor):
+            raise ValueError(f"{name} must be a tensor (B, {self.dim}), but is {kind(features)}")
         if features.ndim != 2 or features.shape[1] != self.dim or not features.is_floating_point():
             received = f"{tuple(features.shape)} of {features.dtype}"
             raise ValueError(f"{name} must be (B, {self.dim}) of a floating dtype, but are {received}")

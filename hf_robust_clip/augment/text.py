@@ -56,7 +56,7 @@ class TextAugmentation:
             one, [`load_lexicon`].
 
     Raises:
-        `ValueError`: A rate is not in [0, 1].
+        `ValueError`: A rate is not in [0, 1], or the lexicon is not a mapping.
 
     Example:
 
@@ -86,6 +86,8 @@ class TextAugmentation:
         self.synonym_insertion = _check_rate("synonym_insertion", synonym_insertion)
         self.swap = _check_rate("swap", swap)
         self.deletion = _check_rate("deletion", deletion)
+        if lexicon is not None and not isinstance(lexicon, Mapping):
+            raise ValueError(f"lexicon must be None or a mapping of words to synonyms, but is {kind(lexicon)}")
         self.lexicon = lexicon
         self._edits: list[Edit] | None = None
 

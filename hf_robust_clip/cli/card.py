@@ -77,7 +77,8 @@ def _read_results(path: Path, folder: Path, repo_id: str | None) -> dict[str, An
     kinds = {"model": str, "measures": list, "figures": dict}
     if not isinstance(content, dict) or not all(isinstance(content.get(name), kind) for name, kind in kinds.items()):
         raise UsageError(
-            f"--results: {shortened(str(path), 200)} has no model, measures and figures; accepted is what evaluate --json writes"
+            f"--results: {shortened(str(path), 200)} has no model, measures and figures; accepted is what evaluate "
+            "--json writes"
         )
     with usage_errors():
         check_form(content, RESULTS, f"--results: {path}")

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from ..kinds import wrong_dataset
+from ..kinds import kind, wrong_dataset
 from ..models import check_processor
 from ..wording import listed, shown
 from .images import ImagePreprocessor
@@ -109,6 +109,8 @@ def prepare_dataset(
     preparation = _Preparation(
         dataset, processor, (image_column, caption_column), image_format, max_length, on_bad_row
     )
+    if not isinstance(folder, str | os.PathLike):
+        raise ValueError(f"folder must be the path of a folder, but is {kind(folder)}")
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise ValueError(

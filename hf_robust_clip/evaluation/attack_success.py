@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ..kinds import check_callable
+from ..kinds import check_callable, check_string
 from ..wording import shown
 from .columns import check_class_names, class_number, read_labels
 from .embedding import Embedder
@@ -71,7 +71,7 @@ class AttackSuccessEvaluator:
             raise ValueError(
                 f"every image of dataset is of the target class {shown(target)}; an attack has nothing to steer"
             )
-        self.prefix = prefix
+        self.prefix = check_string("prefix", prefix)
 
     def check(self, processor: Any) -> None:
         """Refuse a trigger that does not fit the model's images, before any is embedded."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from sklearn.linear_model import LogisticRegression
 
+from ..kinds import check_string
 from ..wording import shown
 from .columns import check_class_names, class_number, read_labels
 from .embedding import Embedder
@@ -85,7 +86,7 @@ class LinearProbeEvaluator:
         self.trigger = trigger
         self._number = self._target_number(target) if target is not None else None
         self.target = None if self._number is None else self.class_names[self._number]
-        self.prefix = prefix
+        self.prefix = check_string("prefix", prefix)
 
     def check(self, processor: Any) -> None:
         """Refuse a trigger that does not fit the model's images, before any is embedded."""

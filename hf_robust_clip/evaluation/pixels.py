@@ -17,6 +17,7 @@ from PIL import Image
 from ..data.images import ImagePreprocessor
 from ..data.rows import has_transform, undecoded
 from ..imaging import decode_image
+from ..models import check_processor
 from ..wording import shortened, shown
 
 Trigger = Callable[[np.ndarray], np.ndarray]
@@ -97,6 +98,7 @@ def apply_trigger(trigger: Trigger, pixels: torch.Tensor) -> torch.Tensor:
 
 def check_trigger(trigger: Trigger, processor: Any) -> None:
     """`ValueError` if a trigger does not fit images of the size that a processor makes."""
+    check_processor(processor, "processor")
     height, width = ImagePreprocessor(processor.image_processor).image_shape
     try:
         apply_trigger(trigger, torch.zeros((1, 3, height, width), dtype=torch.uint8))

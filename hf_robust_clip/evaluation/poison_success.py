@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ..data.rows import check_columns
+from ..kinds import check_string
 from ..wording import shown
 from .columns import check_class_names, class_number
 from .embedding import Embedder
@@ -50,14 +51,15 @@ class PoisonSuccessEvaluator:
         self.class_names = check_class_names(class_names)
         self.templates = check_templates(templates)
         check_columns(dataset, {"image_column": image_column}, "the chosen images")
-        if isinstance(adversarial, str | int) or len(adversarial) != len(dataset):
+        given = [] if isinstance(adversarial, str) or not isinstance(adversarial, Iterable) else list(adversarial)
+        if len(given) != len(dataset):
             raise ValueError(
                 f"adversarial must be a list of one class for each of the {len(dataset)} images of dataset, but is "
                 f"{shown(adversarial)}"
             )
-        self.adversarial = [class_number(name, self.class_names, "adversarial") for name in adversarial]
+        self.adversarial = [class_number(name, self.class_names, "adversarial") for name in given]
         self.image_column = image_column
-        self.prefix = prefix
+        self.prefix = check_string("prefix", prefix)
 
     def image_requests(self) -> list[ImageRequest]:
         """The image sets that it needs embedded."""

@@ -9,7 +9,7 @@ import numpy as np
 from scipy.sparse import csr_array
 
 from ..attacks.rows import naming
-from ..kinds import check_callable
+from ..kinds import check_callable, check_string
 from ..wording import shown
 from .columns import read_captions
 from .embedding import Embedder
@@ -87,7 +87,7 @@ class RetrievalEvaluator:
                     f"every image of dataset has a caption that names target={shown(target)}; nothing is "
                     "left to attack"
                 )
-        self.prefix = prefix
+        self.prefix = check_string("prefix", prefix)
 
     def check(self, processor: Any) -> None:
         """Refuse a trigger that does not fit the model's images, before any is embedded."""

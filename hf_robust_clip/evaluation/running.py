@@ -12,7 +12,9 @@ from .pixels import ImageRequest
 
 
 def evaluator_list(evaluators: Any) -> list[Callable[..., dict[str, float]]]:
-    """One evaluator or several, as a list; `ValueError` for what cannot be called, or is a class of evaluators."""
+    """No evaluator, one or several, as a list; `ValueError` for what cannot be called, and for a class."""
+    if evaluators is None:
+        return []
     one = callable(evaluators) or not isinstance(evaluators, Iterable) or isinstance(evaluators, str | Mapping)
     given = [evaluators] if one else list(evaluators)
     for evaluator in given:

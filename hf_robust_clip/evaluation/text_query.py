@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..kinds import kind
+from ..kinds import check_string, kind
 from ..wording import shortened, shown
 from .columns import check_class_names, class_number, read_captions, read_labels
 from .embedding import Embedder
@@ -88,7 +88,7 @@ class TextQueryEvaluator:
         self.queries = [captions[number] for number in asked]
         self.triggered_queries = [_triggered(trigger, query) for query in self.queries]
         self._own = owned[:, asked].T.tocsr()  # (Q, N)
-        self.prefix = prefix
+        self.prefix = check_string("prefix", prefix)
 
     @property
     def attacked_queries(self) -> int:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from ..attacks.fields import check_text
-from ..kinds import text_list
+from ..kinds import check_string, text_list
 from ..wording import listed
 from .columns import check_class_names, read_labels
 from .embedding import Embedder
@@ -74,7 +74,7 @@ class ZeroShotEvaluator:
         self.templates = check_templates(templates)
         self.image_column = image_column
         self.labels = read_labels(dataset, self.class_names, image_column, label_column)
-        self.prefix = prefix
+        self.prefix = check_string("prefix", prefix)
 
     def image_requests(self) -> list[ImageRequest]:
         """The image sets that it needs embedded."""

@@ -33,6 +33,7 @@ from ..data.rows import (
 from ..data.streams import PLACE
 from ..evaluation.embedding import Embedder
 from ..evaluation.running import evaluator_list, run_evaluators
+from ..kinds import kind
 from ..losses import clip_loss
 from ..models import caption_padding, check_processor, load_dual_encoder, load_processor, longest_caption
 from ..record import describe_skipped, skipped_text
@@ -41,6 +42,7 @@ from ..wording import shown
 from .adapters import add_adapters, check_adapters
 from .arguments import CLIPTrainingArguments
 from .checks import (
+    callback_list,
     check_arguments,
     check_best_metric,
     check_collator,
@@ -111,7 +113,7 @@ class CLIPTrainer(PublishingTrainer):
         peft_config (`peft.PeftConfig`, *optional*):
             Trains adapters instead of the whole model, and `logit_scale`, which is saved with them;
             `modules_to_save=["visual_projection", "text_projection"]` adds the projections.
-        callbacks, optimizers, optimizer_cls_and_kwargs: As of `transformers.Trainer`.
+        callbacks, optimizers, optimizer_cls_and_kwargs: As of `transformers.Trainer`. One callback needs no list.
 
     Raises:
         `ValueError`: If the model, the datasets, their columns or a preset cannot work, before any step.
@@ -146,7 +148,7 @@ class CLIPTrainer(PublishingTrainer):
         image_augmentation: nn.Module | Callable[[torch.Tensor], torch.Tensor] | str | None = None,
         text_augmentation: Callable[[str, int], str] | str | None = None,
         peft_config: Any = None,
-        callbacks: list[Any] | None = None,
+        callbacks: Any = None,
         optimizers: tuple[Any, Any] = (None, None),
         optimizer_cls_and_kwargs: tuple[Any, dict[str, Any]] | None = None,
     ) -> None:
@@ -190,6 +192,8 @@ class CLIPTrainer(PublishingTrainer):
         # The Trainer refuses an eval_strategy without a dataset; evaluators bring their own.
         if eval_dataset is None and evaluators:
             eval_dataset = []
+        if not isinstance(optimizers, list | tuple) or len(optimizers) != 2:
+            raise ValueError(f"optimizers must be a pair of an optimizer and a scheduler, but is {kind(optimizers)}")
         super().__init__(
             model=encoder,
             args=args,
@@ -197,7 +201,7 @@ class CLIPTrainer(PublishingTrainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            callbacks=callbacks,
+            callbacks=callback_list(callbacks),
             optimizers=optimizers,
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )

@@ -15,7 +15,7 @@ from ..augment.text import TextAugmentation
 from ..data.collator import ORIGINAL, CLIPDataCollator
 from ..data.rows import check_dataset
 from ..evaluation.figures import figure_names
-from ..kinds import check_callable
+from ..kinds import check_callable, kind
 from ..wording import listed, shown
 from .arguments import CLIPTrainingArguments
 
@@ -78,7 +78,9 @@ def check_arguments(
     if args.contrastive_chunk_size is not None or args.accumulate_negatives:
         _check_chunking(args)
     columns = (args.image_column, args.caption_column)
-    datasets = eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
+    datasets = {"eval_dataset": eval_dataset}
+    if isinstance(eval_dataset, dict):
+        datasets = {f"eval_dataset[{shown(name)}]": dataset for name, dataset in eval_dataset.items()}
     on_bad_row: Any = args.on_bad_row
     for name, dataset in {"train_dataset": train_dataset, **datasets}.items():
         if dataset is not None:
@@ -155,6 +157,17 @@ def check_collator(collator: Any, args: CLIPTrainingArguments, text_augmentation
             "data_collator has no text_augmentation, so that its augmented views are copies: give it one, or pass "
             "text_augmentation='identity' to the trainer if that is meant"
         )
+
+
+def callback_list(callbacks: Any) -> list[Any] | None:
+    """One callback or several, as a list; `ValueError` for what is neither a callback nor a class of them."""
+    if callbacks is None:
+        return None
+    given = list(callbacks) if isinstance(callbacks, list | tuple) else [callbacks]
+    for callback in given:
+        if not hasattr(callback, "on_train_begin"):
+            raise ValueError(f"callbacks must be a TrainerCallback or a list of them, but has {kind(callback)}")
+    return given
 
 
 def resolve_image_augmentation(
