@@ -21,9 +21,9 @@ def shown(value: Any) -> str:
     return shortened(_CUT.repr(value).replace("\n", " "), 160)
 
 
-def listed(values: Collection[Any]) -> str:
-    """What a message shows of a list: `"'a', 'b' and 12 more"`, at most ten entries, each cut to 30 characters."""
-    first = [shortened(repr(value), 30) for _, value in zip(range(MOST), values, strict=False)]
+def listed(values: Collection[Any], most: int = MOST, longest: int = 30) -> str:
+    """What a message shows of a list: `"'a', 'b' and 12 more"`, so many entries at most, each cut to `longest`."""
+    first = [shortened(repr(value), longest) for _, value in zip(range(most), values, strict=False)]
     more = len(values) - len(first)
     return ", ".join(first) + (f" and {more:,} more" if more else "") if first else "none"
 

@@ -48,8 +48,7 @@ def run_evaluators(
         found = evaluator(embedder.model, processor, embedder)
         twice = sorted(figures.keys() & found.keys())
         if twice:
-            raise ValueError(
-                f"two evaluators report {listed(twice)}: give one of them a prefix, for example prefix='patch_'"
-            )
+            names = listed(twice, most=5, longest=60)
+            raise ValueError(f"two evaluators report {names}: give one of them a prefix, for example prefix='patch_'")
         figures.update(found)
     return figures

@@ -16,7 +16,7 @@ from ..data.collator import ORIGINAL, CLIPDataCollator
 from ..data.rows import check_dataset
 from ..evaluation.figures import figure_names
 from ..kinds import check_callable, kind
-from ..wording import listed, shown
+from ..wording import listed, shortened, shown
 from .arguments import CLIPTrainingArguments
 
 logger = logging.get_logger(__name__)
@@ -105,9 +105,12 @@ def check_best_metric(args: CLIPTrainingArguments, evaluators: Sequence[Any], ev
     losses = [f"{name}_loss" for name in eval_dataset] if isinstance(eval_dataset, dict) else ["loss"]
     accepted = figures if eval_dataset is None else [*figures, *losses]
     if metric.removeprefix("eval_") not in accepted:
+        hint = "; a loss takes an eval_dataset" if eval_dataset is None else ""
         raise ValueError(
-            f"metric_for_best_model={shown(metric)} is no figure of an evaluation; accepted are {listed(accepted)}"
-            + ("; a loss takes an eval_dataset" if eval_dataset is None else "")
+            shortened(
+                f"metric_for_best_model={shown(metric)} is no figure of an evaluation; accepted are "
+                f"{listed(accepted, longest=60)}{hint}"
+            )
         )
 
 
