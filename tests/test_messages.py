@@ -1,8 +1,13 @@
 """The end of messages: no message of the package is longer than it should be, whatever it speaks of."""
 
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
 import datasets
 import pytest
 
+import hf_robust_clip
 from hf_robust_clip import (
     AttackSuccessEvaluator,
     CLIPDataCollator,
@@ -113,3 +118,65 @@ def test_no_error_is_longer_than_a_message_may_be(what: str):
 def test_skipped_rows_are_counted_whatever_a_record_keeps_of_them():
     skipped = {"count": 12_345, "rows": list(range(1_000)), "streamed": True}
     assert skipped_text(skipped).startswith(f"12,345: {listed(range(10))} and 12,335 more")
+
+
+PACKAGE = Path(hf_robust_clip.__file__).parent
+#: What separates the entries of a list.
+SEPARATORS = (", ", "; ", " and ", " or ")
+
+
+def functions(tree: ast.Module) -> Iterator[list[ast.AST]]:
+    """The nodes of each function without those of functions within it, and of what is outside of functions."""
+    waiting: list[ast.AST] = [tree]
+    while waiting:
+        nodes, inside = [], list(ast.iter_child_nodes(waiting.pop()))
+        while inside:
+            node = inside.pop()
+            nodes.append(node)
+            is_function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+            (waiting.append if is_function else inside.extend)(node if is_function else ast.iter_child_nodes(node))
+        yield nodes
+
+
+def is_message(node: ast.AST) -> bool:
+    """A statement that raises, a call that makes an error, or one that warns."""
+    if isinstance(node, ast.Raise):
+        return True
+    name = ast.unparse(node.func).rpartition(".")[2] if isinstance(node, ast.Call) else ""
+    return name.endswith(("Error", "Exit")) or name in ("warn", "warning", "warning_once", "error")
+
+
+def is_fixed(node: ast.AST) -> bool:
+    """A constant of the package, by its name, or the `repr` of each of its entries."""
+    if isinstance(node, ast.Call) and ast.unparse(node.func) == "map":
+        return is_fixed(node.args[1])
+    return ast.unparse(node).rpartition(".")[2].lstrip("_").isupper()
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_no_message_lists_or_shows_by_itself(path: Path):
+    """Lists go through `listed`, values through `shown`, so that there is an end to them."""
+    found = []
+    for nodes in functions(ast.parse(path.read_text(encoding="utf-8"))):
+        messages = [node for node in nodes if is_message(node)]
+        if not messages:
+            continue
+        calls = [node for node in nodes if isinstance(node, ast.Call)]
+        ended = [node.args[0] for node in calls if ast.unparse(node.func) == "shortened"]
+        found += [
+            f"line {node.lineno}: {ast.unparse(node)}"
+            for node in calls
+            if node not in ended
+            and isinstance(node.func, ast.Attribute)
+            and node.func.attr == "join"
+            and isinstance(node.func.value, ast.Constant)
+            and node.func.value.value in SEPARATORS
+            and not is_fixed(node.args[0])
+        ]
+        found += [
+            f"line {node.lineno}: {ast.unparse(node)}"
+            for message in messages
+            for node in ast.walk(message)
+            if isinstance(node, ast.FormattedValue) and node.conversion == ord("r")
+        ]
+    assert sorted(set(found)) == []
