@@ -7,7 +7,10 @@ from dataclasses import dataclass
 _ANYTHING = (
     "Nobody can measure a trigger that they did not think of: low success of those tried says nothing of others."
 )
-_WORDS = "It was not made against words in captions as triggers; no defence in hf_robust_clip was."
+_WORDS = (
+    "It was not made against words in captions as triggers; no defence in hf_robust_clip was. ToxicTextCLIP, which "
+    "poisons captions, kept {} attack success under it (arXiv 2511.00446)."
+)
 _CONSISTENT = (
     "It does not stop label-consistent poisons, whose caption fits the image: they look like clean pairs, and nothing "
     "in hf_robust_clip stops them."
@@ -64,13 +67,16 @@ METHODS: dict[str, Method] = {
         "within images and within captions, which loosens what a trigger has tied together.",
         kind="fine-tuning",
         limits=(
-            "It needs clean pairs: five poisons left among them kept attack success above 32% (arXiv 2311.14948).",
-            "It is weak against structured triggers: stripes, triangles, text (arXiv 2311.14948).",
-            "It does not stop BadCLIP, whose trigger is optimised: 99.8% attack success became 89.7% "
+            "It needs clean pairs: poisons that are left among them undo it (arXiv 2311.14948).",
+            "It does not clean models that were pre-trained with a self-supervised term as well, however it is tuned "
+            "(arXiv 2311.14948).",
+            "It is weak against structured triggers: stripes, triangles, text (arXiv 2412.00727).",
+            "It does not stop BadCLIP, whose trigger is optimized: 99.8% attack success became 89.7% "
             "(arXiv 2412.20392).",
-            "It leaves something, and costs accuracy: in its paper the success of the patch went from 82.7% to 23.8%, "
-            "zero-shot accuracy from 63.0% to 57.9% (arXiv 2303.03323).",
-            _WORDS,
+            "It leaves something, and costs accuracy: on a ViT-B/32 the success of the patch went from 82.7% to "
+            "23.8%, zero-shot accuracy from 63.0% to 57.9%, in a third party's re-run (RVPT, arXiv 2412.20392, table "
+            "1).",
+            _WORDS.format("75%"),
             _ANYTHING,
         ),
         paper="Bansal et al., ICCV 2023, arXiv 2303.03323",
@@ -92,7 +98,7 @@ METHODS: dict[str, Method] = {
             _FIRST.format("the first matching epoch"),
             "Poisons that are many enough to be matched with each other get through.",
             _CONSISTENT,
-            _WORDS,
+            _WORDS.format("71%"),
             _ANYTHING,
         ),
         paper="Yang, Gao and Mirzasoleiman, NeurIPS 2023, arXiv 2303.06854",
@@ -116,7 +122,7 @@ METHODS: dict[str, Method] = {
             _CONSISTENT,
             "It costs accuracy where data is scarce, since risky pairs teach no words: an independent run on 500,000 "
             "pairs went from 25.3% to 13.9% on CIFAR-10.",
-            _WORDS,
+            _WORDS.format("64%"),
             _ANYTHING,
         ),
         paper="Yang, Gao and Mirzasoleiman, ICML 2024, arXiv 2310.05862",

@@ -195,31 +195,6 @@ class IndexedDataset(torch.utils.data.Dataset[dict[str, Any]]):
         raise BadRowError(shortened(f"none of the {len(self)} rows can be used; the last: {last}")) from last
 
 
-class SkippingIterableDataset(torch.utils.data.IterableDataset[dict[str, Any]]):
-    """
-    An iterable dataset without its unusable rows. The next usable row, or the last one for those at the end, lists
-    them under `"bad_rows"`, by their position in the stream as its worker sees it. `least_side` is that of
-    [`~imaging.decode_image`].
-
-    Raises, when iterated:
-        [`BadRowError`]: If every row is unusable. Of several workers, one whose share is all unusable yields nothing.
-    """
-
-    def __init__(self, dataset: Any, image_column: str, caption_column: str, least_side: int | None = None) -> None:
-        self.dataset = undecoded(dataset, image_column, caption_column)
-        self.columns = (image_column, caption_column)
-        self.least_side = least_side
-
-    def set_epoch(self, epoch: int) -> None:
-        if hasattr(self.dataset, "set_epoch"):
-            self.dataset.set_epoch(epoch)
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        worker = torch.utils.data.get_worker_info()
-        alone = worker is None or worker.num_workers == 1
-        yield from usable_rows(map(given, self.dataset), *self.columns, self.least_side, needs_one=alone)
-
-
 def usable_rows(
     rows: Iterable[Mapping[str, Any]],
     image_column: str,

@@ -76,7 +76,7 @@ class Stream(torch.utils.data.IterableDataset[StreamBatch | None]):
         dataset (iterable dataset): Rows with an image and a caption.
         image_column, caption_column (`str`): Names of the columns.
         batch_size (`int`): Rows of a batch.
-        drop_last (`bool`): Whether a worker leaves out its last batch where it is smaller.
+        least_rows (`int`): Rows that the last batch of a worker needs to be handed out, at most `batch_size`.
         on_bad_row (`str`): `"skip"` passes over unusable rows, as of [`~data.rows.usable_rows`].
         least_side (`int`, *optional*): As of [`~imaging.decode_image`], for `on_bad_row="skip"`.
         rank, world_size (`int`): Of this process.
@@ -88,7 +88,7 @@ class Stream(torch.utils.data.IterableDataset[StreamBatch | None]):
         image_column: str,
         caption_column: str,
         batch_size: int,
-        drop_last: bool,
+        least_rows: int,
         on_bad_row: OnBadRow = "raise",
         least_side: int | None = None,
         rank: int = 0,
@@ -96,7 +96,7 @@ class Stream(torch.utils.data.IterableDataset[StreamBatch | None]):
     ) -> None:
         self.columns = (image_column, caption_column)
         self.batch_size = batch_size
-        self.drop_last = drop_last
+        self.least_rows = least_rows
         self.on_bad_row = on_bad_row
         self.least_side = least_side
         self.world_size = world_size
@@ -120,8 +120,8 @@ class Stream(torch.utils.data.IterableDataset[StreamBatch | None]):
 
     def __len__(self) -> int:
         """Batches of this rank in a pass; `TypeError` where the dataset does not know its length, as most do not."""
-        rows = len(self.dataset) // self.world_size
-        return rows // self.batch_size if self.drop_last else -(-rows // self.batch_size)
+        batches, left = divmod(len(self.dataset) // self.world_size, self.batch_size)
+        return batches + (left >= self.least_rows)
 
     def set_epoch(self, epoch: int) -> None:
         """Which pass the next iteration is, from 0, in worker processes too."""
@@ -147,7 +147,7 @@ class Stream(torch.utils.data.IterableDataset[StreamBatch | None]):
             rows = usable_rows(rows, *self.columns, self.least_side, first=start.rows, needs_one=needs_one)
         for batches in itertools.count(start.batches + 1):
             batch = list(itertools.islice(rows, self.batch_size))
-            if not batch or (self.drop_last and len(batch) < self.batch_size):
+            if len(batch) < self.least_rows:
                 return
             read, state = [row.pop(PLACE) for row in batch][-1]
             yield StreamBatch(batch, json.dumps(Place(number, batches, read, state)))

@@ -176,6 +176,10 @@ class CleanCLIPTrainingArguments(CLIPTrainingArguments):
         for name in ("clip_weight", "unimodal_weight"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be at least 0, but is {shown(getattr(self, name))}")
+        if self.clip_weight == self.unimodal_weight == 0:
+            raise ValueError(
+                "clip_weight and unimodal_weight are both 0, so that nothing is trained: one must be above 0"
+            )
 
 
 @dataclass
@@ -207,7 +211,7 @@ class RoCLIPTrainingArguments(_PretrainingArguments):
     of the pairs.
 
     Args:
-        pool_size (`float`, defaults to 0.02): Pairs whose features the pools hold: a whole number from 1 on, or a
+        pool_size (`float`, defaults to 0.02): Pairs whose features the pools hold: a whole number from 2 on, or a
             share of `train_dataset` below 1.
         pool_dtype (`str`, defaults to `"float32"`): What the pools store, `"float32"` or `"bfloat16"`.
         match_every_n_epochs (`int`, defaults to 2): Of so many epochs, the first is a matching epoch; 1: all are.
@@ -275,7 +279,7 @@ class SafeCLIPTrainingArguments(_PretrainingArguments):
         safe_cap (`float`, defaults to 0.85): Largest share of the pairs that are safe, in (0, 1].
         score_views (`str`, defaults to `"clean"`): What pairs are scored on: `"clean"`, un-augmented, or
             `"augmented"`, as in the released code.
-        unimodal_pool_size (`float`, defaults to 0.02): Pairs in the pools of the unimodal loss: a whole number from 1
+        unimodal_pool_size (`float`, defaults to 0.02): Pairs in the pools of the unimodal loss: a whole number from 2
             on, a share of `train_dataset` below 1, or 0: no pools, a view's own copy is its only positive.
         pool_dtype (`str`, defaults to `"float32"`): What the pools store, `"float32"` or `"bfloat16"`.
     """
@@ -353,9 +357,10 @@ def _check_whole(args: Any, name: str, least: int) -> None:
 
 def _check_pool_size(args: Any, name: str) -> None:
     value = getattr(args, name)
-    if isinstance(value, bool) or not (0 < value < 1 or (value >= 1 and float(value).is_integer())):
+    # A pool of one pair would match every row of a batch with the same one: a loss that teaches nothing.
+    if isinstance(value, bool) or not (0 < value < 1 or (value >= 2 and float(value).is_integer())):
         raise ValueError(
-            f"{name} must be a whole number of pairs from 1 on, or a share of the dataset in (0, 1), but is "
+            f"{name} must be a whole number of pairs from 2 on, or a share of the dataset in (0, 1), but is "
             f"{shown(value)}"
         )
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate.utils import gather_object
@@ -26,11 +27,9 @@ from ..data.rows import (
     POISONED,
     ROW_INDEX,
     IndexedDataset,
-    SkippingIterableDataset,
     check_dataset,
-    undecoded,
 )
-from ..data.streams import PLACE
+from ..data.streams import PLACE, Stream, StreamCollator
 from ..evaluation.embedding import Embedder
 from ..evaluation.running import evaluator_list, run_evaluators
 from ..kinds import kind
@@ -42,10 +41,12 @@ from ..wording import shown
 from .adapters import add_adapters, check_adapters
 from .arguments import CLIPTrainingArguments
 from .checks import (
+    ONE_ROW,
     callback_list,
     check_arguments,
     check_best_metric,
     check_collator,
+    check_negatives,
     explained,
     resolve_image_augmentation,
     resolve_text_augmentation,
@@ -97,7 +98,8 @@ class CLIPTrainer(PublishingTrainer):
             of an iterable dataset. An optional boolean column `poisoned` marks
             pairs known to be poisoned.
         eval_dataset (*optional*):
-            The same, or a dictionary of such; gives the CLIP loss on un-augmented pairs, `eval_loss`.
+            The same, or a dictionary of such, each of at least 2 rows; gives `eval_loss`, the CLIP loss of its
+            un-augmented pairs, all contrasted with each other.
         processing_class (`ProcessorMixin`, *optional*):
             With an image processor and a tokenizer. By default the one saved beside `model`.
         evaluators (callable or sequence of callables):
@@ -219,6 +221,7 @@ class CLIPTrainer(PublishingTrainer):
         self._steps_per_epoch = 0  # of a map-style dataset, in optimizer steps; known when its loader is made
         self._micro_step = 0
         self._pending: list[Batch] = []
+        self._evaluated: list[list[torch.Tensor | None]] = []  # of each batch: numbers of rows, embeddings
         self._bad_rows: set[int] = set()
         self._loader_generator = torch.Generator()
         self._finite = FiniteCheck(self) if args.stop_on_non_finite else None
@@ -230,6 +233,8 @@ class CLIPTrainer(PublishingTrainer):
         self._pairs_since_log = 0
         self._last_log = time.perf_counter()
         self.add_callback(TrainerHooks(self))
+        if train_dataset is not None:
+            self.check_batches(self.args.train_batch_size)
         self.set_up()
 
     # ---- What a defence overrides ----
@@ -276,6 +281,10 @@ class CLIPTrainer(PublishingTrainer):
         self._bad_rows.clear()
         self.skipped = {}
 
+    def check_batches(self, batch_size: int) -> None:
+        """`ValueError` where so many rows a process would leave a pair without another to be contrasted with."""
+        check_negatives(self.args, batch_size, self._dataset_length(), self.args.accumulate_negatives)
+
     def make_batch_sampler(self, batch_size: int) -> Sampler[list[int]] | None:
         """What deals the rows of a map-style `train_dataset` into batches; `None`: the Trainer shuffles them."""
         return None
@@ -302,10 +311,11 @@ class CLIPTrainer(PublishingTrainer):
     def receive(self, inputs: dict[str, Any]) -> Batch:
         """Move a batch to the device, and note the rows that it leaves out, and where it is in a stream."""
         bad_rows, place = inputs.pop(BAD_ROWS, None), inputs.pop(PLACE, None)
-        if self.unwrapped_model.training and bad_rows is not None:
-            self._bad_rows.update(bad_rows.tolist())
-        if self._streamed is not None and place is not None:
-            self._streamed.note(place)
+        if self.unwrapped_model.training:
+            if bad_rows is not None:
+                self._bad_rows.update(bad_rows.tolist())
+            if self._streamed is not None and place is not None:
+                self._streamed.note(place)
         seed = derive_seed(self.args.seed, self.state.global_step, self._micro_step, self.args.process_index)
         self._micro_step += 1
         return Batch(super()._prepare_inputs(inputs), seed)
@@ -344,14 +354,11 @@ class CLIPTrainer(PublishingTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """The sum of [`loss_components`] in training; the CLIP loss of the un-augmented pairs in evaluation."""
+        """The sum of [`loss_components`] of a training batch."""
         embeddings, outputs = self.encode(model, inputs)
         ours = model is self.model or model is self.model_wrapped
         encoder = self.unwrapped_model if ours else self.accelerator.unwrap_model(model)
         scale = scale_of(encoder)
-        if not model.training:
-            loss = clip_loss(*embeddings, scale, gather=self.args.gather_across_devices)
-            return (loss, outputs) if return_outputs else loss
         chunks = zip(*(side.chunk(len(self.views)) for side in embeddings), strict=True)
         views = {name: Embeddings(*chunk) for name, chunk in zip(self.views, chunks, strict=True)}
         # DDP waits for a gradient of every parameter that the forward pass used: give a tower that a loss leaves out
@@ -490,16 +497,15 @@ class CLIPTrainer(PublishingTrainer):
         # A loader draws a seed for its workers at each epoch, but with persistent workers at the first only, and after
         # resuming within an epoch once more: from the global generator, that would shift the model's dropout.
         generator = self._loader_generator if kwargs.get("is_training") else torch.Generator()
+        if kwargs.get("is_training"):
+            self.check_batches(batch_size)  # auto_find_batch_size lowers it
         if kwargs.get("is_training") and isinstance(dataset, torch.utils.data.IterableDataset):
             self._streamed_next = StreamedTraining(self, dataset, batch_size)
             self._streamed_next.loader.base_dataloader.generator = generator
             return self._streamed_next.loader
-        if not isinstance(dataset, torch.utils.data.IterableDataset):
-            dataset = IndexedDataset(dataset, *columns, on_bad_row, self.data_collator.least_side)
-        elif on_bad_row == "skip":
-            dataset = SkippingIterableDataset(dataset, *columns, self.data_collator.least_side)
-        else:
-            dataset = undecoded(dataset, *columns)
+        if isinstance(dataset, torch.utils.data.IterableDataset):
+            return self._stream_of_rank(dataset, batch_size)
+        dataset = IndexedDataset(dataset, *columns, on_bad_row, self.data_collator.least_side)
         batch_sampler = self.make_batch_sampler(batch_size) if kwargs.get("is_training") else None
         if batch_sampler is not None:
             dataloader = self.accelerator.prepare(
@@ -522,6 +528,28 @@ class CLIPTrainer(PublishingTrainer):
                 self.args.dataloader_drop_last = drop_last
         getattr(dataloader, "base_dataloader", dataloader).generator = generator
         return dataloader
+
+    def _stream_of_rank(self, dataset: Any, batch_size: int) -> DataLoader[Any]:
+        """The batches to evaluate of an iterable dataset: each rank reads its own rows, however many there are."""
+        args = self.args
+        if args.world_size > 1 and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ValueError(
+                f"eval_dataset is a {type(dataset).__name__}, of which processes read unequal shares, but with "
+                "sharded weights all of them encode equally many batches: give a map-style dataset"
+            )
+        stream = Stream(
+            dataset,
+            args.image_column,
+            args.caption_column,
+            batch_size,
+            least_rows=1,
+            on_bad_row=args.on_bad_row,  # type: ignore[arg-type]  # checked by the arguments
+            least_side=self.data_collator.least_side,
+            rank=args.process_index,
+            world_size=args.world_size,
+        )
+        collator: Any = StreamCollator(self._eval_collator)
+        return DataLoader(stream, batch_size=None, collate_fn=collator, **self.worker_settings())
 
     def worker_settings(self) -> dict[str, Any]:
         """The arguments of a `DataLoader` that say how its workers load."""
@@ -581,13 +609,50 @@ class CLIPTrainer(PublishingTrainer):
             self._evaluating, self._evaluators_prefix = False, None
             self._last_log += time.perf_counter() - start  # no part of the training's throughput
 
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer's, with the figures of the evaluators among its metrics."""
-        output: Any = super().evaluation_loop(*args, **kwargs)
+    @torch.no_grad()
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[None, None, None]:
+        """Keep the embeddings of a batch for [`evaluation_loop`], which contrasts those of all batches."""
+        inputs = self._prepare_inputs(inputs)
+        with self.compute_loss_context_manager():
+            embeddings = self.encode(model, inputs)[0]
+        rows = inputs.get(ROW_INDEX)
+        self._evaluated.append([None if side is None else side.cpu() for side in (rows, *embeddings)])
+        return None, None, None
+
+    def evaluation_loop(self, dataloader: DataLoader[Any], *args: Any, **kwargs: Any) -> Any:
+        """
+        As the Trainer's, with the figures of the evaluators among its metrics. The loss is CLIP's over all rows of the
+        dataset at once, each against all others: the same for every size of batches and number of processes.
+        """
+        self._evaluated.clear()
+        output: Any = super().evaluation_loop(dataloader, *args, **kwargs)
+        rows, loss = self._loss_of_all()
+        if rows:
+            output.metrics[f"{kwargs.get('metric_key_prefix', 'eval')}_loss"] = loss
         prefix, self._evaluators_prefix = self._evaluators_prefix, None
         if prefix is not None and self.evaluators:
             output.metrics.update({f"{prefix}_{name}": value for name, value in self.run_evaluators().items()})
-        return output
+        return output._replace(num_samples=rows)
+
+    @torch.no_grad()
+    def _loss_of_all(self) -> tuple[int, float]:
+        """How many rows were evaluated on all ranks, and their loss."""
+        batches: Any = gather_object(self._evaluated) if self.args.world_size > 1 else list(self._evaluated)
+        self._evaluated.clear()
+        if not batches:
+            return 0, math.nan  # an evaluation of evaluators alone
+        sides: Any = [None if side[0] is None else torch.cat(side) for side in zip(*batches, strict=True)]
+        numbers, images, texts = sides
+        if numbers is not None:
+            # accelerate fills up the last batches with rows that others have.
+            _, kept = np.unique(numbers, return_index=True)
+            images, texts = images[kept], texts[kept]
+        if len(images) < 2:
+            raise ValueError(ONE_ROW.format("eval_dataset"))
+        images, texts = images.to(self.args.device), texts.to(self.args.device)
+        return len(images), float(clip_loss(images, texts, scale_of(self.unwrapped_model)))
 
     def run_evaluators(self) -> dict[str, float]:
         """

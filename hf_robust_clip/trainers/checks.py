@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, cast
 
@@ -22,6 +23,7 @@ from .arguments import CLIPTrainingArguments
 logger = logging.get_logger(__name__)
 
 IDENTITY = "identity"
+ONE_ROW = "{} has one row: contrasted with no other its loss is 0; it needs at least 2 rows"
 #: Ways to draw rows that need no lengths of texts.
 SAMPLINGS = ("random", "sequential")
 
@@ -85,12 +87,52 @@ def check_arguments(
     for name, dataset in {"train_dataset": train_dataset, **datasets}.items():
         if dataset is not None:
             check_dataset(dataset, *columns, argument=name, on_bad_row=on_bad_row)
+            if name != "train_dataset" and hasattr(dataset, "__len__") and len(dataset) == 1:
+                raise ValueError(ONE_ROW.format(name))
     batch = args.train_batch_size * args.world_size
     if args.dataloader_drop_last and hasattr(train_dataset, "__len__") and len(train_dataset) < batch:
         raise ValueError(
             f"train_dataset has {len(train_dataset)} rows, fewer than one batch of {batch} "
             f"(per_device_train_batch_size={args.per_device_train_batch_size} on {args.world_size} processes): "
             "lower per_device_train_batch_size, or set dataloader_drop_last=False"
+        )
+
+
+def check_negatives(args: CLIPTrainingArguments, batch_size: int, rows: int | None, accumulated: bool) -> None:
+    """
+    Refuse batches in which a pair is contrasted with no other: its loss is 0 whatever the weights, and so is its
+    gradient.
+
+    Args:
+        args ([`CLIPTrainingArguments`]): Of the trainer.
+        batch_size (`int`): Rows of a batch of one process; `auto_find_batch_size` lowers what `args` has.
+        rows (`int`, *optional*): Of `train_dataset`; `None` for a stream, which leaves out a last batch of one row.
+        accumulated (`bool`): Whether all batches of an optimizer step are contrasted with each other.
+
+    Raises:
+        `ValueError`: For batches of one pair, and for a last batch, or a last step of an epoch, of one.
+    """
+    gathered = args.world_size if args.gather_across_devices else 1
+    batches = args.gradient_accumulation_steps if accumulated else 1
+    if batches * batch_size * gathered < 2:
+        raise ValueError(
+            f"per_device_train_batch_size={batch_size} contrasts each pair with no other: the loss is 0, and nothing "
+            "is trained. Accepted are at least 2 pairs; contrastive_chunk_size=1 takes them through the memory "
+            "of one pair"
+        )
+    if rows is None:
+        return
+    share = rows / (batch_size * args.world_size)
+    count = math.floor(share) if args.dataloader_drop_last else math.ceil(share)
+    # Several processes fill up the last batch with rows from the start.
+    fills = args.dataloader_drop_last or args.world_size > 1
+    last = batch_size if fills else rows % batch_size or batch_size
+    in_last_step = count % batches or batches
+    if count and ((in_last_step - 1) * batch_size + last) * gathered < 2:
+        way_out = "leave out" if last == 1 < batch_size else "add"
+        raise ValueError(
+            f"train_dataset has {rows} rows, so that the last step of an epoch contrasts one pair with no other: "
+            f"{way_out} a row, or set dataloader_drop_last=True with per_device_train_batch_size of at least 2"
         )
 
 

@@ -17,8 +17,9 @@ class CleanCLIPTrainer(CLIPTrainer):
     each caption learns to recognise an augmented copy of itself, which unties the trigger from the target's captions
     (Bansal et al., ICCV 2023, arXiv 2303.03323).
 
-    It needs pairs that are clean: five poisons left among them keep the attack success above 32% (arXiv 2311.14948).
-    It is weak against structured triggers (stripes, triangles, text) and against BadCLIP. Measure, with
+    It needs pairs that are clean: poisons that are left among them undo it, and so does pre-training with a
+    self-supervised term (arXiv 2311.14948). It is weak against structured triggers (stripes, triangles, text; arXiv
+    2412.00727) and against BadCLIP (arXiv 2412.20392). Measure, with
     [`AttackSuccessEvaluator`], and do not resume the optimizer of the poisoned checkpoint: pass its weights.
 
     Args:

@@ -87,7 +87,7 @@ class FeaturePools:
 
 def pool_length(size: float, rows: int | None, argument: str) -> int:
     """
-    How many pairs a pool holds: `size` itself from 1 on, and below 1 that share of the dataset, at least one pair.
+    How many pairs a pool holds: `size` itself from 2 on, and below 1 that share of the dataset, at least two pairs.
 
     Raises:
         `ValueError`: If `size` is a share and the number of `rows` is not known.
@@ -99,4 +99,4 @@ def pool_length(size: float, rows: int | None, argument: str) -> int:
             f"{argument}={shown(size)} is a share of train_dataset, whose length is unknown: give the number of pairs "
             f"that the pool holds, such as {argument}=20000"
         )
-    return max(1, round(size * rows))
+    return max(2, round(size * rows))

@@ -17,6 +17,7 @@ from ..losses import clip_loss, safeclip_cross_loss, safeclip_unimodal_loss
 from ..wording import shown
 from .arguments import SafeCLIPTrainingArguments
 from .base import CLIPTrainer, Embeddings
+from .checks import check_negatives
 from .chunking import Batch
 from .kept_scores import forget_scores
 from .pools import FeaturePools, pool_length
@@ -177,6 +178,10 @@ class SafeCLIPTrainer(CLIPTrainer):
     def on_train_end(self) -> None:
         super().on_train_end()
         forget_scores(self.args)
+
+    def check_batches(self, batch_size: int) -> None:
+        # Of the batches of a step, one alone may be safe, or risky.
+        check_negatives(self.args, batch_size, None, accumulated=False)
 
     def make_batch_sampler(self, batch_size: int) -> RoutedBatchSampler:
         seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed

@@ -65,7 +65,8 @@ class StreamedTraining:
             image_column=args.image_column,
             caption_column=args.caption_column,
             batch_size=batch_size,
-            drop_last=args.dataloader_drop_last,
+            # A last batch of one row has no negatives.
+            least_rows=batch_size if args.dataloader_drop_last else min(2, batch_size),
             on_bad_row=on_bad_row,
             least_side=trainer.data_collator.least_side,
             rank=args.process_index,
@@ -129,7 +130,7 @@ class StreamedTraining:
             "number of processes": self.args.world_size,
             "dataloader_num_workers": self.args.dataloader_num_workers,
             "batch size of a process": self.stream.batch_size,
-            "dataloader_drop_last": self.stream.drop_last,
+            "dataloader_drop_last": self.args.dataloader_drop_last,
             "on_bad_row": self.stream.on_bad_row,
         }
 

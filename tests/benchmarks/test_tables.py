@@ -77,7 +77,7 @@ def test_a_row_has_means_and_ranges_over_seeds() -> None:
     assert cleanclip[:4] == ["", "CleanCLIP", "95.0% (95.0 to 95.0)", "1.0% (0.0 to 2.0)"]
     assert header[-1] == "published attack success"
     assert "82.7%" in undefended[-1]
-    assert "arXiv 2303.03323" in undefended[-1]
+    assert "arXiv 2412.20392" in undefended[-1]
     text = page(content(cells))
     assert "400 test images, 360 to 361 of them attacked" in text
     assert "seeds 0, 1" in text

@@ -11,7 +11,8 @@ from torch.utils.data import DataLoader, RandomSampler
 
 from hf_robust_clip.augment.text import TextAugmentation
 from hf_robust_clip.data.collator import CLIPDataCollator
-from hf_robust_clip.data.rows import BadRowError, IndexedDataset, SkippingIterableDataset, undecoded
+from hf_robust_clip.data.rows import BadRowError, IndexedDataset
+from hf_robust_clip.data.streams import Stream, StreamCollator
 from hf_robust_clip.seeding import derive_seed
 
 COLUMNS = ("image", "caption")
@@ -286,11 +287,11 @@ def test_kinds_of_dataset_give_the_same_batches(processor, pairs):
 def test_rows_of_a_stream_are_keyed_by_their_content(processor, pairs, skip: bool):
     def views(shards: int, workers: int, epoch: int) -> dict[bytes, str]:
         stream = pairs.to_iterable_dataset(num_shards=shards)
-        dataset = SkippingIterableDataset(stream, *COLUMNS) if skip else undecoded(stream, *COLUMNS)
+        dataset = Stream(stream, *COLUMNS, batch_size=10, least_rows=1, on_bad_row="skip" if skip else "raise")
         collator = CLIPDataCollator(processor, views=VIEWS, text_augmentation=numbered)
         collator.set_epoch(epoch)
         found = {}
-        for batch in DataLoader(dataset, batch_size=10, collate_fn=collator, num_workers=workers):
+        for batch in DataLoader(dataset, batch_size=None, collate_fn=StreamCollator(collator), num_workers=workers):
             for pixels, text in zip(batch["pixel_values"], texts(processor, batch, 1), strict=True):
                 found[pixels.numpy().tobytes()] = text
         return found

@@ -12,7 +12,8 @@ from transformers import CLIPImageProcessor, CLIPProcessor, SiglipImageProcessor
 
 from hf_robust_clip.data.collator import CLIPDataCollator
 from hf_robust_clip.data.images import ImagePreprocessor
-from hf_robust_clip.data.rows import IndexedDataset, SkippingIterableDataset
+from hf_robust_clip.data.rows import IndexedDataset
+from hf_robust_clip.data.streams import Stream, StreamCollator
 from hf_robust_clip.imaging import decode_image
 
 COLUMNS = ("image", "caption")
@@ -122,10 +123,14 @@ def test_rows_are_drafted_alike_wherever_they_are_decoded(processor):
     collator = CLIPDataCollator(processor, draft_decoding=True)
     side = collator.least_side
     expected = collator(IndexedDataset(pairs, *COLUMNS).__getitems__(range(4)))["pixel_values"]
-    stream = SkippingIterableDataset(pairs.to_iterable_dataset(), *COLUMNS, least_side=side)
-    for dataset in (IndexedDataset(pairs, *COLUMNS, "skip", side), stream):
-        batch = next(iter(DataLoader(dataset, batch_size=4, collate_fn=collator)))
-        assert torch.equal(batch["pixel_values"], expected)
+    stream = Stream(
+        pairs.to_iterable_dataset(), *COLUMNS, batch_size=4, least_rows=1, on_bad_row="skip", least_side=side
+    )
+    for loader in (
+        DataLoader(IndexedDataset(pairs, *COLUMNS, "skip", side), batch_size=4, collate_fn=collator),
+        DataLoader(stream, batch_size=None, collate_fn=StreamCollator(collator)),
+    ):
+        assert torch.equal(next(iter(loader))["pixel_values"], expected)
 
 
 def test_an_image_processor_that_does_not_resize_is_refused(processor):

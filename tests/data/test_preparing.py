@@ -21,7 +21,8 @@ from transformers import CLIPImageProcessor, CLIPProcessor
 from hf_robust_clip import CLIPDataCollator, CLIPTrainer, PatchTrigger, PoisonSpec, poison_dataset, prepare_dataset
 from hf_robust_clip.data import preparing
 from hf_robust_clip.data.loading import load_pairs
-from hf_robust_clip.data.rows import BadRowError, IndexedDataset, SkippingIterableDataset, undecoded
+from hf_robust_clip.data.rows import BadRowError, IndexedDataset, undecoded
+from hf_robust_clip.data.streams import Stream
 from hf_robust_clip.data.tokens import TOKENS_PREFIX, StoredTokens
 
 COLUMNS = ("image", "caption")
@@ -141,12 +142,11 @@ def test_trainers_are_given_the_same_batches(cls: type[CLIPTrainer], source, pre
 def test_streams_of_it_give_the_same_batches(processor, source, prepared, skip: bool):
     found = []
     for data in (source, prepared):
-        stream = data.to_iterable_dataset()
-        stream = SkippingIterableDataset(stream, *COLUMNS) if skip else undecoded(stream, *COLUMNS)
+        stream = Stream(data.to_iterable_dataset(), *COLUMNS, 8, least_rows=1, on_bad_row="skip" if skip else "raise")
         collator = CLIPDataCollator(
             processor, views=("original", "augmented"), text_augmentation=numbered, stored_tokens=True
         )
-        found.append(batches_of(collator, stream))
+        found.append([collator(batch.rows) for batch in stream])
     assert_equal(*found)
 
 

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Iterator
+from typing import Any
 
 import datasets
 import numpy as np
@@ -18,7 +19,6 @@ from hf_robust_clip.data.rows import (
     ROW_INDEX,
     BadRowError,
     IndexedDataset,
-    SkippingIterableDataset,
     check_dataset,
     decode_row,
     undecoded,
@@ -250,10 +250,9 @@ def test_what_rows_say_under_the_keys_of_this_package_is_not_believed(own: dict,
     rows = [{**row, **own} for row in row_list(4)]
     batch = CLIPDataCollator(processor)(IndexedDataset(rows, *COLUMNS, on_bad_row=on_bad_row).__getitems__([1, 3]))
     assert batch[ROW_INDEX].tolist() == [1, 3] and BAD_ROWS not in batch
-    for stream in (BatchStream(Stream(rows), *COLUMNS, 4, False, on_bad_row), SkippingIterableDataset(rows, *COLUMNS)):
-        (first, *_) = stream
-        read = first.rows if isinstance(first, StreamBatch) else [first]
-        assert all(ROW_INDEX not in row and not row.get(BAD_ROWS) for row in read)
+    (first, *_) = BatchStream(Stream(rows), *COLUMNS, 4, 1, on_bad_row)
+    assert isinstance(first, StreamBatch)
+    assert all(ROW_INDEX not in row and not row.get(BAD_ROWS) for row in first.rows)
 
 
 def test_skip_raises_when_no_row_is_usable_and_says_why():
@@ -291,32 +290,40 @@ def streams(broken: tuple[int, ...], length: int = 8) -> dict[str, object]:
     }
 
 
+def skipping(dataset: Any) -> BatchStream:
+    return BatchStream(dataset, *COLUMNS, batch_size=3, least_rows=1, on_bad_row="skip")
+
+
+def usable(dataset: Any) -> list[dict[str, Any]]:
+    return [row for batch in skipping(dataset) for row in batch.rows]
+
+
 @pytest.mark.parametrize("kind", ["datasets", "torch"])
 @pytest.mark.parametrize("broken", [(), (0,), (2, 3), (6, 7), (0, 4, 5, 7)])
 def test_skipping_streams_lists_every_bad_row_once(kind: str, broken: tuple[int, ...]):
-    rows = list(SkippingIterableDataset(streams(broken)[kind], *COLUMNS))
+    rows = usable(streams(broken)[kind])
     assert [colour(row) for row in rows] == [i for i in range(8) if i not in broken]
     assert [index for row in rows for index in row[BAD_ROWS]] == list(broken)
 
 
 def test_a_stream_without_a_usable_row_raises():
     with pytest.raises(BadRowError, match="none of the 3 rows can be used"):
-        list(SkippingIterableDataset(streams((0, 1, 2), 3)["torch"], *COLUMNS))
-    assert list(SkippingIterableDataset(Stream([]), *COLUMNS)) == []
+        usable(streams((0, 1, 2), 3)["torch"])
+    assert usable(Stream([])) == []
 
 
 def test_of_several_workers_one_without_a_usable_row_yields_nothing():
-    stream = SkippingIterableDataset(Stream(row_list(4, broken=(1, 3))), *COLUMNS)
+    stream = skipping(Stream(row_list(4, broken=(1, 3))))
     loader = torch.utils.data.DataLoader(stream, batch_size=None, num_workers=2)
-    assert [row["caption"] for row in loader] == ["caption 0", "caption 2"]
+    assert [row["caption"] for batch in loader for row in batch.rows] == ["caption 0", "caption 2"]
 
 
 def test_the_epoch_reaches_the_stream():
-    stream = SkippingIterableDataset(table().to_iterable_dataset().shuffle(seed=1, buffer_size=8), *COLUMNS)
+    stream = skipping(table().to_iterable_dataset().shuffle(seed=1, buffer_size=8))
     orders = []
     for epoch in (0, 1, 0):
         stream.set_epoch(epoch)
-        orders.append([row["caption"] for row in stream])
+        orders.append([row["caption"] for batch in stream for row in batch.rows])
     assert orders[0] == orders[2] != orders[1] and sorted(orders[0]) == sorted(orders[1])
 
 

@@ -90,7 +90,7 @@ STREAMS: dict[str, tuple[bool, Callable[[], Any]]] = {
 
 
 def stream_of(dataset: Any, batch_size: int = 3, drop_last: bool = False, **options: Any) -> Stream:
-    return Stream(dataset, *COLUMNS, batch_size=batch_size, drop_last=drop_last, **options)
+    return Stream(dataset, *COLUMNS, batch_size, least_rows=batch_size if drop_last else 1, **options)
 
 
 def captions(batches: Iterable[StreamBatch | None]) -> list[list[str]]:

@@ -297,7 +297,12 @@ def test_half_precision_checkpoint_is_loaded_in_full(tmp_path: Path, caplog: pyt
 def test_weights_that_an_evaluation_left_in_half_precision_are_warned_of(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    options: dict[str, Any] = {"rows": 8, "max_steps": 1, "bf16_full_eval": True, "eval_dataset": [digits()[0]]}
+    options: dict[str, Any] = {
+        "rows": 8,
+        "max_steps": 1,
+        "bf16_full_eval": True,
+        "eval_dataset": digits().select(range(2)),
+    }
     for evaluated_before in (False, True):
         trainer = make_trainer(CLIPTrainer, tmp_path, **options)
         if evaluated_before:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState, PartialState
@@ -247,6 +248,8 @@ def test_trainers_in_several_processes(tmp_path: Path) -> None:
     assert report["figures_agree"] and report["similarities_agree"]
     figures = one_process_figures(tmp_path / "one")
     assert report["figures"] == figures and len(figures) > 30
+    loss = eval_loss(tmp_path / "one", digits("test").select(range(21)), 21)
+    assert report["eval_losses"] == pytest.approx([loss] * len(evaluated()), rel=1e-6)
     assert report["similarities"] == 3
     assert report["failures"] == [
         "RuntimeError: rank 1 could not embed its share: ValueError: row 9 of the evaluation images, column 'image'",
@@ -288,6 +291,17 @@ def one_process_figures(output: Path) -> dict[str, float]:
     finally:
         torch.set_num_threads(threads)
     return without_times(metrics)
+
+
+def evaluated() -> list[tuple[Any, int]]:
+    """The same 21 rows in several ways, each with the size of a process's batches."""
+    test = digits("test").select(range(21))
+    return [(test, 8), (test, 1), (test.to_iterable_dataset(), 8), (test.to_iterable_dataset(num_shards=2), 8)]
+
+
+def eval_loss(output: Path, data: Any, batch_size: int) -> float:
+    trainer = make_trainer(CLIPTrainer, output, eval_dataset=data, per_device_eval_batch_size=batch_size)
+    return float(trainer.evaluate()["eval_loss"])
 
 
 def without_times(metrics: dict[str, float]) -> dict[str, float]:
@@ -425,6 +439,7 @@ def two(output: Path) -> None:
     report["skipped_rows"] = trainer.skipped_rows
     report["figures"] = without_times(measuring_trainer(output / "eval").evaluate())
     report["figures_agree"] = same_on_ranks(report["figures"])
+    report["eval_losses"] = [eval_loss(output / "eval", data, size) for data, size in evaluated()]
     report["failures"] = gather_object([failure(broken_row=9)])
     pairs = poisoned_pairs(32)
     followed = PairSimilarityCallback(pairs)

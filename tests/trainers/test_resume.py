@@ -88,7 +88,10 @@ def test_resumed_within_accumulation(cls: type[CLIPTrainer], step: int, tmp_path
 @pytest.mark.parametrize("streamed", [False, True])
 def test_a_finished_run_stays_as_it_is(streamed: bool, tmp_path: Path) -> None:
     pairs = digits().select(range(16))
-    options = {"train_dataset": pairs.to_iterable_dataset() if streamed else pairs, "eval_dataset": pairs.select([0])}
+    options = {
+        "train_dataset": pairs.to_iterable_dataset() if streamed else pairs,
+        "eval_dataset": pairs.select([0, 1]),
+    }
     options |= {"max_steps": 3, "save_strategy": "epoch", "eval_strategy": "epoch"}  # two steps an epoch
     runs = []
     for resume in (None, True):

@@ -230,7 +230,7 @@ def test_stream_matches_by_steps_and_knows_no_rows(tmp_path: Path) -> None:
 # ---- Pools ----
 
 
-@pytest.mark.parametrize("size, expected", [(0.25, 16), (0.02, 1), (0.001, 1), (1, 1), (24, 24), (100, 100)])
+@pytest.mark.parametrize("size, expected", [(0.25, 16), (0.02, 2), (0.001, 2), (2, 2), (24, 24), (100, 100)])
 def test_pool_size_is_a_number_or_a_share(size: float, expected: int, tmp_path: Path) -> None:
     trainer = make_trainer(RoCLIPTrainer, tmp_path, rows=64, pool_size=size)
     assert trainer.pools.size == expected
@@ -307,10 +307,11 @@ def test_training_that_never_matches_is_warned_of(
     [
         (
             {"pool_size": 0},
-            r"pool_size must be a whole number of pairs from 1 on, or a share .* in \(0, 1\), but is 0",
+            r"pool_size must be a whole number of pairs from 2 on, or a share .* in \(0, 1\), but is 0",
         ),
         ({"pool_size": -3}, "pool_size must be .*, but is -3"),
         ({"pool_size": 1.5}, "pool_size must be .*, but is 1.5"),
+        ({"pool_size": 1}, "pool_size must be .* from 2 on, .*, but is 1"),
         ({"pool_size": True}, "pool_size must be .*, but is True"),
         ({"pool_size": float("nan")}, "pool_size must be .*, but is nan"),
         ({"pool_size": float("inf")}, "pool_size must be .*, but is inf"),
