@@ -26,8 +26,8 @@ from hf_robust_clip import (
     CleanCLIPTrainer,
     CleanCLIPTrainingArguments,
     ZeroShotEvaluator,
+    load_pairs,
 )
-from hf_robust_clip.data.loading import load_pairs
 
 
 def main() -> None:

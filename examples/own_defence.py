@@ -34,10 +34,10 @@ from hf_robust_clip import (
     CLIPTrainingArguments,
     PoisonSpec,
     ZeroShotEvaluator,
+    load_pairs,
     poison_dataset,
 )
 from hf_robust_clip.data.images import ImagePreprocessor
-from hf_robust_clip.data.loading import load_pairs
 from hf_robust_clip.distributed import gather_features, rank
 
 
@@ -66,6 +66,7 @@ class TrimmedTrainer(CLIPTrainer):
     """CLIP across two views, on the pairs of a batch whose average loss so far is lowest; on map-style datasets."""
 
     views = ("original", "augmented")
+    args_class = TrimmedTrainingArguments
     args: TrimmedTrainingArguments
     fit: torch.Tensor  # (N,), float32: each pair's average loss, NaN before its first visit
 

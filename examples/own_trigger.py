@@ -27,11 +27,11 @@ from hf_robust_clip import (
     CLIPTrainingArguments,
     PoisonSpec,
     ZeroShotEvaluator,
+    load_pairs,
     poison_dataset,
 )
 from hf_robust_clip.attacks.triggers import Pixels, Trigger
 from hf_robust_clip.data.images import ImagePreprocessor
-from hf_robust_clip.data.loading import load_pairs
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,14 @@ from shared import (
 )
 from transformers import HfArgumentParser, set_seed
 
-from hf_robust_clip import CLIPTrainer, CLIPTrainingArguments, poison_dataset, targeted_specs
-from hf_robust_clip.data.loading import load_pairs
-from hf_robust_clip.evaluation.poison_success import PoisonSuccessEvaluator
+from hf_robust_clip import (
+    CLIPTrainer,
+    CLIPTrainingArguments,
+    PoisonSuccessEvaluator,
+    load_pairs,
+    poison_dataset,
+    targeted_specs,
+)
 
 
 @dataclass
@@ -75,7 +80,11 @@ def plant(example: PretrainingArguments, args: CLIPTrainingArguments, pairs: Dat
         specs = targeted_specs(images[:][args.image_column], adversarial, example.targeted_captions, args.seed)
         pairs, manifest = poison_dataset(pairs, specs, *columns)
         manifests |= {f"targeted {number}": part for number, part in enumerate(manifest["parts"])}
-        targeted = [PoisonSuccessEvaluator(images, adversarial, names, example.template, args.image_column)]
+        targeted = [
+            PoisonSuccessEvaluator(
+                images, adversarial, names, templates=example.template, image_column=args.image_column
+            )
+        ]
         labelled = data.select(np.setdiff1d(np.arange(len(data)), chosen)), names
     if trigger is not None:
         spec = backdoor(example, trigger, processor, args.seed)

@@ -114,10 +114,10 @@ def make_evaluators(
         return []
     data, names = labelled
     columns = {"image_column": args.image_column, "label_column": example.label_column}
-    evaluators: list[Any] = [ZeroShotEvaluator(data, names, example.template, **columns)]
+    evaluators: list[Any] = [ZeroShotEvaluator(data, names, templates=example.template, **columns)]
     if trigger is not None and example.poison_target is not None:
         evaluators.append(
-            AttackSuccessEvaluator(data, trigger, example.poison_target, names, example.template, **columns)
+            AttackSuccessEvaluator(data, trigger, example.poison_target, names, templates=example.template, **columns)
         )
     return evaluators
 

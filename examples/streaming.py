@@ -27,10 +27,10 @@ from hf_robust_clip import (
     RoCLIPTrainer,
     RoCLIPTrainingArguments,
     ZeroShotEvaluator,
+    load_pairs,
     poison_stream,
 )
 from hf_robust_clip.data.images import ImagePreprocessor
-from hf_robust_clip.data.loading import load_pairs
 
 
 def main() -> None:

@@ -44,8 +44,13 @@ from shared import (
 )
 from transformers import HfArgumentParser, set_seed
 
-from hf_robust_clip import CleanCLIPTrainer, CleanCLIPTrainingArguments, CLIPTrainer, poison_dataset
-from hf_robust_clip.data.loading import load_pairs
+from hf_robust_clip import (
+    CleanCLIPTrainer,
+    CleanCLIPTrainingArguments,
+    CLIPTrainer,
+    load_pairs,
+    poison_dataset,
+)
 
 
 @dataclass

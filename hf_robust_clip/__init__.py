@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-#: Public name -> module that defines it. Modules load when a name is first used: importing the trainers takes seconds.
+#: Public name -> module that defines it, or that it is. Modules load when a name is first used: importing the trainers
+#: takes seconds.
 _PUBLIC = {
     "AttackSuccessEvaluator": "evaluation.attack_success",
     "BlendedTrigger": "attacks.triggers",
@@ -16,6 +17,7 @@ _PUBLIC = {
     "CLIPTrainingArguments": "trainers.arguments",
     "CleanCLIPTrainer": "trainers.cleanclip",
     "CleanCLIPTrainingArguments": "trainers.arguments",
+    "Embeddings": "trainers.base",
     "FeaturePool": "pool",
     "ImageAugmentation": "augment.images",
     "LinearProbeEvaluator": "evaluation.linear_probe",
@@ -31,10 +33,13 @@ _PUBLIC = {
     "SinusoidTrigger": "attacks.triggers",
     "TextAugmentation": "augment.text",
     "TextQueryEvaluator": "evaluation.text_query",
+    "Trigger": "attacks.triggers",
     "WarpTrigger": "attacks.triggers",
     "WordTrigger": "attacks.text_triggers",
     "ZeroShotEvaluator": "evaluation.zero_shot",
     "fit_similarity_mixture": "mixture",
+    "load_pairs": "data.loading",
+    "losses": "losses",
     "newest_checkpoint": "trainers.checkpoints",
     "poison_dataset": "attacks.poisoning",
     "poison_stream": "attacks.streaming",
@@ -45,13 +50,53 @@ _PUBLIC = {
 
 __all__ = [*sorted(_PUBLIC), "__version__"]
 
+if TYPE_CHECKING:
+    # What editors and type checkers read. "X as X" tells them that a name is public.
+    from . import losses as losses
+    from .attacks.poisoning import poison_dataset as poison_dataset
+    from .attacks.poisoning import replay_manifest as replay_manifest
+    from .attacks.spec import PoisonSpec as PoisonSpec
+    from .attacks.spec import targeted_specs as targeted_specs
+    from .attacks.streaming import poison_stream as poison_stream
+    from .attacks.text_triggers import WordTrigger as WordTrigger
+    from .attacks.triggers import BlendedTrigger as BlendedTrigger
+    from .attacks.triggers import PatchTrigger as PatchTrigger
+    from .attacks.triggers import SinusoidTrigger as SinusoidTrigger
+    from .attacks.triggers import Trigger as Trigger
+    from .attacks.triggers import WarpTrigger as WarpTrigger
+    from .augment.images import ImageAugmentation as ImageAugmentation
+    from .augment.text import TextAugmentation as TextAugmentation
+    from .callbacks import PairSimilarityCallback as PairSimilarityCallback
+    from .data.collator import CLIPDataCollator as CLIPDataCollator
+    from .data.loading import load_pairs as load_pairs
+    from .data.preparing import prepare_dataset as prepare_dataset
+    from .evaluation.attack_success import AttackSuccessEvaluator as AttackSuccessEvaluator
+    from .evaluation.linear_probe import LinearProbeEvaluator as LinearProbeEvaluator
+    from .evaluation.poison_success import PoisonSuccessEvaluator as PoisonSuccessEvaluator
+    from .evaluation.retrieval import RetrievalEvaluator as RetrievalEvaluator
+    from .evaluation.text_query import TextQueryEvaluator as TextQueryEvaluator
+    from .evaluation.zero_shot import ZeroShotEvaluator as ZeroShotEvaluator
+    from .mixture import fit_similarity_mixture as fit_similarity_mixture
+    from .pool import FeaturePool as FeaturePool
+    from .trainers.arguments import CleanCLIPTrainingArguments as CleanCLIPTrainingArguments
+    from .trainers.arguments import CLIPTrainingArguments as CLIPTrainingArguments
+    from .trainers.arguments import RoCLIPTrainingArguments as RoCLIPTrainingArguments
+    from .trainers.arguments import SafeCLIPTrainingArguments as SafeCLIPTrainingArguments
+    from .trainers.base import CLIPTrainer as CLIPTrainer
+    from .trainers.base import Embeddings as Embeddings
+    from .trainers.checkpoints import newest_checkpoint as newest_checkpoint
+    from .trainers.cleanclip import CleanCLIPTrainer as CleanCLIPTrainer
+    from .trainers.roclip import RoCLIPTrainer as RoCLIPTrainer
+    from .trainers.safeclip import SafeCLIPTrainer as SafeCLIPTrainer
+else:
 
-def __getattr__(name: str) -> Any:
-    if name not in _PUBLIC:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_PUBLIC[name]}"), name)
-    globals()[name] = value
-    return value
+    def __getattr__(name: str) -> Any:
+        if name not in _PUBLIC:
+            raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+        module = importlib.import_module(f".{_PUBLIC[name]}", __name__)
+        value = module if _PUBLIC[name] == name else getattr(module, name)
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:

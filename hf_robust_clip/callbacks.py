@@ -14,9 +14,11 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from .augment.images import ImageNormalization
 from .data.collator import CLIPDataCollator
-from .data.rows import BAD_ROWS, POISONED, ROW_INDEX, IndexedDataset
-from .evaluation.columns import check_columns, read_column
+from .data.rows import BAD_ROWS, POISONED, ROW_INDEX, IndexedDataset, check_columns
+from .evaluation.columns import read_column
+from .kinds import check_string
 from .models import caption_padding, inference, longest_caption
+from .wording import shown
 
 if TYPE_CHECKING:
     from .trainers.base import CLIPTrainer
@@ -129,18 +131,14 @@ class PairSimilarityCallback(TrainerCallback):
         seed: int = 0,
         prefix: str = "",
     ) -> None:
-        if not hasattr(dataset, "__len__"):
-            raise ValueError(
-                f"dataset is a {type(dataset).__name__} without a length; a fixed sample is drawn from a map-style one"
-            )
         columns = {"image_column": image_column, "caption_column": caption_column, "poisoned_column": poisoned_column}
         check_columns(dataset, columns, "pairs")
         if isinstance(max_pairs, bool) or not isinstance(max_pairs, int) or max_pairs < 1:
-            raise ValueError(f"max_pairs={max_pairs!r} must be a whole number of at least 1")
+            raise ValueError(f"max_pairs={shown(max_pairs)} must be a whole number of at least 1")
         self.dataset = dataset
         self.image_column = image_column
         self.caption_column = caption_column
-        self.prefix = prefix
+        self.prefix = check_string("prefix", prefix)
         flags = _flags(dataset, poisoned_column)
         rng = np.random.default_rng(seed)
         self._rows = {
@@ -156,7 +154,7 @@ class PairSimilarityCallback(TrainerCallback):
         self.records = [record for record in found if record is not None]
         if self.records and state.global_step == 0:  # before it has made one
             raise ValueError(
-                f"two PairSimilarityCallbacks have prefix={self.prefix!r}: give one of them another, for example "
+                f"two PairSimilarityCallbacks have prefix={shown(self.prefix)}: give one of them another, for example "
                 "prefix='held_out_'"
             )
         # A checkpoint of an epoch's last step was saved before the end of that epoch.
@@ -224,7 +222,7 @@ def _flags(dataset: Any, column: str) -> NDArray[np.bool_]:
     for row, value in enumerate(read_column(dataset, column)):
         flag = value.item() if hasattr(value, "item") and getattr(value, "ndim", 1) == 0 else value
         if not isinstance(flag, bool):
-            raise ValueError(f"row {row}, column {column!r}: it must be boolean, but is {value!r}")
+            raise ValueError(f"row {row}, column {shown(column)}: it must be boolean, but is {shown(value)}")
         flags.append(flag)
     return np.array(flags, dtype=bool)
 

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from .wording import shortened, shown
+
 ACCEPTED = "a PIL image, a path, encoded bytes, a datasets.Image value {'bytes', 'path'}, or an array (H, W[, C])"
 
 #: How many times as long as wide an image is at most before it is resized by its shorter side: of a longer strip that
@@ -95,13 +97,13 @@ def decode_image(value: Any, least_side: int | None = None) -> Image.Image:
         found = (
             f"its {len(value)} bytes are"
             if isinstance(value, (bytes, bytearray, memoryview))
-            else f"{os.fspath(value)!r} is"
+            else f"{shown(os.fspath(value))} is"
         )
         raise ValueError(f"the image{name} does not decode: {found} in no format that Pillow reads") from error
     # Pillow raises SyntaxError, struct.error, EOFError, DecompressionBombError and more for tampered files.
     except Exception as error:
         reason = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
-        raise ValueError(f"the image{name} does not decode: {reason}") from error
+        raise ValueError(shortened(f"the image{name} does not decode: {reason}", 400)) from error
     raise ValueError(f"an image cannot be a {type(value).__name__}; accepted: {ACCEPTED}")
 
 

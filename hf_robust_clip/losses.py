@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from .distributed import gather_features, rank
+from .wording import listed, shown
 
 Matching = Literal["cross", "image_to_text", "unimodal"]
 #: Logits that are held at a time, 64 MiB in float32.
@@ -183,7 +184,7 @@ def roclip_loss(
         `ValueError`: If `matching` is unknown, or a pool that it needs is `None`.
     """
     if matching not in MATCHINGS:
-        raise ValueError(f"matching must be one of {', '.join(map(repr, MATCHINGS))}, but is {matching!r}")
+        raise ValueError(f"matching must be one of {listed(MATCHINGS)}, but is {shown(matching)}")
     text_queries = text_embeds if matching == "unimodal" else image_embeds
     text_matches = _nearest(text_pool, text_queries, "text_pool")  # (B, D)
     if matching == "image_to_text":

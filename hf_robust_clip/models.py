@@ -136,13 +136,15 @@ def check_weights(model: nn.Module, found: Mapping[str, Any], source: str) -> No
     raise ValueError(f"{where} does not have the weights of {kind}: {', '.join(faults)}.{wrapper_hint(unexpected)}")
 
 
-def load_processor(model: str | os.PathLike[str] | nn.Module, processing_class: Any) -> Any:
+def load_processor(
+    model: str | os.PathLike[str] | nn.Module, processing_class: Any, argument: str = "processing_class"
+) -> Any:
     """`processing_class` if there is one, else the processor saved beside the model that was named by id or folder."""
     if processing_class is not None:
         return processing_class
     if not isinstance(model, (str, os.PathLike)):
         raise ValueError(
-            "processing_class is None, and the model was given as an object: pass its processor, for example "
+            f"{argument} is None, and the model was given as an object: pass its processor, for example "
             "AutoProcessor.from_pretrained(...)"
         )
     check_pulled(os.fspath(model))

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from .kinds import kind
 from .lookup import Search, full_precision_products
+from .wording import listed, shown
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
@@ -62,9 +64,9 @@ class FeaturePool(nn.Module):
             if name == "chunk_size" and value is None:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, but is {value!r}")
+                raise ValueError(f"{name} must be an integer of at least 1, but is {shown(value)}")
         if dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}, but is {dtype!r}")
+            raise ValueError(f"dtype must be one of {listed(DTYPES)}, but is {shown(dtype)}")
         self.size, self.dim, self.chunk_size = size, dim, chunk_size
         self.register_buffer("features", torch.zeros(size, dim, dtype=dtype))
         self.register_buffer("keys", torch.full((size,), -1))
@@ -181,6 +183,8 @@ class FeaturePool(nn.Module):
         return f"size={self.size}, dim={self.dim}, dtype={self.features.dtype}, filled={self._fill}"
 
     def _check(self, features: torch.Tensor, name: str) -> None:
+        if not isinstance(features, torch.Tensor):
+            raise ValueError(f"{name} must be a tensor (B, {self.dim}), but is {kind(features)}")
         if features.ndim != 2 or features.shape[1] != self.dim or not features.is_floating_point():
             received = f"{tuple(features.shape)} of {features.dtype}"
             raise ValueError(f"{name} must be (B, {self.dim}) of a floating dtype, but are {received}")

@@ -15,10 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from .data.rows import POISONED, shown_rows
+from .data.rows import POISONED
 from .evaluation.columns import read_column
 from .files import RUN_FILE, write_text
 from .record_form import RECORD, check_form
+from .wording import MOST, listed, shortened
 
 #: Most entries of a log that a record keeps, evenly spaced.
 LOG_ENTRIES = 500
@@ -99,14 +100,14 @@ class RunRecord:
         try:
             content = jsonable(json.loads(text))
         except ValueError as error:
-            raise ValueError(f"{where} is no JSON: {error}") from error
+            raise ValueError(shortened(f"{where} is no JSON: {error}")) from error
         except RecursionError as error:
             raise ValueError(f"{where} is no record of a run: its entries are nested too deeply") from error
         names = {item.name: item for item in dataclasses.fields(cls)}
         given = set(content) if isinstance(content, dict) else set()
         required = {name for name, item in names.items() if item.default_factory is dataclasses.MISSING}
         if not required <= given <= set(names):
-            raise ValueError(f"{where} is no record of a run: its keys must be {', '.join(names)}")
+            raise ValueError(f"{where} is no record of a run: its keys must be those of RunRecord, {listed(names)}")
         for name, value in content.items():
             check_form(value, RECORD[name], f"{where}: {name}")
         return cls(**content)
@@ -129,8 +130,10 @@ class RunRecord:
         """
         path = Path(folder, RUN_FILE)
         if not path.is_file():
-            raise ValueError(f"{folder} has no {RUN_FILE}: it was not saved by a trainer of hf_robust_clip")
-        return cls.from_json(path.read_text(encoding="utf-8"), str(path))
+            raise ValueError(
+                f"{shortened(str(folder), 200)} has no {RUN_FILE}: it was not saved by a trainer of hf_robust_clip"
+            )
+        return cls.from_json(path.read_text(encoding="utf-8"), shortened(str(path), 200))
 
 
 def describe_dataset(dataset: Any) -> dict[str, Any]:
@@ -183,9 +186,11 @@ def describe_skipped(rows: Sequence[int], streamed: bool) -> dict[str, Any]:
 
 
 def skipped_text(skipped: Mapping[str, Any]) -> str:
-    """How many rows were passed over, and which ones: "2: 3, 17"; the first 20 of many."""
+    """How many rows were passed over, and which ones: "2: 3, 17"; the first ten of many."""
     positions = " (positions in the stream of each worker)" if skipped["streamed"] else ""
-    return f"{skipped['count']:,}: {shown_rows(skipped['rows'], skipped['count'])}{positions}"
+    first = skipped["rows"][:MOST]
+    more = skipped["count"] - len(first)
+    return f"{skipped['count']:,}: {listed(first)}{f' and {more:,} more' if more else ''}{positions}"
 
 
 def describe_evaluator(evaluator: Any) -> dict[str, Any]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import reprlib
 from collections.abc import Callable, Mapping
 from typing import Any
+
+from .wording import listed, shortened, shown
 
 #: Larger numbers are no figures: with them a percentage or a product is no number any more.
 _LARGEST = 1e100
@@ -150,9 +151,9 @@ def check_form(value: Any, form: Any, name: str) -> None:
         _accept(isinstance(value, Mapping), name, value, "a mapping")
         needed = [key for key in form if not key.startswith("*") and not key.endswith("?")]
         missing = [key for key in needed if key not in value]
-        _accept(not missing, name, value, f"a mapping with {', '.join(map(repr, missing))}")
+        _accept(not missing, name, value, f"a mapping with {listed(missing)}")
         for key, entry in value.items():
-            check_form(entry, _form_of(key, form), f"{name}[{key!r}]")
+            check_form(entry, _form_of(key, form), f"{name}[{shown(key)}]")
 
 
 def _form_of(key: str, form: Mapping[str, Any]) -> Any:
@@ -165,4 +166,4 @@ def _form_of(key: str, form: Mapping[str, Any]) -> Any:
 
 def _accept(accepted: bool, name: str, value: Any, words: str) -> None:
     if not accepted:
-        raise ValueError(f"{name} is {reprlib.repr(value)}; accepted is {words}")
+        raise ValueError(shortened(f"{name} is {shown(value)}; accepted is {words}"))

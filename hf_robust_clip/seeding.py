@@ -9,6 +9,8 @@ from contextlib import contextmanager
 
 import torch
 
+from .wording import shown
+
 
 def derive_seed(*keys: int) -> int:
     """
@@ -26,7 +28,7 @@ def derive_seed(*keys: int) -> int:
     try:
         packed = struct.pack(f"<{len(keys)}q", *keys)
     except struct.error as error:
-        raise ValueError(f"the keys of a seed must be 64-bit integers, but are {keys!r}") from error
+        raise ValueError(f"the keys of a seed must be 64-bit integers, but are {shown(keys)}") from error
     digest = hashlib.blake2b(packed, digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 

@@ -17,8 +17,8 @@ _CUT.maxlist = _CUT.maxtuple = _CUT.maxset = _CUT.maxfrozenset = _CUT.maxdict = 
 
 
 def shown(value: Any) -> str:
-    """The `repr` of a value of any size, for a message: at most 80 characters of a string, the middle left out."""
-    return shortened(_CUT.repr(value), 160)
+    """The `repr` of a value of any size, on one line: at most 80 characters of a string, the middle left out."""
+    return shortened(_CUT.repr(value).replace("\n", " "), 160)
 
 
 def listed(values: Collection[Any], most: int = MOST, longest: int = 30) -> str:

@@ -68,7 +68,8 @@ def names_list(part: str) -> str:
     modules = {
         name: module
         for name, module in hf_robust_clip._PUBLIC.items()
-        if (module.partition(".")[0] == part if part in parts else module.partition(".")[0] not in parts)
+        if name != module  # a module has a section of its own
+        and (module.partition(".")[0] == part if part in parts else module.partition(".")[0] not in parts)
     }
     if not modules:
         raise ValueError(f"no public name is defined in {part!r}")

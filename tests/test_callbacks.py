@@ -143,8 +143,11 @@ def test_two_of_one_prefix_are_refused(tmp_path: Path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"dataset": poisoned_pairs(4).to_iterable_dataset()}, "dataset is a IterableDataset without a length"),
-        ({"dataset": []}, "dataset is empty; an evaluator needs pairs"),
+        (
+            {"dataset": poisoned_pairs(4).to_iterable_dataset()},
+            "dataset must be a dataset .* with a length, but is an IterableDataset: load it without",
+        ),
+        ({"dataset": []}, "dataset is empty; it needs pairs"),
         ({"image_column": "photo"}, "image_column='photo' is not a column of dataset"),
         ({"caption_column": "text"}, "caption_column='text' is not a column"),
         ({"poisoned_column": "bad"}, "poisoned_column='bad' is not a column"),

@@ -432,12 +432,12 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., CLIPTrain
 
     def run(cls: type[CLIPTrainer], name: str, **overrides: Any) -> CLIPTrainer:
         test = digits("test").select(range(20))
-        attacked = AttackSuccessEvaluator(test, BlendedTrigger(), "six", CLASS_NAMES, CAPTION_TEMPLATES)
+        attacked = AttackSuccessEvaluator(test, BlendedTrigger(), "six", CLASS_NAMES, templates=CAPTION_TEMPLATES)
         trainer = make_trainer(
             cls,
             tmp_path_factory.mktemp("runs") / name,
             train_dataset=poisoned_pairs(32),
-            evaluators=[ZeroShotEvaluator(test, CLASS_NAMES, CAPTION_TEMPLATES), attacked],
+            evaluators=[ZeroShotEvaluator(test, CLASS_NAMES, templates=CAPTION_TEMPLATES), attacked],
             eval_strategy="epoch",
             eval_on_start=True,
             **overrides,

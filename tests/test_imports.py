@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -17,7 +18,7 @@ PACKAGE = Path(hf_robust_clip.__file__).parent
 FLOORS: tuple[frozenset[str], ...] = (
     frozenset(
         {"losses", "distributed", "pool", "lookup", "mixture", "imaging", "seeding", "augment", "files", "settings"}
-        | {"versions", "weight_names", "wording"}
+        | {"versions", "weight_names", "wording", "kinds"}
     ),
     frozenset({"attacks"}),
     frozenset({"models", "data", "evaluation"}),
@@ -117,7 +118,9 @@ def test_the_ground_floor_imports_without_transformers_and_datasets():
 def test_every_public_name_resolves(name: str):
     value = getattr(hf_robust_clip, name)
     assert value is not None
-    if name != "__version__":
+    if isinstance(value, ModuleType):
+        assert value.__name__ == f"{PACKAGE.name}.{name}" and value.__doc__
+    elif name != "__version__":
         assert value.__name__ == name and value.__doc__
         # One object, whichever way it is imported.
         assert getattr(import_module(value.__module__), name) is value
@@ -130,6 +133,19 @@ def test_public_names_are_listed_and_others_are_refused():
         hf_robust_clip.NoSuchTrainer  # noqa: B018
     with pytest.raises(ImportError):
         from hf_robust_clip import NoSuchTrainer  # noqa: F401
+
+
+def test_editors_and_type_checkers_see_the_same_names():
+    """The imports under `TYPE_CHECKING`, which nobody runs, are of what `__getattr__` finds."""
+    tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
+    (block,) = (node for node in tree.body if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test))
+    seen = {}
+    for node in block.body:
+        assert isinstance(node, ast.ImportFrom) and node.level == 1
+        for alias in node.names:
+            assert alias.asname == alias.name, f"{alias.name} as {alias.name}, or it is private to a type checker"
+            seen[alias.name] = node.module or alias.name
+    assert seen == hf_robust_clip._PUBLIC
 
 
 def test_names_that_transformers_owns_are_not_taken():

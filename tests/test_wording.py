@@ -1,5 +1,6 @@
 """Messages have an end, whatever they speak of."""
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -33,6 +34,7 @@ def test_short_values_are_shown_as_they_are():
     assert shown("a dog") == "'a dog'"
     assert shown(None) == "None"
     assert shown(0.5) == "0.5"
+    assert "\n" not in shown(np.zeros((9, 9)))
 
 
 def test_what_a_library_says_is_one_line() -> None:

@@ -60,7 +60,7 @@ def plant(study: Study, attack: Mapping[str, Any], material: Material, image_siz
     if trigger is not None:
         trigger = trigger.reseeded(seed)
     columns = {"image_column": study.image_column, "caption_column": study.caption_column}
-    labelled, zero_shot = material.labelled, (material.names, material.prompts)
+    labelled, names, prompts = material.labelled, material.names, {"templates": material.prompts}
     evaluators: list[Any] = []
     chosen: list[int] = []
     if mode == "targeted":
@@ -68,7 +68,8 @@ def plant(study: Study, attack: Mapping[str, Any], material: Material, image_siz
         chosen, adversarial = _targets(material, images, study.label_column, seed)
         photos = [labelled[row][study.image_column] for row in chosen]
         specs: Any = targeted_specs(photos, adversarial, captions, seed=seed, image_size=image_size, **settings)
-        evaluators.append(PoisonSuccessEvaluator(labelled.select(chosen), adversarial, *zero_shot, study.image_column))
+        few = labelled.select(chosen)
+        evaluators.append(PoisonSuccessEvaluator(few, adversarial, names, **prompts, image_column=study.image_column))
         labelled = labelled.select(np.setdiff1d(np.arange(len(labelled)), chosen))
     else:
         size = None if mode == "text_query" else image_size
@@ -77,11 +78,11 @@ def plant(study: Study, attack: Mapping[str, Any], material: Material, image_siz
         specs = PoisonSpec(trigger, target, seed=seed, mode=mode, image_size=size, **settings)
     pairs, _ = poison_dataset(material.pairs, specs, **columns, label_column=material.label_column)
     labels = {"image_column": study.image_column, "label_column": study.label_column}
-    evaluators.append(ZeroShotEvaluator(labelled, *zero_shot, **labels))
+    evaluators.append(ZeroShotEvaluator(labelled, names, **prompts, **labels))
     counts = {"pairs": len(material.pairs), "poisons": int(sum(pairs["poisoned"])), "test_images": len(labelled)}
     on_images = trigger if SUCCESS[mode] == "attack_success_rate" else None
     if on_images is not None:
-        evaluator = AttackSuccessEvaluator(labelled, on_images, target, *zero_shot, **labels)
+        evaluator = AttackSuccessEvaluator(labelled, on_images, target, names, **prompts, **labels)
         evaluators.append(evaluator)
         counts["attacked"] = evaluator.attacked_images
     elif mode == "text_query":

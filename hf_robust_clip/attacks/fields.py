@@ -6,6 +6,8 @@ import dataclasses
 import math
 from typing import Any, ClassVar, TypeVar
 
+from ..wording import listed, shown
+
 _Own = TypeVar("_Own", bound="TriggerFields")
 
 
@@ -33,13 +35,13 @@ def check_int(name: str, value: object, minimum: int, maximum: int | None = None
     within = isinstance(value, int) and minimum <= value and (maximum is None or value <= maximum)
     if not within or isinstance(value, bool):
         limit = "" if maximum is None else f" and at most {maximum}"
-        raise ValueError(f"{name}={value!r}; accepted is an integer of at least {minimum}{limit}")
+        raise ValueError(f"{name}={shown(value)}; accepted is an integer of at least {minimum}{limit}")
 
 
 def check_float(name: str, value: object, maximum: float = math.inf) -> None:
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= maximum or math.isinf(value):
         limit = "finite" if math.isinf(maximum) else f"at most {maximum:g}"
-        raise ValueError(f"{name}={value!r}; accepted is a number above 0 and {limit}")
+        raise ValueError(f"{name}={shown(value)}; accepted is a number above 0 and {limit}")
 
 
 def check_text(name: str, text: str) -> None:
@@ -47,9 +49,9 @@ def check_text(name: str, text: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         # A lone surrogate: no tokenizer, file or table takes one.
-        raise ValueError(f"{name}: {text!r} cannot be encoded: {error}") from error
+        raise ValueError(f"{name}: {shown(text)} cannot be encoded: {error.reason}") from error
 
 
 def check_choice(name: str, value: object, accepted: tuple[str, ...]) -> None:
     if value not in accepted:
-        raise ValueError(f"{name}={value!r}; accepted are {', '.join(accepted)}")
+        raise ValueError(f"{name}={shown(value)}; accepted are {listed(accepted)}")

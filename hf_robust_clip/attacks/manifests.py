@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import base64
-import reprlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from ..wording import listed, shortened, shown
 from .fields import check_choice, check_float, check_int
 from .rows import decode_target
 from .spec import LARGEST_SIZE, MODES
@@ -36,7 +36,7 @@ def check_dataset_part(part: Mapping[str, Any]) -> None:
         if part["source_index"] is not None:
             check_int("source_index", part["source_index"], minimum=0)
     except ValueError as error:
-        raise ValueError(f"manifest: {error}") from error
+        raise ValueError(shortened(f"manifest: {error}")) from error
     most = length + count if targeted else length
     if count == 0 or len(set(part["indices"])) < count or max(part["indices"]) >= most:
         raise _refused(part, "indices", f"at least one row number, all different, and below {most}")
@@ -58,7 +58,7 @@ def check_stream_part(part: Mapping[str, Any]) -> None:
         check_float("rate", part["rate"], maximum=1.0)
         check_int("seed", part["seed"], minimum=0)
     except ValueError as error:
-        raise ValueError(f"manifest: {error}") from error
+        raise ValueError(shortened(f"manifest: {error}")) from error
     if part["templates"] is None and part["mode"] == "label_consistent":
         return
     if not _listed(part, "templates") or not all(_is_text(template) for template in part["templates"]):
@@ -68,7 +68,7 @@ def check_stream_part(part: Mapping[str, Any]) -> None:
 def _check_keys(part: Mapping[str, Any], needed: tuple[str, ...], maker: str) -> None:
     missing = [key for key in needed if key not in part]
     if missing:
-        raise ValueError(f"manifest: {', '.join(missing)} missing; accepted is what {maker} returned")
+        raise ValueError(f"manifest: {listed(missing)} missing; accepted is what {maker} returned")
 
 
 def _check_common(part: Mapping[str, Any], columns: tuple[str, ...], optional: tuple[str, ...] = ()) -> None:
@@ -77,7 +77,7 @@ def _check_common(part: Mapping[str, Any], columns: tuple[str, ...], optional: t
         if part["image_size"] is not None:
             check_int("image_size", part["image_size"], minimum=1, maximum=LARGEST_SIZE)
     except ValueError as error:
-        raise ValueError(f"manifest: {error}") from error
+        raise ValueError(shortened(f"manifest: {error}")) from error
     for names, accepts, accepted in ((columns, _is_text, "a name"), (optional, _is_name_or_none, "a name or null")):
         for name in names:
             _check_column(part, name, accepts, accepted)
@@ -89,19 +89,19 @@ def _check_common(part: Mapping[str, Any], columns: tuple[str, ...], optional: t
         try:
             decode_target(base64.b64decode(part["image"], validate=True))
         except ValueError as error:
-            raise ValueError(f"manifest: its image is no image file in base64: {error}") from error
+            raise ValueError(shortened(f"manifest: its image is no image file in base64: {error}")) from error
 
 
 def _check_column(part: Mapping[str, Any], name: str, accepts: Callable[[Any], bool], accepted: str) -> None:
     column = _entry(part, "columns", name)
     if not accepts(column):
-        raise ValueError(f"manifest: columns[{name!r}]={reprlib.repr(column)}; accepted is {accepted}")
+        raise ValueError(f"manifest: columns[{shown(name)}]={shown(column)}; accepted is {accepted}")
 
 
 def _entry(part: Mapping[str, Any], name: str, key: str) -> Any:
     """An entry of a mapping in a manifest."""
     if not isinstance(part[name], Mapping) or key not in part[name]:
-        raise _refused(part, name, f"a mapping with {key!r}")
+        raise _refused(part, name, f"a mapping with {shown(key)}")
     return part[name][key]
 
 
@@ -112,7 +112,7 @@ def _listed(part: Mapping[str, Any], name: str) -> list[Any]:
 
 
 def _refused(part: Mapping[str, Any], name: str, accepted: str) -> ValueError:
-    return ValueError(f"manifest: {name}={reprlib.repr(part[name])}; accepted is {accepted}")
+    return ValueError(f"manifest: {name}={shown(part[name])}; accepted is {accepted}")
 
 
 def _is_text(value: Any) -> bool:

@@ -16,6 +16,8 @@ from datasets import Dataset, IterableDataset, concatenate_datasets
 from numpy.typing import NDArray
 from PIL import Image
 
+from ..kinds import kind, wrong_dataset
+from ..wording import listed, shown
 from .manifests import check_dataset_part
 from .rows import (
     build_rows,
@@ -119,11 +121,13 @@ def replay_manifest(dataset: Dataset | IterableDataset, manifest: Mapping[str, A
             the other way round, and on what is no such manifest.
     """
     if not isinstance(manifest, Mapping) or manifest.get("version") != VERSION:
-        found = manifest.get("version") if isinstance(manifest, Mapping) else type(manifest).__name__
-        raise ValueError(f"manifest: its version is {found!r}; accepted is a manifest of version {VERSION}")
+        found = f"its version is {shown(manifest.get('version'))}" if isinstance(manifest, Mapping) else kind(manifest)
+        raise ValueError(
+            f"manifest: {found}; accepted is a dictionary that poison_dataset returned, of version {VERSION}"
+        )
     parts = manifest.get("parts", [manifest])
     if not isinstance(parts, list) or not parts or not all(isinstance(part, Mapping) for part in parts):
-        raise ValueError(f"manifest: its parts are {parts!r}; accepted is a list of manifests, at least one")
+        raise ValueError(f"manifest: its parts are {shown(parts)}; accepted is a list of manifests, at least one")
     if isinstance(dataset, IterableDataset) and all(part.get("stream") for part in parts):
         return replay_stream(dataset, parts)
     for part in parts:
@@ -155,19 +159,13 @@ def _replay(dataset: Dataset | IterableDataset, manifest: Mapping[str, Any]) -> 
 def _check_dataset(
     dataset: Dataset | IterableDataset, image_column: str, caption_column: str, label_column: str | None
 ) -> Dataset:
-    if isinstance(dataset, IterableDataset):
-        raise ValueError(
-            "dataset is an IterableDataset; only map-style datasets can be poisoned so. poison_stream poisons a "
-            "stream as it is read; or load it without streaming=True, or materialise it: "
-            "Dataset.from_list(list(dataset), features=dataset.features)"
-        )
     if not isinstance(dataset, Dataset):
-        raise ValueError(f"dataset is a {type(dataset).__name__}; accepted is a datasets.Dataset, one split at a time")
+        raise wrong_dataset("dataset", dataset, "a datasets.Dataset (poison_stream poisons streams as they are read)")
     check_columns(image_column, caption_column)
     for name, column in (("image", image_column), ("caption", caption_column), ("label", label_column)):
         if column is not None and column not in dataset.column_names:
-            there = ", ".join(map(repr, dataset.column_names))
-            raise ValueError(f"{name}_column={column!r} is no column of the dataset; there are {there}")
+            there = listed(dataset.column_names)
+            raise ValueError(f"{name}_column={shown(column)} is no column of the dataset; there are {there}")
     if len(dataset) == 0:
         raise ValueError("dataset is empty; accepted is a dataset with at least one row")
     check_features(dataset.features, image_column, caption_column)
@@ -204,7 +202,7 @@ def _plan(
             asked = f"count={count}" if spec.rate is None else f"rate={spec.rate}, that is {count} rows,"
             raise ValueError(
                 f"{asked} is more than there are to poison; accepted is at most {eligible}, the number of rows "
-                f"{'naming' if on_target else 'not naming'} {spec.target!r} and not poisoned already"
+                f"{'naming' if on_target else 'not naming'} {shown(spec.target)} and not poisoned already"
             )
         indices = np.sort(generator.choice(rows, count, replace=False))
         if spec.mode == "text_query":
@@ -240,16 +238,16 @@ def _captions_naming(
     rows = zip(captions, labelled, free, strict=True)
     found = [caption for row, label, is_free in rows if is_free for caption in row if label or names(caption)]
     if not found:
-        raise ValueError(f"target={target!r} is named by no caption of the dataset; give templates")
+        raise ValueError(f"target={shown(target)} is named by no caption of the dataset; give templates")
     return found
 
 
 def _draw_queries(queries: list[str], spec: PoisonSpec, count: int, generator: np.random.Generator) -> list[str]:
     """Captions that do not name the target, with the trigger's word in each."""
     if not isinstance(spec.trigger, WordTrigger):
-        raise ValueError(f"trigger={spec.trigger!r}; mode 'text_query' needs a WordTrigger")
+        raise ValueError(f"trigger={shown(spec.trigger)}; mode 'text_query' needs a WordTrigger")
     if not queries:
-        raise ValueError(f"target={spec.target!r} is named by every row that is not poisoned; give templates")
+        raise ValueError(f"target={shown(spec.target)} is named by every row that is not poisoned; give templates")
     return [spec.trigger(query) for query in _draw(queries, count, generator)]
 
 
@@ -278,7 +276,9 @@ def _carry_out(dataset: Dataset, manifest: Mapping[str, Any], trigger: Trigger |
         source = order[position]
     else:
         if not isinstance(trigger, Trigger):
-            raise ValueError(f"trigger is {trigger!r}; mode {manifest['mode']!r} needs a Trigger, one on images")
+            raise ValueError(
+                f"trigger is {shown(trigger)}; mode {shown(manifest['mode'])} needs a Trigger, one on images"
+            )
         source = order[position]
         decoded = read_images(stored, image_column, source, names=position)  # an iterator: one image at a time
         images = (

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ..imaging import decode_image, without_ends
+from ..wording import listed, shortened, shown
 from .triggers import Trigger
 
 POISONED = "poisoned"
@@ -33,7 +34,9 @@ ENCODED_IMAGE_DTYPES = ("string", "large_string", "binary", "large_binary")
 def check_columns(image_column: str, caption_column: str) -> None:
     """That images and captions are in different columns: a poison would have one in the place of the other."""
     if image_column == caption_column:
-        raise ValueError(f"image_column and caption_column are both {image_column!r}; accepted are different columns")
+        raise ValueError(
+            f"image_column and caption_column are both {shown(image_column)}; accepted are different columns"
+        )
 
 
 def holds_captions(feature: Any) -> bool:
@@ -46,15 +49,18 @@ def check_features(features: Features, image_column: str, caption_column: str) -
     feature = features[image_column]
     if not isinstance(feature, ImageFeature) and getattr(feature, "dtype", None) not in ENCODED_IMAGE_DTYPES:
         accepted = "an Image feature, paths (string) or encoded images (binary)"
-        raise ValueError(f"image_column={image_column!r} has type {feature}; accepted is {accepted}")
+        raise ValueError(f"image_column={shown(image_column)} has type {shown(feature)}; accepted is {accepted}")
     if not holds_captions(features[caption_column]):
         accepted = "string, or lists of strings"
         raise ValueError(
-            f"caption_column={caption_column!r} has type {features[caption_column]}; accepted is {accepted}"
+            f"caption_column={shown(caption_column)} has type {shown(features[caption_column])}; accepted is "
+            f"{accepted}"
         )
     marks = features.get(POISONED)
     if marks is not None and marks != Value("bool"):
-        raise ValueError(f"dataset has a column {POISONED!r} of type {marks}; accepted is bool, or no such column")
+        raise ValueError(
+            f"dataset has a column {shown(POISONED)} of type {shown(marks)}; accepted is bool, or no such column"
+        )
 
 
 def stored_rows(dataset: Dataset, image_column: str) -> tuple[Dataset, NDArray[np.int64]]:
@@ -89,7 +95,9 @@ def caption_list(value: Any, caption_column: str, row: str) -> list[str]:
     for caption in values:
         if not isinstance(caption, str):
             accepted = "a string, or a list of strings"
-            raise ValueError(f"caption_column={caption_column!r}: {row} holds {caption!r}; accepted is {accepted}")
+            raise ValueError(
+                f"caption_column={shown(caption_column)}: {row} holds {shown(caption)}; accepted is {accepted}"
+            )
     return values
 
 
@@ -106,16 +114,22 @@ def labelling(feature: Any, target: str, label_column: str) -> Callable[[Any], b
     if isinstance(feature, ClassLabel):
         names = [name.casefold() for name in feature.names]
         if target.casefold() not in names:
-            raise ValueError(f"target={target!r} is no class of {label_column!r}; accepted are {feature.names}")
+            raise ValueError(
+                f"target={shown(target)} is no class of {shown(label_column)}; accepted are {listed(feature.names)}"
+            )
         return partial(_is_label, names.index(target.casefold()))
     if "string" in (dtype := str(getattr(feature, "dtype", feature))):
         return partial(_is_label, target.strip().casefold())
     if "int" in dtype:
         if not target.strip().isdecimal():
             accepted = "a number, or a label column of type ClassLabel or string"
-            raise ValueError(f"target={target!r}, but {label_column!r} holds integers; accepted is {accepted}")
+            raise ValueError(
+                f"target={shown(target)}, but {shown(label_column)} holds integers; accepted is {accepted}"
+            )
         return partial(_is_label, int(target))
-    raise ValueError(f"label_column={label_column!r} has type {feature}; accepted is ClassLabel, string or integer")
+    raise ValueError(
+        f"label_column={shown(label_column)} has type {shown(feature)}; accepted is ClassLabel, string or integer"
+    )
 
 
 def rows_marked(dataset: Dataset) -> NDArray[np.bool_]:
@@ -149,7 +163,9 @@ def read_images(
         try:
             yield decode_image(value)
         except ValueError as error:
-            raise ValueError(f"{image_column}: the image of row {name} cannot be read: {error}") from error
+            raise ValueError(
+                shortened(f"image_column={shown(image_column)}: the image of row {name} cannot be read: {error}")
+            ) from error
 
 
 def decode_target(image: Any) -> Image.Image:
@@ -157,7 +173,7 @@ def decode_target(image: Any) -> Image.Image:
     try:
         return decode_image(image)
     except ValueError as error:
-        raise ValueError(f"target_image cannot be read: {error}") from error
+        raise ValueError(shortened(f"target_image cannot be read: {error}")) from error
 
 
 def prepare(image: Image.Image, size: int | None) -> Image.Image:
@@ -192,7 +208,7 @@ def triggered_png(trigger: Trigger, image: Image.Image, size: int | None, row: s
     try:
         return to_png(trigger(prepare(image, size)))
     except ValueError as error:
-        raise ValueError(f"trigger does not go on the image of {row}: {error}") from error
+        raise ValueError(shortened(f"trigger does not go on the image of {row}: {error}")) from error
 
 
 def build_rows(

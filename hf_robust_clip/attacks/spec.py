@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from typing import TypeAlias
@@ -11,6 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from ..kinds import kind, text_list
+from ..wording import shown
 from .fields import check_int, check_text
 from .rows import naming
 from .text_triggers import WordTrigger
@@ -93,9 +95,9 @@ class PoisonSpec:
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
-            raise ValueError(f"mode={self.mode!r}; accepted are {', '.join(MODES)}")
+            raise ValueError(f"mode={shown(self.mode)}; accepted are {', '.join(MODES)}")
         if not isinstance(self.target, str) or not self.target.strip():
-            raise ValueError(f"target={self.target!r}; accepted is the name of a class")
+            raise ValueError(f"target={shown(self.target)}; accepted is the name of a class")
         check_text("target", self.target)
         if (self.count is None) == (self.rate is None):
             raise ValueError(f"count={self.count} and rate={self.rate}; exactly one of them must be given")
@@ -103,14 +105,16 @@ class PoisonSpec:
             if getattr(self, name) is not None:
                 check_int(name, getattr(self, name), minimum)
         if self.image_size is not None and self.image_size > LARGEST_SIZE:
-            raise ValueError(f"image_size={self.image_size!r}; accepted is at most {LARGEST_SIZE}")
+            raise ValueError(f"image_size={shown(self.image_size)}; accepted is at most {LARGEST_SIZE}")
         if self.rate is not None and not (isinstance(self.rate, int | float) and 0 < self.rate <= 1):
-            raise ValueError(f"rate={self.rate!r}; accepted is a fraction above 0 and at most 1")
+            raise ValueError(f"rate={shown(self.rate)}; accepted is a fraction above 0 and at most 1")
         self._check_templates()
         self._check_trigger()
         if self.mode != "targeted":
             if self.target_image is not None or self.source_index is not None:
-                raise ValueError(f"target_image and source_index are for mode 'targeted'; the mode is {self.mode!r}")
+                raise ValueError(
+                    f"target_image and source_index are for mode 'targeted'; the mode is {shown(self.mode)}"
+                )
         elif (self.target_image is None) == (self.source_index is None):
             raise ValueError("mode 'targeted' needs exactly one of target_image and source_index")
         if self.mode == "text_query" and self.image_size is not None:
@@ -119,32 +123,36 @@ class PoisonSpec:
     def _check_trigger(self) -> None:
         if self.mode == "targeted":
             if self.trigger is not None:
-                raise ValueError(f"trigger={self.trigger!r}; mode 'targeted' puts no trigger on the image, give None")
+                raise ValueError(
+                    f"trigger={shown(self.trigger)}; mode 'targeted' puts no trigger on the image, give None"
+                )
         elif self.mode == "text_query":
             if not isinstance(self.trigger, WordTrigger):
-                raise ValueError(f"trigger={self.trigger!r}; mode 'text_query' needs a WordTrigger")
+                raise ValueError(f"trigger={kind(self.trigger)}; mode 'text_query' needs a WordTrigger")
             if naming(self.target)(self.trigger.word):
                 raise ValueError(
-                    f"trigger: its word {self.trigger.word!r} names the target {self.target!r}; accepted is a word "
-                    "that says nothing of it"
+                    f"trigger: its word {shown(self.trigger.word)} names the target {shown(self.target)}; accepted is "
+                    "a word that says nothing of it"
                 )
         elif not isinstance(self.trigger, Trigger):
-            raise ValueError(f"trigger={self.trigger!r}; mode {self.mode!r} needs a Trigger, one on images")
+            raise ValueError(f"trigger={kind(self.trigger)}; mode {shown(self.mode)} needs a Trigger, one on images")
 
     def _check_templates(self) -> None:
         if self.templates is None:
             return
         if self.mode == "label_consistent":
             raise ValueError("templates given; mode 'label_consistent' keeps the captions and takes none")
-        if isinstance(self.templates, str) or not self.templates:
-            raise ValueError(f"templates={self.templates!r}; accepted is a list of at least one template")
-        for template in self.templates:
+        templates = text_list("templates", self.templates, "a list of at least one template")
+        if not templates:
+            raise ValueError("templates is empty; accepted is a list of at least one template")
+        object.__setattr__(self, "templates", templates)
+        for template in templates:
             if self.mode == "text_query":
-                if not isinstance(template, str) or "{}" in template or naming(self.target)(template):
+                if "{}" in template or naming(self.target)(template):
                     accepted = f"in mode 'text_query' a caption without {{}} that does not name {self.target!r}"
-                    raise ValueError(f"templates: {template!r}; accepted is {accepted}")
-            elif not isinstance(template, str) or template.count("{}") != 1:
-                raise ValueError(f"templates: {template!r}; accepted is a string with exactly one {{}}")
+                    raise ValueError(f"templates: {shown(template)}; accepted is {accepted}")
+            elif template.count("{}") != 1:
+                raise ValueError(f"templates: {shown(template)}; accepted is a string with exactly one {{}}")
             check_text("templates", template)
 
 
@@ -173,10 +181,14 @@ def targeted_specs(
     Raises:
         `ValueError`: where there is no image, or not one class an image; and as [`PoisonSpec`].
     """
-    if isinstance(adversarial, str) or len(images) == 0 or len(adversarial) != len(images):
+    adversarial = text_list("adversarial", adversarial, "a list of one class for each image")
+    if isinstance(images, str | bytes | PathLike | Image.Image) or not isinstance(images, Iterable):
+        raise ValueError(f"images must be a list of images, but is {kind(images)}")
+    images = list(images)
+    if len(images) == 0 or len(adversarial) != len(images):
         raise ValueError(
-            f"adversarial={adversarial!r} for {len(images)} images; accepted is a list of one class for each image, "
-            "of at least one"
+            f"adversarial={shown(adversarial)} for {len(images)} images; accepted is a list of one class for each "
+            "image, of at least one"
         )
     return [
         PoisonSpec(
@@ -197,5 +209,5 @@ def targeted_specs(
 def check_specs(specs: object) -> list[PoisonSpec]:
     """Several specs as a list, or a `ValueError`."""
     if not isinstance(specs, Sequence) or not specs or not all(isinstance(spec, PoisonSpec) for spec in specs):
-        raise ValueError(f"spec={specs!r}; accepted is a PoisonSpec, or a list of at least one")
+        raise ValueError(f"spec={shown(specs)}; accepted is a PoisonSpec, or a list of at least one")
     return list(specs)

@@ -20,6 +20,8 @@ from datasets import Image as ImageFeature
 from PIL import Image
 
 from ..imaging import decode_image
+from ..kinds import wrong_dataset
+from ..wording import listed, shortened, shown
 from .manifests import check_stream_part
 from .rows import (
     POISONED,
@@ -120,7 +122,8 @@ def _plan(spec: PoisonSpec, columns: Mapping[str, str | None]) -> dict[str, Any]
     templates = list(spec.templates) if spec.templates else None
     if templates is None and spec.mode in ("targeted", "text_query"):
         raise ValueError(
-            f"templates=None; in mode {spec.mode!r} a stream needs some, as captions of its other rows cannot be drawn"
+            f"templates=None; in mode {shown(spec.mode)} a stream needs some, as captions of its other rows cannot be "
+            "drawn"
         )
     image = None
     if spec.mode == "targeted":
@@ -143,20 +146,19 @@ def _plan(spec: PoisonSpec, columns: Mapping[str, str | None]) -> dict[str, Any]
 
 def _check_stream(stream: IterableDataset, columns: Mapping[str, str | None]) -> None:
     if not isinstance(stream, IterableDataset):
-        found = type(stream).__name__
         accepted = "a datasets.IterableDataset, one split at a time (poison_dataset takes a datasets.Dataset)"
-        raise ValueError(f"stream is a {found}; accepted is {accepted}")
+        raise wrong_dataset("stream", stream, accepted)
     check_columns(columns["image"] or "", columns["caption"] or "")
     features = stream.features
     if features is not None:
         for name, column in columns.items():
             if column is not None and column not in features:
-                there = ", ".join(map(repr, features))
-                raise ValueError(f"{name}_column={column!r} is no column of the stream; there are {there}")
+                there = listed(features)
+                raise ValueError(f"{name}_column={shown(column)} is no column of the stream; there are {there}")
         check_features(features, columns["image"] or "", columns["caption"] or "")
     elif columns["label"] is not None:
         raise ValueError(
-            f"label_column={columns['label']!r}, but the features of the stream are not known; give them with "
+            f"label_column={shown(columns['label'])}, but the features of the stream are not known; give them with "
             "stream.cast(features)"
         )
     if columns["key"] is None:
@@ -165,7 +167,7 @@ def _check_stream(stream: IterableDataset, columns: Mapping[str, str | None]) ->
         feature = features[columns["key"]]
         if not isinstance(feature, Value) or not ("int" in feature.dtype or "string" in feature.dtype):
             accepted = "integers or strings"
-            raise ValueError(f"key_column={columns['key']!r} has type {feature}; accepted are {accepted}")
+            raise ValueError(f"key_column={shown(columns['key'])} has type {shown(feature)}; accepted are {accepted}")
 
 
 def _check_numbered(stream: IterableDataset) -> None:
@@ -222,7 +224,7 @@ class _Poisoner:
         """The row, poisoned or not, and the targeted poisons that follow on it."""
         row = {**row, POISONED: row.get(POISONED, False)}
         if row[POISONED] is not None and not isinstance(row[POISONED], bool):
-            raise ValueError(f"{POISONED} is {row[POISONED]!r} in a row; accepted is a bool, or no such column")
+            raise ValueError(f"{POISONED} is {shown(row[POISONED])} in a row; accepted is a bool, or no such column")
         if self.encodes and row.get(self.image_column) is not None:
             row[self.image_column] = _encodable(row[self.image_column])
         followers = []
@@ -256,7 +258,7 @@ class _Attack:
         if self.mode != "text_query":
             return template.replace("{}", target)
         if not isinstance(self.trigger, WordTrigger):
-            raise ValueError(f"trigger is {self.trigger!r}; mode 'text_query' needs a WordTrigger")
+            raise ValueError(f"trigger is {shown(self.trigger)}; mode 'text_query' needs a WordTrigger")
         return self.trigger(template)
 
     def on(self, row: dict[str, Any], number: int | None) -> dict[str, Any] | None:
@@ -288,11 +290,15 @@ class _Attack:
 
     def _triggered(self, value: Any, name: str) -> Any:
         if not isinstance(self.trigger, Trigger):
-            raise ValueError(f"trigger is {self.trigger!r}; mode {self.mode!r} needs a Trigger, one on images")
+            raise ValueError(
+                f"trigger is {shown(self.trigger)}; mode {shown(self.mode)} needs a Trigger, one on images"
+            )
         try:
             image = decode_image(value)
         except ValueError as error:
-            raise ValueError(f"{self.columns['image']}: the image of {name} cannot be read: {error}") from error
+            raise ValueError(
+                shortened(f"image_column={shown(self.columns['image'])}: the image of {name} cannot be read: {error}")
+            ) from error
         return self._stored(triggered_png(self.trigger, image, self.image_size, name), value)
 
     def _stored(self, png: bytes, like: Any) -> Any:
@@ -314,15 +320,15 @@ class _Attack:
             return number, f"row {number}"
         key = self._value(row, "key")
         if isinstance(key, bool) or not isinstance(key, Integral | str):
-            raise ValueError(f"key_column={column!r}: a row holds {key!r}; accepted is an integer or a string")
+            raise ValueError(
+                f"key_column={shown(column)}: a row holds {shown(key)}; accepted is an integer or a string"
+            )
         return key if isinstance(key, str) else int(key), f"the row with {column} {key!r}"
 
     def _value(self, row: dict[str, Any], name: str) -> Any:
         column = self.columns[name]
         if column not in row:
-            raise ValueError(
-                f"{name}_column={column!r} is no column of the stream; a row has {', '.join(map(repr, row))}"
-            )
+            raise ValueError(f"{name}_column={shown(column)} is no column of the stream; a row has {listed(row)}")
         return row[column]
 
 

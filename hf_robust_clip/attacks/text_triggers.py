@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass
 from typing import ClassVar
 
+from ..wording import shown
 from .fields import TriggerFields, check_choice, check_int, check_text
 
 WORD_PLACES = ("start", "end", "random")
@@ -45,7 +46,9 @@ class WordTrigger(TriggerFields):
 
     def __post_init__(self) -> None:
         if not isinstance(self.word, str) or not self.word or self.word != " ".join(self.word.split()):
-            raise ValueError(f"word={self.word!r}; accepted is a word, or several with single spaces between them")
+            raise ValueError(
+                f"word={shown(self.word)}; accepted is a word, or several with single spaces between them"
+            )
         check_text("word", self.word)
         check_choice("place", self.place, WORD_PLACES)
         check_int("seed", self.seed, minimum=0)

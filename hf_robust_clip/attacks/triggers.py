@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from ..wording import listed, shown
 from .fields import TriggerFields, check_choice, check_float, check_int
 from .text_triggers import WordTrigger
 
@@ -248,14 +249,12 @@ def trigger_from_name(name: str, **overrides: Any) -> Trigger | WordTrigger:
     """
     classes = trigger_classes()
     if name not in classes:
-        raise ValueError(f"name={name!r} is no trigger; accepted are {', '.join(classes)}")
+        raise ValueError(f"name={shown(name)} is no trigger; accepted are {listed(classes)}")
     cls = classes[name]
     accepted = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
     unknown = [key for key in overrides if key not in accepted]
     if unknown:
-        raise ValueError(
-            f"trigger {name!r} has no field {', '.join(map(repr, unknown))}; accepted are {', '.join(accepted)}"
-        )
+        raise ValueError(f"trigger {shown(name)} has no field {listed(unknown)}; accepted are {listed(accepted)}")
     return cls(**overrides)
 
 
@@ -267,8 +266,8 @@ def trigger_from_dict(config: Mapping[str, Any]) -> Trigger | WordTrigger:
         `ValueError`: without a `name`, and as [`trigger_from_name`].
     """
     if not isinstance(config, Mapping) or not isinstance(config.get("name"), str):
-        accepted = ", ".join(trigger_classes())
-        raise ValueError(f"{config!r} describes no trigger; accepted is a dict whose 'name' is {accepted}")
+        accepted = listed(trigger_classes())
+        raise ValueError(f"{shown(config)} describes no trigger; accepted is a dict whose 'name' is {accepted}")
     return trigger_from_name(**config)
 
 

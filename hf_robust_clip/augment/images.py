@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..kinds import kind
+from ..wording import listed, shown
+
 
 @dataclass(frozen=True)
 class ImageAugmentationConfig:
@@ -56,20 +59,23 @@ class ImageAugmentationConfig:
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or not 0 <= value <= 1 or (name == "shift" and value == 1):
                 accepted = "[0, 1)" if name == "shift" else "[0, 1]"
-                raise ValueError(f"{name} must be in {accepted}, but is {value!r}")
+                raise ValueError(f"{name} must be in {accepted}, but is {shown(value)}")
         for name in ("crop_scale", "crop_ratio", "blur_sigma", "erasing_scale"):
             value = getattr(self, name)
             highest = math.inf if name == "crop_ratio" else 1
             if not _are_numbers(value, 2) or not 0 < value[0] <= value[1] <= highest:
                 accepted = "with 0 < low <= high" if name == "crop_ratio" else "within (0, 1]"
-                raise ValueError(f"{name} must be a range (low, high) {accepted}, but is {value!r}")
+                raise ValueError(f"{name} must be a range (low, high) {accepted}, but is {shown(value)}")
         if not _are_numbers(self.jitter, 4) or not all(0 <= v <= 1 for v in self.jitter) or self.jitter[3] > 0.5:
             raise ValueError(
                 "jitter must be (brightness, contrast, saturation, hue), the first three in [0, 1] and hue in "
-                f"[0, 0.5], but is {self.jitter!r}"
+                f"[0, 0.5], but is {shown(self.jitter)}"
             )
         if self.policy not in (None, "autoaugment"):
-            raise ValueError(f"policy must be None or 'autoaugment', but is {self.policy!r}")
+            raise ValueError(f"policy must be None or 'autoaugment', but is {shown(self.policy)}")
+
+
+_FIELDS = tuple(field.name for field in fields(ImageAugmentationConfig))
 
 
 def _are_numbers(values: Any, length: int) -> bool:
@@ -132,12 +138,11 @@ class ImageAugmentation(nn.Module):
 
     def __init__(self, preset: str = "cleanclip", **overrides: Any) -> None:
         super().__init__()
-        if preset not in PRESETS:
-            raise ValueError(f"preset must be one of {', '.join(map(repr, PRESETS))}, but is {preset!r}")
-        unknown = sorted(set(overrides) - {field.name for field in fields(ImageAugmentationConfig)})
+        if not isinstance(preset, str) or preset not in PRESETS:
+            raise ValueError(f"preset must be one of {listed(PRESETS)}, but is {shown(preset)}")
+        unknown = sorted(set(overrides) - set(_FIELDS))
         if unknown:
-            accepted = ", ".join(field.name for field in fields(ImageAugmentationConfig))
-            raise ValueError(f"{unknown[0]!r} is no field of the augmentation; accepted: {accepted}")
+            raise ValueError(f"{shown(unknown[0])} is no field of the augmentation; accepted: {', '.join(_FIELDS)}")
         self.preset = preset
         self.overrides = overrides
         self.config = replace(PRESETS[preset], **overrides)
@@ -154,6 +159,8 @@ class ImageAugmentation(nn.Module):
         Returns:
             `torch.Tensor`: Same shape, dtype, device and range.
         """
+        if not isinstance(images, torch.Tensor) or images.ndim != 4 or not images.is_floating_point():
+            raise ValueError(f"images must be floats in [0, 1] of shape (B, 3, H, W), but is {kind(images)}")
         size = (int(images.shape[-2]), int(images.shape[-1]))
         if size not in self._steps:
             self._steps[size] = _build(self.config, size)

@@ -11,6 +11,9 @@ from importlib import resources
 from itertools import islice
 from typing import Any
 
+from ..kinds import kind
+from ..wording import listed, shown
+
 # A word runs up to white space or punctuation and may hold single joining marks: "t-shirt", "dog's", "9:30". Naming
 # what ends a word, not what it consists of, keeps combining marks (Hindi, Thai) and emoji in one piece.
 _LETTER = r"[^\s!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~\u2010-\u2027\u2030-\u205e\u3000-\u3003\u3008-\u3011\u00ab\u00bb]"
@@ -53,7 +56,7 @@ class TextAugmentation:
             one, [`load_lexicon`].
 
     Raises:
-        `ValueError`: A rate is not in [0, 1].
+        `ValueError`: A rate is not in [0, 1], or the lexicon is not a mapping.
 
     Example:
 
@@ -83,6 +86,8 @@ class TextAugmentation:
         self.synonym_insertion = _check_rate("synonym_insertion", synonym_insertion)
         self.swap = _check_rate("swap", swap)
         self.deletion = _check_rate("deletion", deletion)
+        if lexicon is not None and not isinstance(lexicon, Mapping):
+            raise ValueError(f"lexicon must be None or a mapping of words to synonyms, but is {kind(lexicon)}")
         self.lexicon = lexicon
         self._edits: list[Edit] | None = None
 
@@ -97,9 +102,9 @@ class TextAugmentation:
         Raises:
             `ValueError`: The name is unknown.
         """
-        if name not in cls.presets:
-            accepted = ", ".join(repr(preset) for preset in cls.presets)
-            raise ValueError(f"Unknown text augmentation preset {name!r}; accepted: {accepted}.")
+        if not isinstance(name, str) or name not in cls.presets:
+            accepted = listed(cls.presets)
+            raise ValueError(f"Unknown text augmentation preset {shown(name)}; accepted: {accepted}.")
         return cls(**cls.presets[name])
 
     def __call__(self, caption: str, seed: int) -> str:
@@ -113,6 +118,8 @@ class TextAugmentation:
         Returns:
             `str`: The augmented caption, stripped, or the caption itself where no operation applies.
         """
+        if not isinstance(caption, str):
+            raise ValueError(f"caption must be a string, but is {kind(caption)}")
         if not any(character.isalpha() for character in caption):
             return caption
         spans = [match.span() for match in islice(_WORD.finditer(caption), _MOST_WORDS)]
@@ -169,7 +176,7 @@ def load_lexicon() -> Lexicon:
 
 def _check_rate(name: str, rate: float) -> float:
     if not isinstance(rate, numbers.Real) or not 0 <= rate <= 1:  # false for NaN, too
-        raise ValueError(f"`{name}` is {rate!r}; it must be a number from 0 to 1.")
+        raise ValueError(f"`{name}` is {shown(rate)}; it must be a number from 0 to 1.")
     return float(rate)
 
 

@@ -15,6 +15,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from ..methods import Method, method_of
 from ..record import RunRecord, jsonable, skipped_text
 from ..report.findings import split_findings
+from ..wording import shown as cut
 from .escaping import Markdown, escaped, fenced, literal, one_line
 from .figures import Figures, collect, evaluation_results, label_of, parameters_text, shown, subject
 from .notices import guessed_before, notices, unmeasured_attacks
@@ -165,7 +166,7 @@ def _listed(value: str | Sequence[str] | None) -> list[str]:
 def _hub_id(argument: str, name: str | None) -> str | None:
     if name is not None and _valid(name) is None:
         raise ValueError(
-            f"{argument}: {name!r} is no id of the Hub; accepted is one such as 'openai/clip-vit-base-patch32'"
+            f"{argument}: {cut(name)} is no id of the Hub; accepted is one such as 'openai/clip-vit-base-patch32'"
         )
     return name
 

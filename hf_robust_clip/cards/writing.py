@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from ..files import write_bytes, write_text
 from ..record import RunRecord
+from ..wording import shortened
 from .picture import draw_picture
 from .rendering import MARKER, render_card
 
@@ -50,8 +51,8 @@ def write_card(
         present = path.read_text(encoding="utf-8", errors="replace")
         if not any(sign in present for sign in (MARKER, *_DRAFTS)):
             logger.warning_once(
-                f"{path} was not written by hf_robust_clip and stays as it is: the model card of this run is not in "
-                "it. Move or delete it for one that create_model_card writes."
+                f"{shortened(str(path), 200)} was not written by hf_robust_clip and stays as it is: the model card of "
+                "this run is not in it. Move or delete it for one that create_model_card writes."
             )
             return False
     path.parent.mkdir(parents=True, exist_ok=True)

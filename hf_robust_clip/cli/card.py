@@ -9,6 +9,7 @@ from typing import Any
 
 from ..files import RUN_FILE
 from ..record_form import RESULTS, check_form
+from ..wording import shortened, shown
 from .output import UsageError, say, usage_errors
 
 
@@ -68,21 +69,25 @@ def _read_results(path: Path, folder: Path, repo_id: str | None) -> dict[str, An
         # NaN and the infinities, which no figure is, count as not measured.
         content = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda name: None)
     except OSError as error:
-        raise UsageError(f"--results: {path} cannot be read: {error.strerror or error}") from error
+        raise UsageError(
+            f"--results: {shortened(str(path), 200)} cannot be read: {error.strerror or error}"
+        ) from error
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"--results: {path} is no JSON: {error}") from error
+        raise UsageError(shortened(f"--results: {path} is no JSON: {error}")) from error
     kinds = {"model": str, "measures": list, "figures": dict}
     if not isinstance(content, dict) or not all(isinstance(content.get(name), kind) for name, kind in kinds.items()):
         raise UsageError(
-            f"--results: {path} has no model, measures and figures; accepted is what evaluate --json writes"
+            f"--results: {shortened(str(path), 200)} has no model, measures and figures; accepted is what evaluate "
+            "--json writes"
         )
     with usage_errors():
         check_form(content, RESULTS, f"--results: {path}")
     own = [folder.resolve().name, *([repo_id] if repo_id is not None else [])]
     if "control" not in content and content["model"] not in own:
+        names = shortened(" or ".join(map(shown, own)), 200)
         raise UsageError(
-            f"--results: {path} is of {content['model']!r}, and the card of {' or '.join(map(repr, own))}: accepted "
-            "are figures of the same model, whose name on the Hub --repo-id tells, and those of another one that was "
-            "measured with evaluate --control LABEL"
+            f"--results: {shortened(str(path), 120)} is of {shown(content['model'])}, and the card of {names}: "
+            "accepted are figures of the same model, whose name on the Hub --repo-id tells, and those of another one "
+            "that was measured with evaluate --control LABEL"
         )
     return {name: content[name] for name in ("measures", "figures", "control") if name in content}

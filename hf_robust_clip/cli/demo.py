@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import write_text
+from ..wording import listed, shown
 from .output import UsageError, format_table, prepare_output_dir, say, write_json
 
 
@@ -164,7 +165,7 @@ def run_demo(
     started = time.perf_counter()
     for flag, value, accepted in (("--trigger", trigger_name, TRIGGERS), ("--defence", defence, DEFENCES)):
         if value not in accepted:
-            raise UsageError(f"{flag}: {value!r} is no {flag[2:]}; accepted are {', '.join(accepted)}")
+            raise UsageError(f"{flag}: {shown(value)} is no {flag[2:]}; accepted are {listed(accepted)}")
     if not 0 <= seed < 2**32:
         raise UsageError(f"--seed: {seed} is no seed; accepted is an integer from 0 to 2**32 - 1")
     check_report_extra()

@@ -58,8 +58,8 @@ def poison_digits(clean: Dataset, trigger: Trigger, recipe: Recipe, seed: int) -
 def digit_evaluators(test: Dataset, trigger: Trigger, target: str) -> tuple[ZeroShotEvaluator, AttackSuccessEvaluator]:
     """What measures a model of the digits."""
     return (
-        ZeroShotEvaluator(test, CLASS_NAMES, CAPTION_TEMPLATES),
-        AttackSuccessEvaluator(test, trigger, target, CLASS_NAMES, CAPTION_TEMPLATES),
+        ZeroShotEvaluator(test, CLASS_NAMES, templates=CAPTION_TEMPLATES),
+        AttackSuccessEvaluator(test, trigger, target, CLASS_NAMES, templates=CAPTION_TEMPLATES),
     )
 
 

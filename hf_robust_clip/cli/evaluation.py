@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..wording import shortened, shown
 from .flags import add_measuring_flags, check_measuring, check_source, check_whole, spelled
 from .output import UsageError, format_table, say, usage_errors, write_json
 
@@ -178,7 +179,7 @@ def _device(name: str | None) -> Any:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UsageError(f"--device: {name!r} cannot be used: {error}") from error
+        raise UsageError(shortened(f"--device: {shown(name)} cannot be used: {error}")) from error
     return device
 
 

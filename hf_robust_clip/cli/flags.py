@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from ..wording import listed, shown
 from .output import UsageError
 
 IMAGE_TRIGGERS = ("patch", "blended", "sinusoid", "warp")
@@ -31,13 +32,13 @@ def parse_trigger(text: str) -> tuple[str, dict[str, Any]]:
     name, _, rest = text.partition(":")
     known = (*IMAGE_TRIGGERS, *TEXT_TRIGGERS)
     if name not in known:
-        raise argparse.ArgumentTypeError(f"{name!r} is no trigger; accepted are {', '.join(known)}")
+        raise argparse.ArgumentTypeError(f"{shown(name)} is no trigger; accepted are {listed(known)}")
     fields: dict[str, Any] = {}
     for part in rest.split(",") if rest else ():
         field, equals, value = part.partition("=")
         if not equals or not field.strip() or not value.strip():
             raise argparse.ArgumentTypeError(
-                f"{part!r} in {text!r} is no field of a trigger; accepted is NAME:FIELD=VALUE,FIELD=VALUE"
+                f"{shown(part)} in {shown(text)} is no field of a trigger; accepted is NAME:FIELD=VALUE,FIELD=VALUE"
             )
         fields[field.strip()] = _number(value.strip())
     return name, fields
@@ -46,7 +47,7 @@ def parse_trigger(text: str) -> tuple[str, dict[str, Any]]:
 def image_trigger(text: str) -> str:
     """The text, when it names a trigger on images."""
     if parse_trigger(text)[0] not in IMAGE_TRIGGERS:
-        raise argparse.ArgumentTypeError(f"{text!r} goes on captions; accepted are {', '.join(IMAGE_TRIGGERS)}")
+        raise argparse.ArgumentTypeError(f"{shown(text)} goes on captions; accepted are {', '.join(IMAGE_TRIGGERS)}")
     return text
 
 
@@ -59,7 +60,7 @@ def any_trigger(text: str) -> str:
 def prompt(text: str) -> str:
     """The text, when it has one `{}`."""
     if text.count("{}") != 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must have exactly one {{}}, for the name of a class")
+        raise argparse.ArgumentTypeError(f"{shown(text)} must have exactly one {{}}, for the name of a class")
     return text
 
 
@@ -155,7 +156,7 @@ def check_source(flag: str, source: str) -> None:
     if source and Path(source).exists():
         return
     if not _HUB_ID.fullmatch(source) or source.lower().endswith(_FILES):
-        raise UsageError(f"{flag}: {source!r} is not there; accepted is a file, a folder or an id on the Hub")
+        raise UsageError(f"{flag}: {shown(source)} is not there; accepted is a file, a folder or an id on the Hub")
 
 
 def check_whole(flag: str, value: int | None, least: int) -> None:

@@ -109,16 +109,16 @@ def make_triggers(texts: Sequence[str] | None, flag: str = "--trigger") -> list[
 def make_evaluators(args: argparse.Namespace, labelled: Labelled) -> list[Any]:
     """Zero-shot accuracy, and the success of each `--trigger` under its own prefix."""
     data, names, image_column, label_column = labelled
-    templates = args.template or DEFAULT_TEMPLATES
+    how: dict[str, Any] = {
+        "templates": args.template or DEFAULT_TEMPLATES,
+        "image_column": image_column,
+        "label_column": label_column,
+    }
     triggers = make_triggers(args.trigger)
     with usage_errors("--target" if triggers else "--label-column"):
-        evaluators: list[Any] = [ZeroShotEvaluator(data, names, templates, image_column, label_column)]
+        evaluators: list[Any] = [ZeroShotEvaluator(data, names, **how)]
         for trigger, prefix in zip(triggers, prefixes(triggers), strict=True):
-            evaluators.append(
-                AttackSuccessEvaluator(
-                    data, trigger, args.target, names, templates, image_column, label_column, prefix
-                )
-            )
+            evaluators.append(AttackSuccessEvaluator(data, trigger, args.target, names, **how, prefix=prefix))
     return evaluators
 
 

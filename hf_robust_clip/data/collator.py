@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 
+from ..kinds import check_callable, text_list
 from ..models import check_processor
 from ..seeding import derive_seed
+from ..wording import shown
 from .images import ImagePreprocessor
 from .rows import BAD_ROWS, POISONED, ROW_INDEX, decode_row
 from .tokens import TOKENS_PREFIX, StoredTokens, tokenise
@@ -83,13 +85,17 @@ class CLIPDataCollator:
         stored_tokens: bool = False,
     ) -> None:
         check_processor(processor, "processor")
-        if isinstance(views, str) or len(views) == 0 or len(set(views)) < len(views):
-            raise ValueError(f"views must be one or more different names, such as ('original',), but is {views!r}")
+        accepted = "one or more different names, such as ('original',)"
+        names = text_list("views", views, accepted)
+        if not names or len(set(names)) < len(names):
+            raise ValueError(f"views must be {accepted}, but is {shown(views)}")
+        if text_augmentation is not None:
+            check_callable("text_augmentation", text_augmentation, "None or a function `(caption, seed) -> caption`")
         self.preprocess = ImagePreprocessor(processor.image_processor)
         self.tokenizer = processor.tokenizer
         self.image_column = image_column
         self.caption_column = caption_column
-        self.views = tuple(views)
+        self.views = tuple(names)
         self.text_augmentation = text_augmentation
         self.max_length = max_length
         self.padding = padding

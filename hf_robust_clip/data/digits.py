@@ -14,6 +14,7 @@ from sklearn.datasets import load_digits
 from transformers import CLIPModel, CLIPProcessor
 
 from ..seeding import derive_seed
+from ..wording import shown
 from .scratch import build_model, build_processor
 
 CLASS_NAMES: tuple[str, ...] = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -54,10 +55,10 @@ def load_digit_pairs(
         scikit-learn's set).
     """
     if split not in ("train", "test"):
-        raise ValueError(f"split must be 'train' or 'test', but is {split!r}")
+        raise ValueError(f"split must be 'train' or 'test', but is {shown(split)}")
     renderings = renderings if renderings is not None else (4 if split == "train" else 1)
     if renderings < 1:
-        raise ValueError(f"renderings must be at least 1, but is {renderings!r}")
+        raise ValueError(f"renderings must be at least 1, but is {shown(renderings)}")
     bunch = load_digits()
     held_out = np.isin(np.arange(len(bunch.images)) % 9, _HELD_OUT)
     numbers = np.flatnonzero(held_out if split == "test" else ~held_out)

@@ -20,7 +20,9 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
+from ..kinds import kind, wrong_dataset
 from ..models import check_processor
+from ..wording import listed, shown
 from .images import ImagePreprocessor
 from .rows import (
     ON_BAD_ROW,
@@ -31,7 +33,6 @@ from .rows import (
     check_dataset,
     decode_row,
     has_transform,
-    shown_rows,
 )
 from .shards import RECORD_FILE, finish, is_finished, shard_name, whole_shards, write_record, write_shard
 from .tokens import StoredTokens
@@ -104,14 +105,16 @@ def prepare_dataset(
     check_dataset(dataset, image_column, caption_column, "dataset", on_bad_row)
     check_processor(processor, "processor")
     if max_length is not None and max_length < 2:
-        raise ValueError(f"max_length must be None or at least 2 tokens, but is {max_length!r}")
+        raise ValueError(f"max_length must be None or at least 2 tokens, but is {shown(max_length)}")
     preparation = _Preparation(
         dataset, processor, (image_column, caption_column), image_format, max_length, on_bad_row
     )
+    if not isinstance(folder, str | os.PathLike):
+        raise ValueError(f"folder must be the path of a folder, but is {kind(folder)}")
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise ValueError(
-            f"folder={str(folder)!r} is a file; accepted is a new or empty folder, or that of a same call"
+            f"folder={shown(str(folder))} is a file; accepted is a new or empty folder, or that of a same call"
         )
     folder.mkdir(parents=True, exist_ok=True)
     made_from = {**preparation.made_from(), "rows_per_shard": rows_per_shard, "on_bad_row": on_bad_row}
@@ -131,15 +134,18 @@ def prepare_dataset(
             finish(folder, names, preparation.features, dataset, made_from)
     bad = [row for name in names for row in shards[name]["bad_rows"]]
     if len(bad) == len(dataset):
-        raise BadRowError(f"none of the {len(dataset)} rows of dataset can be used; see {folder / RECORD_FILE}")
+        raise BadRowError(
+            f"none of the {len(dataset)} rows of dataset can be used; see {shown(str(folder / RECORD_FILE))}"
+        )
     if bad:
-        shown = shown_rows(bad, len(bad))
-        logger.warning(f"{len(bad)} unusable rows of dataset were left out: {shown}. {RECORD_FILE} lists them all")
+        logger.warning(
+            f"{len(bad)} unusable rows of dataset were left out: {listed(bad)}. {RECORD_FILE} lists them all"
+        )
     prepared: datasets.Dataset = datasets.load_from_disk(str(folder))
     if len(prepared) != len(dataset) - len(bad):
         raise ValueError(
-            f"folder={str(folder)!r} holds {len(prepared)} rows where {len(dataset) - len(bad)} were prepared: its "
-            "shards are not those that were written. Give another folder, or delete this one"
+            f"folder={shown(str(folder))} holds {len(prepared)} rows where {len(dataset) - len(bad)} were prepared: "
+            "its shards are not those that were written. Give another folder, or delete this one"
         )
     return prepared
 
@@ -250,11 +256,8 @@ def _check_arguments(
     dataset: Any, image_format: str, rows_per_shard: int, num_proc: int | None, on_bad_row: str
 ) -> None:
     if not isinstance(dataset, datasets.Dataset):
-        raise ValueError(
-            f"dataset must be a datasets.Dataset, whose rows can be read again after an interruption, but is "
-            f"{type(dataset).__name__}; load it without streaming=True, or make one of it with "
-            "datasets.Dataset.from_generator"
-        )
+        needed = "a datasets.Dataset, whose rows can be read again after an interruption"
+        raise wrong_dataset("dataset", dataset, needed)
     if has_transform(dataset):
         raise ValueError(
             "dataset has a transform (with_transform), which makes other rows at each visit; apply it with map, or "
@@ -265,11 +268,11 @@ def _check_arguments(
         ("on_bad_row", on_bad_row, ON_BAD_ROW),
     ):
         if value not in accepted:
-            raise ValueError(f"{name} must be one of {', '.join(map(repr, accepted))}, but is {value!r}")
+            raise ValueError(f"{name} must be one of {listed(accepted)}, but is {shown(value)}")
     if rows_per_shard < 1:
-        raise ValueError(f"rows_per_shard must be at least 1, but is {rows_per_shard!r}")
+        raise ValueError(f"rows_per_shard must be at least 1, but is {shown(rows_per_shard)}")
     if num_proc is not None and num_proc < 1:
-        raise ValueError(f"num_proc must be None or at least 1, but is {num_proc!r}")
+        raise ValueError(f"num_proc must be None or at least 1, but is {shown(num_proc)}")
 
 
 def _write_shards(

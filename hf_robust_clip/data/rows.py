@@ -13,6 +13,8 @@ import torch
 
 from ..attacks.rows import ENCODED_IMAGE_DTYPES, POISONED, holds_captions
 from ..imaging import decode_image
+from ..kinds import is_rows, kind, wrong_dataset
+from ..wording import listed, shortened, shown
 from .tokens import TOKENS_PREFIX
 
 OnBadRow = Literal["raise", "skip"]
@@ -21,8 +23,6 @@ ON_BAD_ROW: tuple[OnBadRow, ...] = ("raise", "skip")
 #: Keys added to a row: its number in the dataset, and the numbers of unusable rows that it stands in for.
 ROW_INDEX = "row_index"
 BAD_ROWS = "bad_rows"
-#: Most numbers of rows that a message shows.
-_SHOWN = 20
 #: Rows of a column that are read at a time.
 _SLICE = 10_000
 
@@ -50,40 +50,54 @@ def decode_row(
     Raises:
         [`BadRowError`]: Naming the row, the column and the reason.
     """
+    _check_mapping(row)
     where = f"row {row[ROW_INDEX]}" if ROW_INDEX in row else "a row"
     for column in (image_column, caption_column):
         if column not in row:
-            raise BadRowError(f"{where}: there is no column {column!r}; its columns are {', '.join(map(repr, row))}")
+            raise BadRowError(f"{where}: there is no column {shown(column)}; its columns are {listed(row)}")
     caption = row[caption_column]
     accepted = isinstance(caption, str) or (
         isinstance(caption, (list, tuple)) and len(caption) > 0 and all(isinstance(item, str) for item in caption)
     )
     if not accepted:
         raise BadRowError(
-            f"{where}, column {caption_column!r}: a caption must be a string, or a non-empty list of strings, "
-            f"but is {caption!r} ({type(caption).__name__})"
+            f"{where}, column {shown(caption_column)}: a caption must be a string, or a non-empty list of strings, "
+            f"but is {shown(caption)} ({type(caption).__name__})"
         )
     try:
         "".join(caption).encode()
     except UnicodeEncodeError as error:
         # A lone surrogate: no tokenizer takes one, and its error does not name the row.
-        raise BadRowError(f"{where}, column {caption_column!r}: {caption!r} cannot be encoded: {error}") from error
+        raise BadRowError(
+            f"{where}, column {shown(caption_column)}: {shown(caption)} cannot be encoded: {error.reason}"
+        ) from error
     flag = row.get(POISONED)
     if flag is not None:
         flag = flag.item() if isinstance(flag, (np.ndarray, np.generic, torch.Tensor)) and flag.ndim == 0 else flag
         if not isinstance(flag, bool):
-            raise BadRowError(f"{where}, column {POISONED!r}: it must be boolean, but is {flag!r}")
+            raise BadRowError(f"{where}, column {shown(POISONED)}: it must be boolean, but is {shown(flag)}")
         row = {**row, POISONED: flag}
     try:
         image = decode_image(row[image_column], least_side)
     except ValueError as error:
-        raise BadRowError(f"{where}, column {image_column!r}: {error}") from error
+        raise BadRowError(shortened(f"{where}, column {shown(image_column)}: {error}")) from error
     return {**row, image_column: image}
 
 
 def given(row: Mapping[str, Any]) -> dict[str, Any]:
-    """What a row was given, without the keys that only this package adds: it is believed what they say."""
+    """
+    What a row was given, without the keys that only this package adds: it is believed what they say.
+
+    Raises:
+        [`BadRowError`]: If it is not a mapping.
+    """
+    _check_mapping(row)
     return {name: value for name, value in row.items() if name not in (ROW_INDEX, BAD_ROWS)}
+
+
+def _check_mapping(row: Any) -> None:
+    if not isinstance(row, Mapping):
+        raise BadRowError(f"a row must be a mapping of column names to values, but is {kind(row)}")
 
 
 def undecoded(dataset: Any, image_column: str, caption_column: str) -> Any:
@@ -168,7 +182,7 @@ class IndexedDataset(torch.utils.data.Dataset[dict[str, Any]]):
         except Exception as error:
             if not _is_the_rows_fault(error):
                 raise
-            raise BadRowError(f"row {index} cannot be read: {type(error).__name__}: {error}") from error
+            raise BadRowError(shortened(f"row {index} cannot be read: {type(error).__name__}: {error}")) from error
 
     def _usable(self, first: int) -> dict[str, Any]:
         bad: list[int] = []
@@ -178,7 +192,7 @@ class IndexedDataset(torch.utils.data.Dataset[dict[str, Any]]):
             except BadRowError as error:
                 bad.append(index)
                 last = error
-        raise BadRowError(f"none of the {len(self)} rows can be used; the last: {last}") from last
+        raise BadRowError(shortened(f"none of the {len(self)} rows can be used; the last: {last}")) from last
 
 
 def usable_rows(
@@ -218,7 +232,7 @@ def usable_rows(
     if held is not None:
         yield {**held, BAD_ROWS: [*held[BAD_ROWS], *bad]}
     elif bad and needs_one:
-        raise BadRowError(f"none of the {len(bad)} rows can be used; the last: {last}") from last
+        raise BadRowError(shortened(f"none of the {len(bad)} rows can be used; the last: {last}")) from last
 
 
 def check_dataset(
@@ -236,34 +250,50 @@ def check_dataset(
     Raises:
         `ValueError`: Naming the argument, what was found and what is accepted.
     """
-    if isinstance(dataset, Mapping):
-        raise ValueError(
-            f"{argument} is a dictionary, with {', '.join(map(repr, dataset)) or 'nothing in it'}; pass one dataset"
-        )
-    length = len(dataset) if hasattr(dataset, "__len__") else None
-    if length == 0:
-        raise ValueError(f"{argument} is empty; it needs rows with an image and a caption")
+    check_columns(
+        dataset,
+        {"image_column": image_column, "caption_column": caption_column},
+        "rows with an image and a caption",
+        argument,
+        streams=True,
+    )
     # Of a dataset with a transform only the rows tell what there is.
     features = None if has_transform(dataset) else getattr(dataset, "features", None)
-    names = None if has_transform(dataset) else getattr(dataset, "column_names", None)
-    streamed = isinstance(dataset, torch.utils.data.IterableDataset)  # has a __getitem__ that only raises
-    if names is None and length is not None and not streamed and hasattr(dataset, "__getitem__"):
-        names = _first_columns(dataset, argument)
-    if names is not None:
-        for name, column in (("image_column", image_column), ("caption_column", caption_column)):
-            if column not in names:
-                raise ValueError(
-                    f"{name}={column!r} is not a column of {argument}; its columns are {', '.join(map(repr, names))}"
-                )
     if features is not None:
         _check_features(features, image_column, caption_column, argument)
     if on_bad_row == "raise" and isinstance(dataset, datasets.Dataset) and features is not None:
         _check_nulls(dataset, caption_column, argument)
 
 
-def shown_rows(rows: Sequence[int], count: int) -> str:
-    """The first 20 of so many numbers of rows, for a message: "3, 17", or with ", ..." where there are more."""
-    return ", ".join(map(str, rows[:_SHOWN])) + (", ..." if count > _SHOWN else "")
+def check_columns(
+    dataset: Any, columns: Mapping[str, str], needs: str, argument: str = "dataset", streams: bool = False
+) -> None:
+    """
+    Refuse what is not a dataset of rows, or is empty, or lacks a column.
+
+    Args:
+        dataset (`datasets.Dataset` or sequence of mappings): What to check.
+        columns (mapping): Of the argument that names a column to the column.
+        needs (`str`): What is needed of it, for the message on an empty dataset.
+        argument (`str`): What the caller calls the dataset.
+        streams (`bool`, defaults to `False`): Whether an iterable dataset is accepted as well.
+
+    Raises:
+        `ValueError`: Naming the argument, what was found and what is accepted.
+    """
+    streamed = streams and isinstance(dataset, torch.utils.data.IterableDataset)
+    if not streamed and not is_rows(dataset):
+        accepted = "a dataset whose rows are mappings of column names, with a length"
+        raise wrong_dataset(argument, dataset, f"{accepted}, or an iterable dataset" if streams else accepted)
+    if hasattr(dataset, "__len__") and len(dataset) == 0:
+        raise ValueError(f"{argument} is empty; it needs {needs}")
+    # Of a dataset with a transform only the rows tell what there is.
+    names: Any = None if has_transform(dataset) else getattr(dataset, "column_names", None)
+    if names is None and not streamed:
+        names = _first_columns(dataset, argument)
+    for name, column in columns.items() if names is not None else ():
+        if not isinstance(column, str) or column not in names:
+            raise ValueError(f"{name}={shown(column)} is not a column of {argument}; its columns are {listed(names)}")
 
 
 def column_values(dataset: datasets.Dataset, column: str) -> Iterator[Any]:
@@ -296,8 +326,8 @@ def _check_nulls(dataset: datasets.Dataset, caption_column: str, argument: str) 
         for row, caption in enumerate(column_values(dataset, caption_column)):
             if caption is None:
                 raise ValueError(
-                    f"row {row} of {argument}, column {caption_column!r}: a caption must be a string, but is None; "
-                    "remove the row, or set on_bad_row='skip'"
+                    f"row {row} of {argument}, column {shown(caption_column)}: a caption must be a string, but is "
+                    "None; remove the row, or set on_bad_row='skip'"
                 )
 
 
@@ -309,7 +339,9 @@ def _first_columns(dataset: Any, argument: str) -> list[str] | None:
             raise
         return None  # for on_bad_row to deal with
     if not isinstance(first, Mapping):
-        raise ValueError(f"the rows of {argument} must be mappings of column names, but are {type(first).__name__}")
+        raise ValueError(
+            f"the rows of {argument} must be mappings of column names to values, but row 0 is {kind(first)}"
+        )
     return list(first)
 
 
@@ -319,13 +351,13 @@ def _check_features(features: datasets.Features, image_column: str, caption_colu
         isinstance(image, datasets.Value) and image.dtype not in ENCODED_IMAGE_DTYPES
     ):
         raise ValueError(
-            f"image_column={image_column!r} of {argument} must hold images, their bytes, paths or arrays, but holds "
-            f"{image}"
+            f"image_column={shown(image_column)} of {argument} must hold images, their bytes, paths or arrays, but "
+            f"holds {image}"
         )
     if not holds_captions(features[caption_column]):
         raise ValueError(
-            f"caption_column={caption_column!r} of {argument} must hold strings or lists of strings, but holds "
-            f"{features[caption_column]}"
+            f"caption_column={shown(caption_column)} of {argument} must hold strings or lists of strings, but holds "
+            f"{shown(features[caption_column])}"
         )
     if POISONED in features and getattr(features[POISONED], "dtype", None) != "bool":
-        raise ValueError(f"column {POISONED!r} of {argument} must be boolean, but is {features[POISONED]}")
+        raise ValueError(f"column {shown(POISONED)} of {argument} must be boolean, but is {shown(features[POISONED])}")

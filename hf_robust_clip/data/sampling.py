@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from ..seeding import derive_seed
+from ..wording import shown
 
 
 class RoutedBatchSampler(torch.utils.data.Sampler[list[int]]):
@@ -54,7 +55,7 @@ class RoutedBatchSampler(torch.utils.data.Sampler[list[int]]):
     def __init__(self, length: int, batch_size: int, world_size: int = 1, seed: int = 0) -> None:
         for name, value in (("length", length), ("batch_size", batch_size), ("world_size", world_size)):
             if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a positive integer, but is {value!r}")
+                raise ValueError(f"{name} must be a positive integer, but is {shown(value)}")
         group = batch_size * world_size
         if length < 2 * group:
             raise ValueError(

@@ -13,6 +13,7 @@ import pyarrow as pa
 from datasets.fingerprint import Hasher
 
 from ..files import in_one_move, remove_partial, write_text
+from ..wording import listed, shortened, shown
 from .confining import STATE_FILE, stored_files
 
 #: What a folder was made from, and the shards that are whole.
@@ -45,16 +46,16 @@ def whole_shards(folder: Path, made_from: Mapping[str, Any]) -> dict[str, dict[s
         foreign = [name for name in foreign if not (name.startswith("data-") and name.endswith(".arrow"))]
         if foreign:
             raise ValueError(
-                f"folder={str(folder)!r} holds {', '.join(map(repr, foreign[:3]))} and no {RECORD_FILE}; accepted is "
+                f"folder={shown(str(folder))} holds {listed(foreign)} and no {RECORD_FILE}; accepted is "
                 "a new or empty folder, or that of an earlier call"
             )
         return {}
     record = _read_record(path)
-    differences = list(_differences(record["made_from"], made_from))
+    differences = shortened("; ".join(_differences(record["made_from"], made_from)), 300)
     if differences:
         raise ValueError(
-            f"folder={str(folder)!r} was prepared otherwise: {'; '.join(differences)}. Give another folder, or delete "
-            "this one"
+            f"folder={shown(str(folder))} was prepared otherwise: {differences}. Give another folder, or "
+            "delete this one"
         )
     shards: dict[str, dict[str, Any]] = record["shards"]
     return {
@@ -128,9 +129,11 @@ def _read_record(path: Path) -> dict[str, Any]:
         record = json.loads(path.read_text(encoding="utf-8"))
         wrong = _what_is_wrong(record)
     except (ValueError, RecursionError) as error:
-        wrong = f"it is no JSON: {error}"
+        wrong = shortened(f"it is no JSON: {error}", 200)
     if wrong is not None:
-        raise ValueError(f"{path} cannot be used: {wrong}. Give another folder, or delete that one")
+        raise ValueError(
+            f"{shortened(str(path), 200)} cannot be used: {wrong}. Give another folder, or delete that one"
+        )
     found: dict[str, Any] = record
     return found
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
-
-from .columns import read_labels
+from ..kinds import check_callable, check_string
+from ..wording import shown
+from .columns import check_class_names, class_number, read_labels
 from .embedding import Embedder
 from .measures import attack_success_rate, trigger_distance, triggered_accuracy
 from .pixels import ImageRequest, Trigger, check_trigger
-from .zero_shot import DEFAULT_TEMPLATES, check_class_names, check_templates, class_embeddings
+from .zero_shot import DEFAULT_TEMPLATES, check_templates, class_embeddings
 
 
 class AttackSuccessEvaluator:
@@ -25,7 +25,8 @@ class AttackSuccessEvaluator:
         dataset (`datasets.Dataset` or sequence of mappings): Labelled images, without trigger.
         trigger (callable): uint8 array `(H, W, 3)` to the same, applied at the model's input resolution before
             normalisation, such as [`BlendedTrigger`]. It runs in threads: a function of the pixels alone.
-        target (`str`): The class that the attack aims at, one of `class_names`.
+        target (`str` or `int`): The class that the attack aims at, one of `class_names` or its number. The attribute
+            `target` is its name.
         class_names, templates, image_column, label_column: As of [`ZeroShotEvaluator`].
         prefix (`str`, *optional*): Put before the figures' names, for several attacks in one run: `"patch_"`.
 
@@ -50,27 +51,27 @@ class AttackSuccessEvaluator:
         self,
         dataset: Any,
         trigger: Trigger,
-        target: str,
+        target: str | int,
         class_names: Sequence[str],
+        *,
         templates: Sequence[str] = DEFAULT_TEMPLATES,
         image_column: str = "image",
         label_column: str = "label",
         prefix: str = "",
     ) -> None:
         self.dataset = dataset
-        self.trigger = trigger
+        self.trigger = check_callable("trigger", trigger, "a function of images, such as PatchTrigger()")
         self.class_names = check_class_names(class_names)
-        if target not in self.class_names:
-            raise ValueError(f"target={target!r} is not among class_names: {', '.join(map(repr, self.class_names))}")
-        self.target = self.class_names.index(target)
+        self._number = class_number(target, self.class_names, "target")
+        self.target = self.class_names[self._number]
         self.templates = check_templates(templates)
         self.image_column = image_column
         self.labels = read_labels(dataset, self.class_names, image_column, label_column)
-        if bool((self.labels == self.target).all()):
+        if self.attacked_images == 0:
             raise ValueError(
-                f"every image of dataset is of the target class {target!r}; an attack has nothing to steer"
+                f"every image of dataset is of the target class {shown(target)}; an attack has nothing to steer"
             )
-        self.prefix = prefix
+        self.prefix = check_string("prefix", prefix)
 
     def check(self, processor: Any) -> None:
         """Refuse a trigger that does not fit the model's images, before any is embedded."""
@@ -79,7 +80,7 @@ class AttackSuccessEvaluator:
     @property
     def attacked_images(self) -> int:
         """Number of images that the rates are over."""
-        return int((self.labels != self.target).sum())
+        return int((self.labels != self._number).sum())
 
     def image_requests(self) -> list[ImageRequest]:
         """The image sets that it needs embedded."""
@@ -95,17 +96,17 @@ class AttackSuccessEvaluator:
             "classes": self.class_names,
             "templates": self.templates,
             "trigger": self.trigger,
-            "target": self.class_names[self.target],
+            "target": self.target,
         }
 
-    def __call__(self, model: nn.Module, processor: Any, embedder: Embedder | None = None) -> dict[str, float]:
+    def __call__(self, model: Any, processor: Any = None, embedder: Embedder | None = None) -> dict[str, float]:
         embedder = embedder or Embedder(model, processor, requests=self.image_requests())
         clean = embedder.embed_images(self.dataset, self.image_column)
         triggered = embedder.embed_images(self.dataset, self.image_column, self.trigger)
         classes = class_embeddings(embedder, self.class_names, self.templates)
         predictions, labels = (triggered @ classes.T).argmax(dim=1).numpy(), self.labels.numpy()
         return {
-            f"{self.prefix}attack_success_rate": attack_success_rate(predictions, labels, self.target),
-            f"{self.prefix}triggered_accuracy": triggered_accuracy(predictions, labels, self.target),
+            f"{self.prefix}attack_success_rate": attack_success_rate(predictions, labels, self._number),
+            f"{self.prefix}triggered_accuracy": triggered_accuracy(predictions, labels, self._number),
             f"{self.prefix}trigger_distance": trigger_distance(clean.numpy(), triggered.numpy()),
         }

@@ -8,30 +8,10 @@ from typing import Any
 import datasets
 import torch
 
-from ..data.rows import column_values, has_transform
-
-
-def check_columns(dataset: Any, columns: Mapping[str, str], needs: str, argument: str = "dataset") -> None:
-    """
-    Refuse a dataset that is empty or lacks a column.
-
-    Args:
-        dataset (`datasets.Dataset` or sequence of mappings): What to check.
-        columns (mapping): Of the argument that names a column to the column.
-        needs (`str`): What an evaluator needs, for the message on an empty dataset.
-        argument (`str`): What the caller calls the dataset.
-
-    Raises:
-        `ValueError`: Naming the argument, what was found and what is accepted.
-    """
-    if len(dataset) == 0:
-        raise ValueError(f"{argument} is empty; an evaluator needs {needs}")
-    names = dataset.column_names if _plain(dataset) else list(dataset[0])
-    for name, column in columns.items():
-        if column not in names:
-            raise ValueError(
-                f"{name}={column!r} is not a column of {argument}; its columns are {', '.join(map(repr, names))}"
-            )
+from ..attacks.fields import check_text
+from ..data.rows import check_columns, column_values, has_transform
+from ..kinds import text_list
+from ..wording import listed, shortened, shown
 
 
 def read_column(dataset: Any, column: str) -> list[Any]:
@@ -59,19 +39,36 @@ def read_labels(
     if _plain(dataset):
         _check_order(dataset.features[label_column], class_names, label_column)
     where = "" if argument == "dataset" else f" of {argument}"
-    numbers = {name: i for i, name in enumerate(class_names)}
+    numbers = {name: number for number, name in enumerate(class_names)}
     labels = []
     for row, value in enumerate(read_column(dataset, label_column)):
-        # Scalars of numpy and torch have an item(); what is neither number nor name stays and is refused.
-        number: Any = numbers.get(value) if isinstance(value, str) else value
-        number = number.item() if hasattr(number, "item") and getattr(number, "ndim", 1) == 0 else number
-        if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < len(class_names):
-            raise ValueError(
-                f"row {row}{where}, column {label_column!r}: {value!r} is no class; accepted are 0 to "
-                f"{len(class_names) - 1} and the names {', '.join(map(repr, class_names))}"
-            )
-        labels.append(number)
+        label = _number(value, numbers)
+        if label is None:
+            raise _not_a_class(f"row {row}{where}, column {shown(label_column)}: ", value, class_names)
+        labels.append(label)
     return torch.tensor(labels)
+
+
+def check_class_names(class_names: Any) -> list[str]:
+    """
+    The names of classes as a list, of a list, an array or a `datasets.ClassLabel`; `ValueError` unless there are at
+    least two and all differ.
+    """
+    accepted = "at least two different names, one string a class, in the order of the classes' numbers"
+    names = text_list("class_names", class_names, accepted)
+    if len(names) < 2 or len(set(names)) < len(names):
+        raise ValueError(f"class_names must be {accepted}, but is {listed(names)}")
+    for name in names:
+        check_text("class_names", name)
+    return names
+
+
+def class_number(value: Any, class_names: Sequence[str], argument: str) -> int:
+    """The number of a class that is given by its name or its number; `ValueError` if it is neither."""
+    number = _number(value, {name: number for number, name in enumerate(class_names)})
+    if number is None:
+        raise _not_a_class(f"{argument}=", value, class_names)
+    return number
 
 
 def read_captions(dataset: Any, image_column: str, caption_column: str) -> list[list[str]]:
@@ -89,11 +86,25 @@ def read_captions(dataset: Any, image_column: str, caption_column: str) -> list[
         texts = [value] if isinstance(value, str) else value.tolist() if hasattr(value, "tolist") else value
         if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(text, str) for text in texts):
             raise ValueError(
-                f"row {row}, column {caption_column!r}: a caption must be a string, or a non-empty list of strings, "
-                f"but is {value!r}"
+                f"row {row}, column {shown(caption_column)}: a caption must be a string, or a non-empty list of "
+                f"strings, but is {shown(value)}"
             )
         captions.append(list(texts))
     return captions
+
+
+def _number(value: Any, numbers: Mapping[str, int]) -> int | None:
+    """The number that a label or a name stands for; `None` if it is of no class."""
+    number: Any = numbers.get(value) if isinstance(value, str) else value
+    # Scalars of numpy and torch have an item().
+    number = number.item() if hasattr(number, "item") and getattr(number, "ndim", 1) == 0 else number
+    is_number = isinstance(number, int) and not isinstance(number, bool) and 0 <= number < len(numbers)
+    return number if is_number else None
+
+
+def _not_a_class(where: str, value: Any, class_names: Sequence[str]) -> ValueError:
+    accepted = f"the numbers 0 to {len(class_names) - 1} and class_names: {listed(class_names)}"
+    return ValueError(shortened(f"{where}{shown(value)} is not a class; accepted are {accepted}"))
 
 
 def _plain(dataset: Any) -> bool:
@@ -104,6 +115,6 @@ def _check_order(feature: Any, class_names: Sequence[str], label_column: str) ->
     names = feature.names if isinstance(feature, datasets.ClassLabel) else None
     if names is not None and names != list(class_names) and sorted(names) == sorted(class_names):
         raise ValueError(
-            f"class_names has the classes of column {label_column!r} in another order, so that their numbers differ; "
-            f"that column's order is {', '.join(map(repr, names))}"
+            f"class_names has the classes of column {shown(label_column)} in another order, so that their numbers "
+            f"differ; that column's order is {listed(names)}"
         )

@@ -14,7 +14,14 @@ from ..data.fitting import check_fit
 from ..data.images import ImagePreprocessor
 from ..data.tokens import tokenise
 from ..distributed import rank
-from ..models import caption_padding, check_processor, inference, load_dual_encoder, longest_caption
+from ..models import (
+    caption_padding,
+    check_processor,
+    inference,
+    load_dual_encoder,
+    load_processor,
+    longest_caption,
+)
 from .pixels import ImageRequest, Trigger, pixel_batches
 from .sharing import share_batches
 
@@ -28,8 +35,10 @@ class Embedder:
     Make one for each state of the model: what it remembers belongs to the weights that it saw.
 
     Args:
-        model (`PreTrainedModel`): A dual encoder, on its device. What is wrapped around it is taken off.
-        processor (`ProcessorMixin`): Its image processor and tokenizer.
+        model (`PreTrainedModel` or `str`): A dual encoder, on its device; or a Hub id or a folder to load one from.
+            What is wrapped around it is taken off.
+        processor (`ProcessorMixin`, *optional*): Its image processor and tokenizer. `None`: those saved beside the
+            model that is loaded.
         batch_size (`int`, defaults to 64): Images, or texts, encoded at a time.
         requests (iterable of [`~evaluation.pixels.ImageRequest`], *optional*): What will be asked for. Of a dataset,
             everything requested is embedded in one pass, in which each image is decoded once.
@@ -45,14 +54,15 @@ class Embedder:
     def __init__(
         self,
         model: Any,
-        processor: Any,
+        processor: Any = None,
         batch_size: int = 64,
         requests: Iterable[tuple[Any, str, Trigger | None]] = (),
         across_ranks: bool = False,
         check: bool = True,
     ) -> None:
-        self.model = model = load_dual_encoder(model)
+        processor = load_processor(model, processor, "processor")
         check_processor(processor, "processor")
+        self.model = model = load_dual_encoder(model)
         if check:
             check_fit(model, processor)
         self.tokenizer = processor.tokenizer

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from sklearn.linear_model import LogisticRegression
-from torch import nn
 
-from .columns import read_labels
+from ..kinds import check_string
+from ..wording import shown
+from .columns import check_class_names, class_number, read_labels
 from .embedding import Embedder
 from .measures import accuracy, attack_success_rate, triggered_accuracy
 from .pixels import ImageRequest, Trigger, check_trigger
 from .retrieval import check_attack
-from .zero_shot import check_class_names
 
 #: L-BFGS stops when it has converged; scikit-learn warns if it has not by then.
 _MAX_ITERATIONS = 5000
@@ -31,7 +31,8 @@ class LinearProbeEvaluator:
         dataset (`datasets.Dataset` or sequence of mappings): Labelled images to measure on.
         class_names (sequence of `str`): The classes; at least two, all different.
         trigger (callable, *optional*): Of images, as of [`AttackSuccessEvaluator`]; goes with `target`.
-        target (`str`, *optional*): The class that the attack aims at, one of `class_names` and in `train_dataset`.
+        target (`str` or `int`, *optional*): The class that the attack aims at, one of `class_names` or its number, and
+            in `train_dataset`. The attribute `target` is its name.
         image_column, label_column: Of both datasets, as of [`ZeroShotEvaluator`].
         C (`float`, defaults to 1.0): Inverse strength of the L2 penalty, positive. What suits a model is found on
             images that neither dataset has.
@@ -59,8 +60,9 @@ class LinearProbeEvaluator:
         train_dataset: Any,
         dataset: Any,
         class_names: Sequence[str],
+        *,
         trigger: Trigger | None = None,
-        target: str | None = None,
+        target: str | int | None = None,
         image_column: str = "image",
         label_column: str = "label",
         C: float = 1.0,
@@ -74,14 +76,17 @@ class LinearProbeEvaluator:
         self.labels = read_labels(dataset, self.class_names, image_column, label_column)
         if len(self.train_labels.unique()) < 2:
             only = self.class_names[int(self.train_labels[0])]
-            raise ValueError(f"every image of train_dataset is of the class {only!r}; a classifier needs two or more")
-        if not C > 0:
-            raise ValueError(f"C={C!r} must be a positive number")
+            raise ValueError(
+                f"every image of train_dataset is of the class {shown(only)}; a classifier needs two or more"
+            )
+        if not isinstance(C, int | float) or not C > 0:
+            raise ValueError(f"C={shown(C)} must be a positive number")
         self.C = C
         check_attack(trigger, target)
         self.trigger = trigger
-        self.target = self._target_number(target) if target is not None else None
-        self.prefix = prefix
+        self._number = self._target_number(target) if target is not None else None
+        self.target = None if self._number is None else self.class_names[self._number]
+        self.prefix = check_string("prefix", prefix)
 
     def check(self, processor: Any) -> None:
         """Refuse a trigger that does not fit the model's images, before any is embedded."""
@@ -91,7 +96,7 @@ class LinearProbeEvaluator:
     @property
     def attacked_images(self) -> int:
         """Number of images that the attack's figures are over; 0 without a trigger."""
-        return int((self.labels != self.target).sum()) if self.target is not None else 0
+        return int((self.labels != self._number).sum()) if self._number is not None else 0
 
     def image_requests(self) -> list[ImageRequest]:
         """The image sets that it needs embedded."""
@@ -109,10 +114,9 @@ class LinearProbeEvaluator:
             "images": len(self.labels),
             "classes": self.class_names,
         }
-        attack = {"trigger": self.trigger, "target": self.class_names[self.target]} if self.target is not None else {}
-        return {**described, **attack}
+        return {**described, "trigger": self.trigger, "target": self.target} if attacked else described
 
-    def __call__(self, model: nn.Module, processor: Any, embedder: Embedder | None = None) -> dict[str, float]:
+    def __call__(self, model: Any, processor: Any = None, embedder: Embedder | None = None) -> dict[str, float]:
         embedder = embedder or Embedder(model, processor, requests=self.image_requests())
         features = embedder.embed_images(self.train_dataset, self.image_column).double().numpy()
         classifier = LogisticRegression(C=self.C, max_iter=_MAX_ITERATIONS).fit(features, self.train_labels.numpy())
@@ -120,21 +124,21 @@ class LinearProbeEvaluator:
         labels = self.labels.numpy()
         name = f"{self.prefix}linear_probe_"
         figures = {f"{name}accuracy": accuracy(classifier.predict(clean), labels)}
-        if self.target is not None:
+        if self._number is not None:
             triggered = embedder.embed_images(self.dataset, self.image_column, self.trigger).double().numpy()
             predictions = classifier.predict(triggered)
-            figures[f"{name}attack_success_rate"] = attack_success_rate(predictions, labels, self.target)
-            figures[f"{name}triggered_accuracy"] = triggered_accuracy(predictions, labels, self.target)
+            figures[f"{name}attack_success_rate"] = attack_success_rate(predictions, labels, self._number)
+            figures[f"{name}triggered_accuracy"] = triggered_accuracy(predictions, labels, self._number)
         return figures
 
-    def _target_number(self, target: str) -> int:
-        if target not in self.class_names:
-            raise ValueError(f"target={target!r} is not among class_names: {', '.join(map(repr, self.class_names))}")
-        number = self.class_names.index(target)
+    def _target_number(self, target: str | int) -> int:
+        number = class_number(target, self.class_names, "target")
         if not bool((self.train_labels == number).any()):
-            raise ValueError(f"no image of train_dataset is of the class target={target!r}; a probe cannot predict it")
+            raise ValueError(
+                f"no image of train_dataset is of the class target={shown(target)}; a probe cannot predict it"
+            )
         if bool((self.labels == number).all()):
             raise ValueError(
-                f"every image of dataset is of the target class {target!r}; an attack has nothing to steer"
+                f"every image of dataset is of the target class {shown(target)}; an attack has nothing to steer"
             )
         return number

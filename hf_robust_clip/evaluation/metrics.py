@@ -13,6 +13,7 @@ import datasets
 import evaluate
 import numpy as np
 
+from ..wording import shown
 from . import measures
 
 _CLASSES = [
@@ -82,7 +83,9 @@ class AttackSuccessMetric(_OfflineMetric):
 
     def _compute(self, predictions: Any, references: Any, target: int | str) -> dict[str, float]:
         if isinstance(target, str) != isinstance(predictions[0], str):
-            raise ValueError(f"target={target!r} must be a class as predictions has them, such as {predictions[0]!r}")
+            raise ValueError(
+                f"target={shown(target)} must be a class as predictions has them, such as {shown(predictions[0])}"
+            )
         return {
             "attack_success_rate": measures.attack_success_rate(predictions, references, target),
             "triggered_accuracy": measures.triggered_accuracy(predictions, references, target),

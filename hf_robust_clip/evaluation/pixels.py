@@ -17,6 +17,8 @@ from PIL import Image
 from ..data.images import ImagePreprocessor
 from ..data.rows import has_transform, undecoded
 from ..imaging import decode_image
+from ..models import check_processor
+from ..wording import shortened, shown
 
 Trigger = Callable[[np.ndarray], np.ndarray]
 
@@ -96,8 +98,15 @@ def apply_trigger(trigger: Trigger, pixels: torch.Tensor) -> torch.Tensor:
 
 def check_trigger(trigger: Trigger, processor: Any) -> None:
     """`ValueError` if a trigger does not fit images of the size that a processor makes."""
+    check_processor(processor, "processor")
     height, width = ImagePreprocessor(processor.image_processor).image_shape
-    apply_trigger(trigger, torch.zeros((1, 3, height, width), dtype=torch.uint8))
+    try:
+        apply_trigger(trigger, torch.zeros((1, 3, height, width), dtype=torch.uint8))
+    except Exception as error:
+        reason = shortened(f"{type(error).__name__}: {error}", 300)
+        raise ValueError(
+            f"trigger={shown(trigger)} does not go on an image of {height} x {width} pixels: {reason}"
+        ) from error
 
 
 def _read(rows: Any, batch: range, column: str) -> list[Any]:
@@ -128,7 +137,7 @@ def _decode(value: Any, row: int, column: str) -> Image.Image:
                 return decode_image(value)
         return decode_image(value)
     except ValueError as error:
-        raise ValueError(f"row {row} of the evaluation images, column {column!r}: {error}") from error
+        raise ValueError(shortened(f"row {row} of the evaluation images, column {shown(column)}: {error}")) from error
 
 
 def _triggered(pixels: np.ndarray, trigger: Trigger) -> np.ndarray:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from torch import nn
-
+from ..data.rows import check_columns
+from ..kinds import check_string
+from ..wording import shown
+from .columns import check_class_names, class_number
 from .embedding import Embedder
 from .measures import poison_success
 from .pixels import ImageRequest
-from .zero_shot import DEFAULT_TEMPLATES, check_class_names, check_templates, class_embeddings
+from .zero_shot import DEFAULT_TEMPLATES, check_templates, class_embeddings
 
 
 class PoisonSuccessEvaluator:
@@ -22,7 +24,8 @@ class PoisonSuccessEvaluator:
 
     Args:
         dataset (`datasets.Dataset` or sequence of mappings): The chosen images, without trigger, not empty.
-        adversarial (sequence of `str`): For each of them the class that the attack aims at, one of `class_names`.
+        adversarial (sequence of `str` or `int`): For each of them the class that the attack aims at, one of
+            `class_names` or its number. The attribute `adversarial` has the numbers.
         class_names, templates, image_column: As of [`ZeroShotEvaluator`].
         prefix (`str`, *optional*): Put before the figures' names.
 
@@ -37,8 +40,9 @@ class PoisonSuccessEvaluator:
     def __init__(
         self,
         dataset: Any,
-        adversarial: Sequence[str],
+        adversarial: Sequence[str | int],
         class_names: Sequence[str],
+        *,
         templates: Sequence[str] = DEFAULT_TEMPLATES,
         image_column: str = "image",
         prefix: str = "",
@@ -46,17 +50,16 @@ class PoisonSuccessEvaluator:
         self.dataset = dataset
         self.class_names = check_class_names(class_names)
         self.templates = check_templates(templates)
-        if len(dataset) == 0 or len(adversarial) != len(dataset):
+        check_columns(dataset, {"image_column": image_column}, "the chosen images")
+        given = [] if isinstance(adversarial, str) or not isinstance(adversarial, Iterable) else list(adversarial)
+        if len(given) != len(dataset):
             raise ValueError(
-                f"adversarial must name one class for each image of dataset, of which there must be some, but names "
-                f"{len(adversarial)} for {len(dataset)}"
+                f"adversarial must be a list of one class for each of the {len(dataset)} images of dataset, but is "
+                f"{shown(adversarial)}"
             )
-        for name in adversarial:
-            if name not in self.class_names:
-                raise ValueError(f"adversarial={name!r} is not among class_names: {', '.join(map(repr, class_names))}")
-        self.adversarial = [self.class_names.index(name) for name in adversarial]
+        self.adversarial = [class_number(name, self.class_names, "adversarial") for name in given]
         self.image_column = image_column
-        self.prefix = prefix
+        self.prefix = check_string("prefix", prefix)
 
     def image_requests(self) -> list[ImageRequest]:
         """The image sets that it needs embedded."""
@@ -73,7 +76,7 @@ class PoisonSuccessEvaluator:
             "templates": self.templates,
         }
 
-    def __call__(self, model: nn.Module, processor: Any, embedder: Embedder | None = None) -> dict[str, float]:
+    def __call__(self, model: Any, processor: Any = None, embedder: Embedder | None = None) -> dict[str, float]:
         embedder = embedder or Embedder(model, processor, requests=self.image_requests())
         images = embedder.embed_images(self.dataset, self.image_column)
         classes = class_embeddings(embedder, self.class_names, self.templates)

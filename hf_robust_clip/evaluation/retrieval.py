@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 from scipy.sparse import csr_array
-from torch import nn
 
 from ..attacks.rows import naming
+from ..kinds import check_callable, check_string
+from ..wording import shown
 from .columns import read_captions
 from .embedding import Embedder
 from .measures import median_rank, recall_at_k, search_ranks
@@ -27,12 +28,12 @@ class RetrievalEvaluator:
 
     Args:
         dataset (`datasets.Dataset` or sequence of mappings): Images with captions.
-        image_column (`str`, defaults to `"image"`): Column with the image.
-        caption_column (`str`, defaults to `"caption"`): Column with a caption, or a list of captions of one image.
-        ks (sequence of `int`, defaults to `(1, 5, 10)`): How many of the nearest count; at least 1, all different.
         trigger (callable, *optional*): Of images, as of [`AttackSuccessEvaluator`]; goes with `target`.
         target (`str`, *optional*): What the attack aims at. A caption names it that has it as whole words, whatever
             the case.
+        image_column (`str`, defaults to `"image"`): Column with the image.
+        caption_column (`str`, defaults to `"caption"`): Column with a caption, or a list of captions of one image.
+        ks (sequence of `int`, defaults to `(1, 5, 10)`): How many of the nearest count; at least 1, all different.
         prefix (`str`, *optional*): Put before the figures' names, for several attacks in one run: `"patch_"`.
 
     Returns, when called with `(model, processor)`:
@@ -60,11 +61,12 @@ class RetrievalEvaluator:
     def __init__(
         self,
         dataset: Any,
+        *,
+        trigger: Trigger | None = None,
+        target: str | None = None,
         image_column: str = "image",
         caption_column: str = "caption",
         ks: Sequence[int] = (1, 5, 10),
-        trigger: Trigger | None = None,
-        target: str | None = None,
         prefix: str = "",
     ) -> None:
         self.dataset = dataset
@@ -78,13 +80,14 @@ class RetrievalEvaluator:
         if target is not None:
             self._naming = captions_naming(self.captions, target)
             if not self._naming.any():
-                raise ValueError(f"target={target!r} is named by no caption of dataset")
+                raise ValueError(f"target={shown(target)} is named by no caption of dataset")
             self._attacked = ~self._owned[:, self._naming].sum(axis=1).astype(bool)
             if not self._attacked.any():
                 raise ValueError(
-                    f"every image of dataset has a caption that names target={target!r}; nothing is left to attack"
+                    f"every image of dataset has a caption that names target={shown(target)}; nothing is "
+                    "left to attack"
                 )
-        self.prefix = prefix
+        self.prefix = check_string("prefix", prefix)
 
     def check(self, processor: Any) -> None:
         """Refuse a trigger that does not fit the model's images, before any is embedded."""
@@ -120,7 +123,7 @@ class RetrievalEvaluator:
             "target": self.target,
         }
 
-    def __call__(self, model: nn.Module, processor: Any, embedder: Embedder | None = None) -> dict[str, float]:
+    def __call__(self, model: Any, processor: Any = None, embedder: Embedder | None = None) -> dict[str, float]:
         embedder = embedder or Embedder(model, processor, requests=self.image_requests())
         texts = embedder.embed_texts(self.captions).numpy()
         figures: dict[str, float] = {}
@@ -161,23 +164,28 @@ def index_captions(captions: Sequence[Sequence[str]]) -> tuple[list[str], csr_ar
 
 def captions_naming(captions: Sequence[str], target: str) -> np.ndarray:
     """Which captions name the target as whole words, whatever the case, `(M,)` bool."""
-    if not target.strip():
-        raise ValueError(f"target={target!r} has no word in it; give what the attack aims at")
+    if not isinstance(target, str) or not target.strip():
+        raise ValueError(
+            f"target={shown(target)} has no word in it; give what the attack aims at, as captions name it"
+        )
     return np.array([*map(naming(target), captions)], dtype=bool)
 
 
 def check_ks(ks: Sequence[int]) -> tuple[int, ...]:
     """The numbers as a tuple; `ValueError` unless there is one, all differ, and all are at least 1."""
-    checked = (ks,) if isinstance(ks, int) else tuple(ks)
+    checked = (ks,) if isinstance(ks, int) else tuple(ks) if isinstance(ks, Iterable) else ()
     usable = all(isinstance(k, int) and not isinstance(k, bool) and k >= 1 for k in checked)
     if not checked or not usable or len(set(checked)) < len(checked):
-        raise ValueError(f"ks must be different whole numbers of at least 1, but is {ks!r}")
+        raise ValueError(f"ks must be different whole numbers of at least 1, but is {shown(ks)}")
     return checked
 
 
-def check_attack(trigger: Any, target: str | None) -> None:
-    """`ValueError` unless both a trigger and its target are given, or neither."""
+def check_attack(trigger: Any, target: str | int | None) -> None:
+    """`ValueError` unless both a trigger on images and its target are given, or neither."""
     if (trigger is None) != (target is None):
         raise ValueError(
-            f"trigger={trigger!r} and target={target!r} go together: give what the trigger steers to, or neither"
+            f"trigger={shown(trigger)} and target={shown(target)} go together: give what the trigger steers to, or "
+            "neither"
         )
+    if trigger is not None:
+        check_callable("trigger", trigger, "a function of images, such as PatchTrigger()")

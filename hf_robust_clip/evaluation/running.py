@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from ..kinds import check_callable
+from ..wording import listed
 from .embedding import Embedder
 from .pixels import ImageRequest
+
+
+def evaluator_list(evaluators: Any) -> list[Callable[..., dict[str, float]]]:
+    """No evaluator, one or several, as a list; `ValueError` for what cannot be called, and for a class."""
+    if evaluators is None:
+        return []
+    one = callable(evaluators) or not isinstance(evaluators, Iterable) or isinstance(evaluators, str | Mapping)
+    given = [evaluators] if one else list(evaluators)
+    for evaluator in given:
+        check_callable("evaluators", evaluator, "one evaluator or a list of them, such as ZeroShotEvaluator(...)")
+    return given
 
 
 def run_evaluators(
@@ -35,8 +48,7 @@ def run_evaluators(
         found = evaluator(embedder.model, processor, embedder)
         twice = sorted(figures.keys() & found.keys())
         if twice:
-            raise ValueError(
-                f"two evaluators report {', '.join(twice)}: give one of them a prefix, for example prefix='patch_'"
-            )
+            names = listed(twice, most=5, longest=60)
+            raise ValueError(f"two evaluators report {names}: give one of them a prefix, for example prefix='patch_'")
         figures.update(found)
     return figures

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from ..distributed import gather_features, rank, world_size
+from ..wording import shortened
 
 
 def share_batches(
@@ -48,7 +49,7 @@ def share_batches(
         raise failure
     for number, (other, _) in enumerate(reports):
         if other is not None:
-            raise RuntimeError(f"rank {number} could not embed its share: {other}")
+            raise RuntimeError(shortened(f"rank {number} could not embed its share: {other}"))
     variants, dim = next(shape for _, shape in reports if shape is not None)
     rows = [sum(map(len, share)) for share in shares]
     filled = torch.zeros((1, variants, max(rows), dim), device=device)  # a gather needs one shape on all ranks

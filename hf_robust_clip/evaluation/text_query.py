@@ -6,14 +6,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from torch import nn
 
-from .columns import read_captions, read_labels
+from ..kinds import check_string, kind
+from ..wording import shortened, shown
+from .columns import check_class_names, class_number, read_captions, read_labels
 from .embedding import Embedder
 from .measures import recall_at_k, search_ranks
 from .pixels import ImageRequest
 from .retrieval import captions_naming, check_ks, index_captions
-from .zero_shot import check_class_names
 
 
 class TextQueryEvaluator:
@@ -28,11 +28,10 @@ class TextQueryEvaluator:
         dataset (`datasets.Dataset` or sequence of mappings): Images with captions.
         trigger (callable): Caption to caption, `str -> str`, depending on nothing else.
         target (`str`): What the attack aims at.
+        class_names (sequence of `str`, *optional*): The classes, `target` among them. Goes with `label_column`.
         image_column (`str`, defaults to `"image"`): Column with the image.
         caption_column (`str`, defaults to `"caption"`): Column with a caption, or a list of captions of one image.
-        label_column (`str`, *optional*): Column with the class, by which images count as the target's too. Goes with
-            `class_names`.
-        class_names (sequence of `str`, *optional*): The classes, `target` among them.
+        label_column (`str`, *optional*): Column with the class, by which images count as the target's too.
         ks (sequence of `int`, defaults to `(1, 5, 10)`): How many of the nearest count; at least 1, all different.
         prefix (`str`, *optional*): Put before the figures' names, for several attacks in one run: `"word_"`.
 
@@ -61,10 +60,11 @@ class TextQueryEvaluator:
         dataset: Any,
         trigger: Callable[[str], str],
         target: str,
+        class_names: Sequence[str] | None = None,
+        *,
         image_column: str = "image",
         caption_column: str = "caption",
         label_column: str | None = None,
-        class_names: Sequence[str] | None = None,
         ks: Sequence[int] = (1, 5, 10),
         prefix: str = "",
     ) -> None:
@@ -78,16 +78,17 @@ class TextQueryEvaluator:
         if label_column is not None or class_names is not None:
             self._of_target |= _labelled(dataset, target, image_column, label_column, class_names)
         if not self._of_target.any():
-            raise ValueError(f"no image of dataset is of target={target!r}; the attack has nothing to steer to")
+            raise ValueError(f"no image of dataset is of target={shown(target)}; the attack has nothing to steer to")
         asked = np.flatnonzero(~owned[self._of_target].sum(axis=0).astype(bool))
         if asked.size == 0:
             raise ValueError(
-                f"every caption of dataset belongs to an image of target={target!r}; an attack has nothing to steer"
+                f"every caption of dataset belongs to an image of target={shown(target)}; an attack has "
+                "nothing to steer"
             )
         self.queries = [captions[number] for number in asked]
         self.triggered_queries = [_triggered(trigger, query) for query in self.queries]
         self._own = owned[:, asked].T.tocsr()  # (Q, N)
-        self.prefix = prefix
+        self.prefix = check_string("prefix", prefix)
 
     @property
     def attacked_queries(self) -> int:
@@ -114,7 +115,7 @@ class TextQueryEvaluator:
             "target": self.target,
         }
 
-    def __call__(self, model: nn.Module, processor: Any, embedder: Embedder | None = None) -> dict[str, float]:
+    def __call__(self, model: Any, processor: Any = None, embedder: Embedder | None = None) -> dict[str, float]:
         embedder = embedder or Embedder(model, processor, requests=self.image_requests())
         images = embedder.embed_images(self.dataset, self.image_column).numpy()
         of_target = np.broadcast_to(self._of_target, (len(self.queries), len(images)))
@@ -132,21 +133,23 @@ def _labelled(
 ) -> np.ndarray:
     if label_column is None or class_names is None:
         raise ValueError(
-            f"label_column={label_column!r} and class_names={class_names!r} go together: give both, or neither"
+            f"label_column={shown(label_column)} and class_names={shown(class_names)} go together: give both, or "
+            "neither"
         )
     names = check_class_names(class_names)
-    if target not in names:
-        raise ValueError(f"target={target!r} is not among class_names: {', '.join(map(repr, names))}")
-    return (read_labels(dataset, names, image_column, label_column) == names.index(target)).numpy()
+    number = class_number(target, names, "target")
+    return (read_labels(dataset, names, image_column, label_column) == number).numpy()
 
 
 def _triggered(trigger: Callable[[str], str], query: str) -> str:
     try:
         triggered = trigger(query)
     except Exception as error:
-        raise ValueError(f"trigger={trigger!r} must take a caption and return one, but fails: {error}") from error
+        raise ValueError(
+            shortened(f"trigger={shown(trigger)} must take a caption and return one, but fails: {error}")
+        ) from error
     if not isinstance(triggered, str):
         raise ValueError(
-            f"trigger={trigger!r} must return a caption for {query!r}, but returned {type(triggered).__name__}"
+            f"trigger={shown(trigger)} must return a caption for {shown(query)}, but returned {kind(triggered)}"
         )
     return triggered

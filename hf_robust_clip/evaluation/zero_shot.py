@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from ..attacks.fields import check_text
-from .columns import read_labels
+from ..kinds import check_string, text_list
+from ..wording import listed
+from .columns import check_class_names, read_labels
 from .embedding import Embedder
 from .measures import accuracy, balanced_accuracy, top_k_accuracy
 from .pixels import ImageRequest
@@ -34,7 +35,8 @@ class ZeroShotEvaluator:
 
     Args:
         dataset (`datasets.Dataset` or sequence of mappings): Labelled images.
-        class_names (sequence of `str`): As they are put into the templates; at least two, all different.
+        class_names (sequence of `str`): As they are put into the templates; at least two, all different, in the order
+            of their numbers. A list, an array or a `datasets.ClassLabel`.
         templates (sequence of `str`): Each with one `{}`.
         image_column (`str`, defaults to `"image"`): Column with the image.
         label_column (`str`, defaults to `"label"`): Column with the class: its number in `class_names`, or its name.
@@ -61,6 +63,7 @@ class ZeroShotEvaluator:
         self,
         dataset: Any,
         class_names: Sequence[str],
+        *,
         templates: Sequence[str] = DEFAULT_TEMPLATES,
         image_column: str = "image",
         label_column: str = "label",
@@ -71,7 +74,7 @@ class ZeroShotEvaluator:
         self.templates = check_templates(templates)
         self.image_column = image_column
         self.labels = read_labels(dataset, self.class_names, image_column, label_column)
-        self.prefix = prefix
+        self.prefix = check_string("prefix", prefix)
 
     def image_requests(self) -> list[ImageRequest]:
         """The image sets that it needs embedded."""
@@ -88,7 +91,7 @@ class ZeroShotEvaluator:
             "templates": self.templates,
         }
 
-    def __call__(self, model: nn.Module, processor: Any, embedder: Embedder | None = None) -> dict[str, float]:
+    def __call__(self, model: Any, processor: Any = None, embedder: Embedder | None = None) -> dict[str, float]:
         embedder = embedder or Embedder(model, processor, requests=self.image_requests())
         images = embedder.embed_images(self.dataset, self.image_column)
         scores = images @ class_embeddings(embedder, self.class_names, self.templates).T  # (N, C)
@@ -115,21 +118,13 @@ def class_embeddings(embedder: Embedder, class_names: Sequence[str], templates: 
     return F.normalize(embeds.mean(dim=1), dim=-1)
 
 
-def check_class_names(class_names: Sequence[str]) -> list[str]:
-    """The names as a list; `ValueError` unless there are at least two and all differ."""
-    names = [class_names] if isinstance(class_names, str) else list(class_names)
-    if len(names) < 2 or len(set(names)) < len(names) or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"class_names must be at least two different names, but is {names!r}")
-    for name in names:
-        check_text("class_names", name)
-    return names
-
-
 def check_templates(templates: Sequence[str]) -> list[str]:
     """The templates as a list; `ValueError` unless there is one and each has exactly one `{}`."""
-    checked = [templates] if isinstance(templates, str) else list(templates)
-    if not checked or not all(isinstance(template, str) and template.count("{}") == 1 for template in checked):
-        raise ValueError(f"templates must be texts with one '{{}}' each for the class name, but is {checked!r}")
+    accepted = "one or more texts, each with one '{}' for the class name"
+    checked = [templates] if isinstance(templates, str) else text_list("templates", templates, accepted)
+    wrong = [template for template in checked if template.count("{}") != 1]
+    if not checked or wrong:
+        raise ValueError(f"templates must be {accepted}, but has {listed(wrong)}")
     for template in checked:
         check_text("templates", template)
     return checked

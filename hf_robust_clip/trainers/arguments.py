@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import Field, dataclass, field, fields
 from multiprocessing.context import get_spawning_popen
 from typing import Any
@@ -16,6 +16,7 @@ from ..augment.text import TextAugmentation
 from ..data.rows import ON_BAD_ROW
 from ..evaluation.figures import less_is_better
 from ..losses import MATCHINGS
+from ..wording import listed, shown
 
 TEXT_PRESETS = ("identity", *TextAugmentation.presets)
 POOL_DTYPES = ("float32", "bfloat16")
@@ -131,11 +132,11 @@ class CLIPTrainingArguments(TrainingArguments):
         ):
             _check_choice(self, name, accepted)
         if self.max_logit_scale < 1:
-            raise ValueError(f"max_logit_scale must be at least 1, but is {self.max_logit_scale!r}")
+            raise ValueError(f"max_logit_scale must be at least 1, but is {shown(self.max_logit_scale)}")
         if self.contrastive_chunk_size is not None:
             _check_whole(self, "contrastive_chunk_size", least=1)
         if self.max_length is not None and self.max_length < 2:
-            raise ValueError(f"max_length must be None or at least 2 tokens, but is {self.max_length!r}")
+            raise ValueError(f"max_length must be None or at least 2 tokens, but is {shown(self.max_length)}")
         # B x B logits of several batches cannot be concatenated, and nothing here reads them.
         self.prediction_loss_only = True
         # Dispatching cuts batches along their first dimension, which for the texts is views x rows.
@@ -174,7 +175,7 @@ class CleanCLIPTrainingArguments(CLIPTrainingArguments):
         super().__post_init__()
         for name in ("clip_weight", "unimodal_weight"):
             if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must be at least 0, but is {getattr(self, name)!r}")
+                raise ValueError(f"{name} must be at least 0, but is {shown(getattr(self, name))}")
         if self.clip_weight == self.unimodal_weight == 0:
             raise ValueError(
                 "clip_weight and unimodal_weight are both 0, so that nothing is trained: one must be above 0"
@@ -314,13 +315,13 @@ class SafeCLIPTrainingArguments(_PretrainingArguments):
         for name in ("warmup_unimodal_learning_rate", "warmup_cross_learning_rate"):
             value = getattr(self, name)
             if value is not None and not value >= 0:
-                raise ValueError(f"{name} must be None or at least 0, but is {value!r}")
+                raise ValueError(f"{name} must be None or at least 0, but is {shown(value)}")
         if not 0 < self.safe_threshold < 1:
-            raise ValueError(f"safe_threshold must be in (0, 1), but is {self.safe_threshold!r}")
+            raise ValueError(f"safe_threshold must be in (0, 1), but is {shown(self.safe_threshold)}")
         if not 0 <= self.safe_growth <= 1:
-            raise ValueError(f"safe_growth must be a share of the pairs in [0, 1], but is {self.safe_growth!r}")
+            raise ValueError(f"safe_growth must be a share of the pairs in [0, 1], but is {shown(self.safe_growth)}")
         if not 0 < self.safe_cap <= 1:
-            raise ValueError(f"safe_cap must be a share of the pairs in (0, 1], but is {self.safe_cap!r}")
+            raise ValueError(f"safe_cap must be a share of the pairs in (0, 1], but is {shown(self.safe_cap)}")
         _check_choice(self, "score_views", SCORE_VIEWS)
         if self.unimodal_pool_size != 0:
             _check_pool_size(self, "unimodal_pool_size")
@@ -343,15 +344,15 @@ class _Token(str):
         return self
 
 
-def _check_choice(args: Any, name: str, accepted: Iterable[str]) -> None:
+def _check_choice(args: Any, name: str, accepted: Collection[str]) -> None:
     if getattr(args, name) not in accepted:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, accepted))}, but is {getattr(args, name)!r}")
+        raise ValueError(f"{name} must be one of {listed(accepted)}, but is {shown(getattr(args, name))}")
 
 
 def _check_whole(args: Any, name: str, least: int) -> None:
     value = getattr(args, name)
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name} must be a whole number of at least {least}, but is {value!r}")
+        raise ValueError(f"{name} must be a whole number of at least {least}, but is {shown(value)}")
 
 
 def _check_pool_size(args: Any, name: str) -> None:
@@ -359,7 +360,8 @@ def _check_pool_size(args: Any, name: str) -> None:
     # A pool of one pair would match every row of a batch with the same one: a loss that teaches nothing.
     if isinstance(value, bool) or not (0 < value < 1 or (value >= 2 and float(value).is_integer())):
         raise ValueError(
-            f"{name} must be a whole number of pairs from 2 on, or a share of the dataset in (0, 1), but is {value!r}"
+            f"{name} must be a whole number of pairs from 2 on, or a share of the dataset in (0, 1), but is "
+            f"{shown(value)}"
         )
 
 

@@ -32,20 +32,24 @@ from ..data.rows import (
 )
 from ..data.streams import PLACE, Stream, StreamCollator
 from ..evaluation.embedding import Embedder
-from ..evaluation.running import run_evaluators
+from ..evaluation.running import evaluator_list, run_evaluators
+from ..kinds import kind
 from ..losses import clip_loss
 from ..models import caption_padding, check_processor, load_processor, longest_caption
 from ..record import describe_skipped, skipped_text
 from ..seeding import derive_seed, forked_rng
+from ..wording import shown
 from .adapters import add_adapters, check_adapters
 from .arguments import CLIPTrainingArguments
 from .checks import (
     ONE_ROW,
+    callback_list,
     check_arguments,
     check_best_metric,
     check_collator,
     check_negatives,
     check_trained,
+    explained,
     load_to_train,
     resolve_image_augmentation,
     resolve_text_augmentation,
@@ -87,8 +91,9 @@ class CLIPTrainer(PublishingTrainer):
         model (`str` or `PreTrainedModel`):
             A Hub id, a folder, or any dual encoder whose output has `image_embeds` and `text_embeds` and that has a
             `logit_scale`.
-        args ([`CLIPTrainingArguments`]):
-            Of the class that belongs to this trainer.
+        args ([`CLIPTrainingArguments`], *optional*):
+            Of the class that belongs to this trainer, `args_class`. `None`: its defaults, with the output folder
+            `tmp_trainer`.
         data_collator ([`CLIPDataCollator`], *optional*):
             Made from `processing_class` and `args` by default. One of your own must return this trainer's text views.
         train_dataset (`datasets.Dataset`, `datasets.IterableDataset` or any torch dataset, *optional*):
@@ -100,11 +105,11 @@ class CLIPTrainer(PublishingTrainer):
             un-augmented pairs, all contrasted with each other.
         processing_class (`ProcessorMixin`, *optional*):
             With an image processor and a tokenizer. By default the one saved beside `model`.
-        evaluators (sequence of callables):
-            Each `(model, processor, embedder) -> dict[str, float]`; what they return is part of every evaluation as
-            `eval_*`, and can be the `metric_for_best_model`. They run on all ranks, and all ranks must ask the
-            embedder for the same. One with a method `image_requests() -> list[tuple]` of (dataset, image column,
-            trigger or `None`) has its images embedded in the same pass as those of the others.
+        evaluators (callable or sequence of callables):
+            One evaluator or several. Each `(model, processor, embedder) -> dict[str, float]`; what they return is part
+            of every evaluation as `eval_*`, and can be the `metric_for_best_model`. They run on all ranks, and all
+            ranks must ask the embedder for the same. One with a method `image_requests() -> list[tuple]` of (dataset,
+            image column, trigger or `None`) has its images embedded in the same pass as those of the others.
         image_augmentation (`nn.Module`, callable or `str`, *optional*):
             Floats in [0, 1] `(B, 3, H, W)` to the same, on the device. A string names a preset, `"identity"` none.
             `None`: `args.image_preset`.
@@ -113,7 +118,7 @@ class CLIPTrainer(PublishingTrainer):
         peft_config (`peft.PeftConfig`, *optional*):
             Trains adapters instead of the whole model, and `logit_scale`, which is saved with them;
             `modules_to_save=["visual_projection", "text_projection"]` adds the projections.
-        callbacks, optimizers, optimizer_cls_and_kwargs: As of `transformers.Trainer`.
+        callbacks, optimizers, optimizer_cls_and_kwargs: As of `transformers.Trainer`. One callback needs no list.
 
     Raises:
         `ValueError`: If the model, the datasets, their columns or a preset cannot work, before any step.
@@ -129,26 +134,34 @@ class CLIPTrainer(PublishingTrainer):
     #: The views of a training batch, stacked in this order. `"original"` is un-augmented.
     views: tuple[str, ...] = (ORIGINAL,)
 
+    #: The class that `args` is of, and that they are made from where they are left out.
+    args_class: type[CLIPTrainingArguments] = CLIPTrainingArguments
+
     args: CLIPTrainingArguments
     data_collator: CLIPDataCollator
 
+    @explained
     def __init__(
         self,
         model: str | nn.Module,
-        args: CLIPTrainingArguments,
+        args: CLIPTrainingArguments | None = None,
         data_collator: CLIPDataCollator | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: Any = None,
-        evaluators: Sequence[Evaluator] = (),
+        evaluators: Evaluator | Sequence[Evaluator] = (),
         image_augmentation: nn.Module | Callable[[torch.Tensor], torch.Tensor] | str | None = None,
         text_augmentation: Callable[[str, int], str] | str | None = None,
         peft_config: Any = None,
-        callbacks: list[Any] | None = None,
+        callbacks: Any = None,
         optimizers: tuple[Any, Any] = (None, None),
         optimizer_cls_and_kwargs: tuple[Any, dict[str, Any]] | None = None,
     ) -> None:
-        check_arguments(args, train_dataset, eval_dataset)
+        if args is None:
+            args = self.args_class(output_dir="tmp_trainer")
+            logger.info("No args were passed: output_dir is tmp_trainer.")
+        check_arguments(args, self.args_class, train_dataset, eval_dataset)
+        evaluators = evaluator_list(evaluators)
         encoder = load_to_train(model)
         warn_of_half_precision(encoder)
         processing_class = load_processor(model, processing_class)
@@ -189,6 +202,8 @@ class CLIPTrainer(PublishingTrainer):
         # The Trainer refuses an eval_strategy without a dataset; evaluators bring their own.
         if eval_dataset is None and evaluators:
             eval_dataset = []
+        if not isinstance(optimizers, list | tuple) or len(optimizers) != 2:
+            raise ValueError(f"optimizers must be a pair of an optimizer and a scheduler, but is {kind(optimizers)}")
         super().__init__(
             model=encoder,
             args=args,
@@ -196,14 +211,14 @@ class CLIPTrainer(PublishingTrainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            callbacks=callbacks,
+            callbacks=callback_list(callbacks),
             optimizers=optimizers,
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
         # Without these the Trainer sees no labels and reports no eval_loss.
         self.can_return_loss = True
         self.label_names = []
-        self.evaluators = list(evaluators)
+        self.evaluators = evaluators
         self.normalization = ImageNormalization(data_collator.preprocess.mean, data_collator.preprocess.std)
         self.normalization.to(self.args.device)
         self._eval_collator = data_collator.for_evaluation()
@@ -228,8 +243,12 @@ class CLIPTrainer(PublishingTrainer):
         self.add_callback(TrainerHooks(self))
         if train_dataset is not None:
             self.check_batches(self.args.train_batch_size)
+        self.set_up()
 
     # ---- What a defence overrides ----
+
+    def set_up(self) -> None:
+        """Called at the end of `__init__`: what a defence makes of its arguments and the datasets, and refuses."""
 
     def loss_components(
         self, views: dict[str, Embeddings], scale: torch.Tensor, inputs: dict[str, Any]
@@ -319,7 +338,7 @@ class CLIPTrainer(PublishingTrainer):
         if inputs["input_ids"].shape[0] != len(views) * rows:
             raise ValueError(
                 f"data_collator returned {inputs['input_ids'].shape[0]} texts for {rows} images, but this trainer has "
-                f"the views {views}: give it views={views!r}"
+                f"the views {views}: give it views={shown(views)}"
             )
         images = to_float(pixels)
         stacked = torch.cat([self.normalization(self._image_view(images, view)) for view in views])
@@ -694,8 +713,9 @@ class CLIPTrainer(PublishingTrainer):
         elif checkpoint is not None:
             self.reset_training_state()
             logger.warning(
-                f"resume_from_checkpoint={checkpoint!r} has no {STATE_FILE}, as if saved with save_only_model=True: "
-                "training goes on from its weights, but not as it would have without the interruption."
+                f"resume_from_checkpoint={shown(checkpoint)} has no {STATE_FILE}, as if saved with "
+                "save_only_model=True: training goes on from its weights, but not as it would have without the "
+                "interruption."
             )
         super()._load_optimizer_and_scheduler(checkpoint)
 
@@ -730,8 +750,8 @@ class CLIPTrainer(PublishingTrainer):
         ):
             if saved != current:
                 raise ValueError(
-                    f"resume_from_checkpoint={checkpoint!r}: its {name} was {saved}, but is {current} now. Resume "
-                    "with what it was saved with, or start anew from its weights by passing the folder as model"
+                    f"resume_from_checkpoint={shown(checkpoint)}: its {name} was {saved}, but is {current} now. "
+                    "Resume with what it was saved with, or start anew from its weights by passing the folder as model"
                 )
 
     def _dataset_length(self) -> int | None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ParamSpec, cast
 
 import torch
 from accelerate.utils import is_compiled_module
@@ -17,7 +18,9 @@ from ..augment.text import TextAugmentation
 from ..data.collator import ORIGINAL, CLIPDataCollator
 from ..data.rows import check_dataset
 from ..evaluation.figures import figure_names
+from ..kinds import check_callable, kind
 from ..models import load_dual_encoder
+from ..wording import listed, shortened, shown
 from .arguments import CLIPTrainingArguments
 
 logger = logging.get_logger(__name__)
@@ -27,11 +30,41 @@ ONE_ROW = "{} has one row: contrasted with no other its loss is 0; it needs at l
 #: Ways to draw rows that need no lengths of texts.
 SAMPLINGS = ("random", "sequential")
 
+_A_PROCESSOR = "pass processing_class=, a processor with an image_processor and a tokenizer"
+#: What the stock Trainer takes, or took, and what to use here.
+INSTEAD = {
+    "compute_metrics": "pass evaluators=, each `(model, processor, embedder) -> dict[str, float]`. What they return "
+    "is part of every evaluation, as eval_*",
+    "preprocess_logits_for_metrics": "pass evaluators=, which embed images and texts by themselves",
+    "compute_loss_func": "derive from this trainer and override loss_components, which returns the terms of the loss",
+    "model_init": "pass model=. To search hyper-parameters, make a trainer with a model of its own for each trial",
+    "tokenizer": _A_PROCESSOR,
+    "image_processor": _A_PROCESSOR,
+    "processor": _A_PROCESSOR,
+}
 
-def check_arguments(args: CLIPTrainingArguments, train_dataset: Any, eval_dataset: Any) -> None:
+_P = ParamSpec("_P")
+
+
+def explained(init: Callable[_P, None]) -> Callable[_P, None]:
+    """An `__init__` that says what to pass in place of an argument of the stock Trainer; its signature stays."""
+
+    @functools.wraps(init)
+    def checked(*args: _P.args, **kwargs: _P.kwargs) -> None:
+        for name in kwargs.keys() & INSTEAD.keys():
+            if kwargs.pop(name) is not None:
+                raise ValueError(f"{name}= is not an argument of {type(args[0]).__name__}: {INSTEAD[name]}")
+        init(*args, **kwargs)
+
+    return checked
+
+
+def check_arguments(
+    args: CLIPTrainingArguments, args_class: type[CLIPTrainingArguments], train_dataset: Any, eval_dataset: Any
+) -> None:
     """`ValueError` for arguments of another class or for texts alone, DataParallel, and datasets that do not work."""
-    if not isinstance(args, CLIPTrainingArguments):
-        raise ValueError(f"args must be a CLIPTrainingArguments, but is {type(args).__name__}")
+    if not isinstance(args, args_class):
+        raise ValueError(f"args must be a {args_class.__name__}, but is {type(args).__name__}")
     if args.n_gpu > 1:
         raise ValueError(
             f"this process sees {args.n_gpu} GPUs and would split batches between them with nn.DataParallel, which "
@@ -39,18 +72,20 @@ def check_arguments(args: CLIPTrainingArguments, train_dataset: Any, eval_datase
         )
     if args.train_sampling_strategy not in SAMPLINGS:
         raise ValueError(
-            f"train_sampling_strategy must be one of {', '.join(map(repr, SAMPLINGS))}, but is "
-            f"{args.train_sampling_strategy!r}, which needs the length of each row's text"
+            f"train_sampling_strategy must be one of {listed(SAMPLINGS)}, but is "
+            f"{shown(args.train_sampling_strategy)}, which needs the length of each row's text"
         )
     if args.neftune_noise_alpha is not None:
         raise ValueError(
-            f"neftune_noise_alpha must be None, but is {args.neftune_noise_alpha!r}: NEFTune adds noise to the input "
-            "embeddings of a language model, and a dual encoder has none of its own"
+            f"neftune_noise_alpha must be None, but is {shown(args.neftune_noise_alpha)}: NEFTune adds noise to the "
+            "input embeddings of a language model, and a dual encoder has none of its own"
         )
     if args.contrastive_chunk_size is not None or args.accumulate_negatives:
         _check_chunking(args)
     columns = (args.image_column, args.caption_column)
-    datasets = eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
+    datasets = {"eval_dataset": eval_dataset}
+    if isinstance(eval_dataset, dict):
+        datasets = {f"eval_dataset[{shown(name)}]": dataset for name, dataset in eval_dataset.items()}
     on_bad_row: Any = args.on_bad_row
     for name, dataset in {"train_dataset": train_dataset, **datasets}.items():
         if dataset is not None:
@@ -115,9 +150,12 @@ def check_best_metric(args: CLIPTrainingArguments, evaluators: Sequence[Any], ev
     losses = [f"{name}_loss" for name in eval_dataset] if isinstance(eval_dataset, dict) else ["loss"]
     accepted = figures if eval_dataset is None else [*figures, *losses]
     if metric.removeprefix("eval_") not in accepted:
+        hint = "; a loss takes an eval_dataset" if eval_dataset is None else ""
         raise ValueError(
-            f"metric_for_best_model={metric!r} is no figure of an evaluation; accepted are {', '.join(accepted)}"
-            + ("; a loss takes an eval_dataset" if eval_dataset is None else "")
+            shortened(
+                f"metric_for_best_model={shown(metric)} is no figure of an evaluation; accepted are "
+                f"{listed(accepted, longest=60)}{hint}"
+            )
         )
 
 
@@ -132,7 +170,7 @@ def _check_chunking(args: CLIPTrainingArguments) -> None:
         )
     if "lomo" in args.optim:
         raise ValueError(
-            f"{which} does not work with optim={args.optim!r}, which updates weights during the backward pass: "
+            f"{which} does not work with optim={shown(args.optim)}, which updates weights during the backward pass: "
             "set another optimizer, such as 'adamw_torch'"
         )
 
@@ -145,7 +183,7 @@ def warn_of_half_precision(model: nn.Module) -> None:
     }
     if half:
         logger.warning(
-            f"The model's trained parameters are {', '.join(map(str, half))}: steps of a small learning rate are lost "
+            f"The model's trained parameters are {listed(half)}: steps of a small learning rate are lost "
             "to rounding. Load it with dtype=torch.float32, and leave out bf16_full_eval and fp16_full_eval, with "
             "which evaluate() outside training turns them so; with bf16=True it computes in half precision all the "
             "same."
@@ -193,13 +231,25 @@ def check_collator(collator: Any, args: CLIPTrainingArguments, text_augmentation
     for name in ("image_column", "caption_column", "draft_decoding", "stored_tokens"):
         if getattr(collator, name) != getattr(args, name):
             raise ValueError(
-                f"{name} is {getattr(args, name)!r} in args, but {getattr(collator, name)!r} in data_collator"
+                f"{name} is {shown(getattr(args, name))} in args, but {shown(getattr(collator, name))} in "
+                "data_collator"
             )
     if text_augmentation is not None and collator.text_augmentation is None and collator.views != (ORIGINAL,):
         raise ValueError(
             "data_collator has no text_augmentation, so that its augmented views are copies: give it one, or pass "
             "text_augmentation='identity' to the trainer if that is meant"
         )
+
+
+def callback_list(callbacks: Any) -> list[Any] | None:
+    """One callback or several, as a list; `ValueError` for what is neither a callback nor a class of them."""
+    if callbacks is None:
+        return None
+    given = list(callbacks) if isinstance(callbacks, list | tuple) else [callbacks]
+    for callback in given:
+        if not hasattr(callback, "on_train_begin"):
+            raise ValueError(f"callbacks must be a TrainerCallback or a list of them, but has {kind(callback)}")
+    return given
 
 
 def resolve_image_augmentation(
@@ -209,6 +259,9 @@ def resolve_image_augmentation(
     given = args.image_preset if given is None else given
     if isinstance(given, str):
         return None if given == IDENTITY else ImageAugmentation(given).to(args.device)
+    check_callable(
+        "image_augmentation", given, "a preset's name, or a function of images, such as ImageAugmentation()"
+    )
     return given.to(args.device) if isinstance(given, nn.Module) else given
 
 
@@ -217,4 +270,5 @@ def resolve_text_augmentation(given: Any, args: CLIPTrainingArguments) -> Callab
     given = args.text_preset if given is None else given
     if isinstance(given, str):
         return None if given == IDENTITY else TextAugmentation.from_preset(given)
-    return given
+    accepted = "a preset's name, or a function `(caption, seed) -> caption`, such as TextAugmentation()"
+    return cast(Callable[[str, int], str], check_callable("text_augmentation", given, accepted))

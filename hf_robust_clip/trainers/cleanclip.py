@@ -26,10 +26,11 @@ class CleanCLIPTrainer(CLIPTrainer):
         model (`str` or `PreTrainedModel`): A Hub id, a folder, or a dual encoder.
         args ([`CleanCLIPTrainingArguments`]): The paper's recipe by default.
         image_augmentation, text_augmentation: `None`: the presets of `args`, `"cleanclip"` and `"eda"`.
-        **kwargs: As of [`CLIPTrainer`].
+        Others: As of [`CLIPTrainer`].
     """
 
     views = ("original", "augmented")
+    args_class = CleanCLIPTrainingArguments
     args: CleanCLIPTrainingArguments
 
     def loss_components(

@@ -13,6 +13,7 @@ import torch
 
 from ..data.rows import ROW_INDEX
 from ..files import write_text
+from ..wording import listed, shortened
 
 if TYPE_CHECKING:
     from .base import CLIPTrainer, Embeddings
@@ -134,12 +135,14 @@ class FiniteCheck:
         write_text(path, json.dumps(content, indent=2) + "\n")
         suspects = sorted({row for batch in broken for row in batch or ()})
         raise NonFiniteError(
-            f"step {step['step']}: {', '.join(wrong)} not finite. "
-            + (f"The embeddings of rows {', '.join(map(str, suspects[:10]))} are not. " if suspects else "")
-            + f"{path} has the rows and the terms. Checkpoints saved before are finite: start anew with the folder of "
-            "the newest as model and a lower learning_rate, or without those rows, or resume from it with a smaller "
-            "max_grad_norm (resumed, it keeps its learning_rate and its rows); stop_on_non_finite=False goes on "
-            "regardless"
+            shortened(
+                f"step {step['step']}: {listed(wrong)} not finite. "
+                + (f"The embeddings of rows {listed(suspects)} are not. " if suspects else "")
+                + f"{shortened(str(path), 120)} has the rows and the terms. Checkpoints saved before are finite: "
+                "start anew with the newest as model, with a lower learning_rate or without those rows, or resume it "
+                "with a smaller max_grad_norm (resumed, it keeps its learning_rate and its rows). "
+                "stop_on_non_finite=False goes on regardless"
+            )
         )
 
 

@@ -138,15 +138,16 @@ def _attack_pictures(
         )
         for number, (row, place) in enumerate(zip(shown, places, strict=True))
     ]
-    is_target = labels[rows] == evaluator.target
+    is_target = labels[rows] == evaluator.class_names.index(evaluator.target)
     return AttackPictures(images, amplification, clean.numpy(), triggered.numpy(), is_target)
 
 
 def _shown_rows(evaluator: AttackSuccessEvaluator) -> np.ndarray:
     """The first image of each of the first classes but the target: not picked for what the model makes of them."""
     labels = evaluator.labels.numpy()
-    _, first = np.unique(np.where(labels == evaluator.target, len(evaluator.class_names), labels), return_index=True)
-    return np.sort(first[: -1 if (labels == evaluator.target).any() else None][:SHOWN_IMAGES])
+    is_target = labels == evaluator.class_names.index(evaluator.target)
+    _, first = np.unique(np.where(is_target, len(evaluator.class_names), labels), return_index=True)
+    return np.sort(first[: -1 if is_target.any() else None][:SHOWN_IMAGES])
 
 
 def _first_pairs(dataset: IndexedDataset, shown: int) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ import torch
 
 from ..distributed import gather_features
 from ..pool import FeaturePool
+from ..wording import shown
 
 
 class FeaturePools:
@@ -95,7 +96,7 @@ def pool_length(size: float, rows: int | None, argument: str) -> int:
         return int(size)
     if rows is None:
         raise ValueError(
-            f"{argument}={size!r} is a share of train_dataset, whose length is unknown: give the number of pairs that "
-            f"the pool holds, such as {argument}=20000"
+            f"{argument}={shown(size)} is a share of train_dataset, whose length is unknown: give the number of pairs "
+            f"that the pool holds, such as {argument}=20000"
         )
     return max(2, round(size * rows))

@@ -16,6 +16,7 @@ from transformers.utils import logging
 from ..cards import kept_card, license_of, write_card
 from ..models import check_weights
 from ..record import RUN_FILE, RunRecord, describe_dataset
+from ..wording import shortened, shown
 from .adapters import (
     ADAPTER_CONFIG,
     check_adapter_file,
@@ -120,7 +121,7 @@ class PublishingTrainer(Trainer):
             earlier = RunRecord.load(checkpoint)
         except ValueError as error:
             # Of another version, perhaps: training needs nothing of it.
-            logger.warning(f"The card and the report will not know of the run until here: {error}")
+            logger.warning(shortened(f"The card and the report will not know of the run until here: {error}"))
             return
         self.figures_before = earlier.before or self.figures_before
         self._seconds_before = earlier.environment["seconds"]
@@ -173,11 +174,15 @@ class PublishingTrainer(Trainer):
             resume_from_checkpoint = newest_checkpoint(str(self.args.output_dir))
             if resume_from_checkpoint is None:
                 folder = str(self.args.output_dir)
-                raise ValueError(f"resume_from_checkpoint=True, but output_dir={folder!r} has no whole checkpoint")
+                raise ValueError(
+                    f"resume_from_checkpoint=True, but output_dir={shown(folder)} has no whole checkpoint"
+                )
         elif isinstance(resume_from_checkpoint, (str, os.PathLike)):
             trouble = trouble_with(Path(resume_from_checkpoint))
             if trouble is not None:
-                raise ValueError(f"resume_from_checkpoint={str(resume_from_checkpoint)!r} is no checkpoint: {trouble}")
+                raise ValueError(
+                    f"resume_from_checkpoint={shown(str(resume_from_checkpoint))} is no checkpoint: {trouble}"
+                )
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -317,5 +322,6 @@ class PublishingTrainer(Trainer):
             reason = str(error) if error.__cause__ is None else f"{error} {error.__cause__}"
             logger.warning(
                 f"A push to {self.hub_model_id} during training failed. Training goes on, and what it saves is in "
-                f"{self.args.output_dir}; trainer.push_to_hub() pushes it. The reason: {reason}"
+                f"{shortened(str(self.args.output_dir), 120)}; trainer.push_to_hub() pushes it. The reason: "
+                f"{shortened(reason, 200)}"
             )

@@ -13,6 +13,7 @@ from ..attacks.rows import naming
 from ..data.rows import POISONED, ROW_INDEX, column_values, poison_flags
 from ..losses import Matching, clip_loss, roclip_loss
 from ..pool import FeaturePool
+from ..wording import shown
 from .arguments import RoCLIPTrainingArguments
 from .base import CLIPTrainer, Embeddings
 from .pools import FeaturePools, pool_length
@@ -44,22 +45,21 @@ class RoCLIPTrainer(CLIPTrainer):
         model (`str` or `PreTrainedModel`): A Hub id, a folder, or a dual encoder, as a rule untrained.
         args ([`RoCLIPTrainingArguments`]): The paper's recipe by default.
         image_augmentation, text_augmentation: `None`: the presets of `args`, `"strong"` and `"eda"`.
-        **kwargs: As of [`CLIPTrainer`].
+        Others: As of [`CLIPTrainer`].
 
     Raises:
         `ValueError`: As of [`CLIPTrainer`]; and for a `train_dataset` of unknown length if `pool_size` is a share of
             it, or if `steps_per_matching_epoch` is not set.
     """
 
+    args_class = RoCLIPTrainingArguments
     args: RoCLIPTrainingArguments
 
-    def __init__(self, model: Any, args: RoCLIPTrainingArguments, *arguments: Any, **kwargs: Any) -> None:
-        super().__init__(model, args, *arguments, **kwargs)
-        self.pools: FeaturePools | None = None
+    def set_up(self) -> None:
+        super().set_up()
         self._adversarial: torch.Tensor | None = None
         self._warned_of_collapse = False
-        if self.train_dataset is not None:
-            self.pools = self._make_pools()
+        self.pools: FeaturePools | None = self._make_pools() if self.train_dataset is not None else None
 
     def _make_pools(self) -> FeaturePools:
         rows = self._dataset_length()
@@ -151,8 +151,9 @@ class RoCLIPTrainer(CLIPTrainer):
         # The last batch comes too late.
         if self.pools is not None and not self.pools.full and self.pools.size > rows - batch:
             logger.warning(
-                f"The pools of {self.pools.size} pairs (pool_size={args.pool_size!r}) do not fill before training "
-                f"ends, after {rows} pairs, and matching begins when they are full: it will be CLIP throughout."
+                f"The pools of {self.pools.size} pairs (pool_size={shown(args.pool_size)}) do not fill before "
+                f"training ends, after {rows} pairs, and matching begins when they are full: it will be CLIP "
+                "throughout."
             )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

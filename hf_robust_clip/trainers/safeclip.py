@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from ..data.sampling import RoutedBatchSampler
 from ..losses import clip_loss, safeclip_cross_loss, safeclip_unimodal_loss
+from ..wording import shown
 from .arguments import SafeCLIPTrainingArguments
 from .base import CLIPTrainer, Embeddings
 from .checks import check_negatives
@@ -53,7 +54,7 @@ class SafeCLIPTrainer(CLIPTrainer):
         model (`str` or `PreTrainedModel`): A Hub id, a folder, or a dual encoder, as a rule untrained.
         args ([`SafeCLIPTrainingArguments`]): The paper's recipe by default.
         image_augmentation, text_augmentation: `None`: the presets of `args`, `"strong"` and `"eda"`.
-        **kwargs: As of [`CLIPTrainer`].
+        Others: As of [`CLIPTrainer`].
 
     Raises:
         `ValueError`: As of [`CLIPTrainer`]; and for an iterable `train_dataset`, whose pairs cannot be scored and
@@ -62,10 +63,11 @@ class SafeCLIPTrainer(CLIPTrainer):
 
     views = ("first", "second")
     extra_inputs = (*CLIPTrainer.extra_inputs, SAFE)
+    args_class = SafeCLIPTrainingArguments
     args: SafeCLIPTrainingArguments
 
-    def __init__(self, model: Any, args: SafeCLIPTrainingArguments, *arguments: Any, **kwargs: Any) -> None:
-        super().__init__(model, args, *arguments, **kwargs)
+    def set_up(self) -> None:
+        super().set_up()
         self.pools: FeaturePools | None = None
         #: The record and the histogram of every split so far.
         self.splits = SplitHistory()
@@ -100,8 +102,8 @@ class SafeCLIPTrainer(CLIPTrainer):
         ):
             if bool(value) is not accepted:
                 raise ValueError(
-                    f"{name}={value!r} does not work with SafeCLIPTrainer, which deals batches that are all safe or "
-                    f"all risky itself: set it to {accepted}"
+                    f"{name}={shown(value)} does not work with SafeCLIPTrainer, which deals batches that are all safe "
+                    f"or all risky itself: set it to {accepted}"
                 )
 
     def run_details(self) -> dict[str, Any]:
@@ -123,8 +125,8 @@ class SafeCLIPTrainer(CLIPTrainer):
             if not isinstance(scheduler, LambdaLR):
                 name = SchedulerType(self.args.lr_scheduler_type).value
                 raise ValueError(
-                    f"lr_scheduler_type={name!r} does not work with SafeCLIPTrainer: its phases need a schedule that "
-                    "is a function of the step, such as 'cosine', 'linear' or 'constant'"
+                    f"lr_scheduler_type={shown(name)} does not work with SafeCLIPTrainer: its phases need a schedule "
+                    "that is a function of the step, such as 'cosine', 'linear' or 'constant'"
                 )
             # Of the optimizer, which may be the user's, with other rates than args.learning_rate.
             largest = max(map(float, scheduler.base_lrs))
@@ -196,9 +198,9 @@ class SafeCLIPTrainer(CLIPTrainer):
         saved, current = metadata.get("steps_per_epoch"), str(self._steps_per_epoch)
         if saved is not None and saved != current:
             raise ValueError(
-                f"resume_from_checkpoint={checkpoint!r}: its number of optimizer steps in an epoch was {saved}, but "
-                f"is {current} now, and SafeCLIP counts its phases, learning rates and splits in epochs. Resume with "
-                "what it was saved with (per_device_train_batch_size, the number of processes and "
+                f"resume_from_checkpoint={shown(checkpoint)}: its number of optimizer steps in an epoch was {saved}, "
+                f"but is {current} now, and SafeCLIP counts its phases, learning rates and splits in epochs. Resume "
+                "with what it was saved with (per_device_train_batch_size, the number of processes and "
                 "gradient_accumulation_steps decide it), or start anew from its weights by passing the folder as model"
             )
 

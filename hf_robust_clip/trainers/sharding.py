@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from ..wording import shown
+
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
@@ -41,8 +43,8 @@ def shardable(model: Any, accelerator: Accelerator) -> Iterator[None]:
         if getattr(plugin, name) != accepted:
             setting = name if name.startswith("fsdp_") else f"fsdp_{name}"
             raise ValueError(
-                f"{setting}={getattr(plugin, name)!r} of accelerate's FSDP settings does not work with a model that "
-                f"has a scalar parameter, logit_scale: set it to {str(accepted).lower()}"
+                f"{setting}={shown(getattr(plugin, name))} of accelerate's FSDP settings does not work with a model "
+                f"that has a scalar parameter, logit_scale: set it to {str(accepted).lower()}"
             )
     spared = [
         parameter

@@ -17,6 +17,7 @@ from transformers.utils import logging
 from ..data.rows import BAD_ROWS
 from ..data.streams import Place, Stream, StreamCollator
 from ..files import write_text
+from ..wording import shown
 from .chunking import cut
 
 if TYPE_CHECKING:
@@ -183,9 +184,9 @@ class StreamedTraining:
         for name, current in self._settings().items():
             if settings.get(name) != current:
                 raise ValueError(
-                    f"resume_from_checkpoint={folder!r}: its {name} was {settings.get(name)!r}, but is {current!r} "
-                    "now, so that the workers' places in the iterable train_dataset cannot be dealt out again. Resume "
-                    f"with what it was saved with, or {way_out}"
+                    f"resume_from_checkpoint={shown(folder)}: its {name} was {shown(settings.get(name))}, but is "
+                    f"{shown(current)} now, so that the workers' places in the iterable train_dataset cannot be dealt "
+                    f"out again. Resume with what it was saved with, or {way_out}"
                 )
         if not self.args.dataloader_in_order and self.args.dataloader_num_workers > 1:
             raise ValueError(

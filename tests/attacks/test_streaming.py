@@ -253,10 +253,10 @@ def test_replay_is_the_same_byte_for_byte(spec):
 
 def test_replay_refuses_other_manifests():
     _, manifest = poison_dataset(DATA, PoisonSpec(PATCH, "dog", count=3))
-    with pytest.raises(ValueError, match=r"only map-style datasets"):
+    with pytest.raises(ValueError, match=r"must be a datasets.Dataset .*but is an IterableDataset"):
         replay_manifest(stream(), manifest)
     _, manifest = poison_stream(stream(), SPECS["backdoor"], key_column="id")
-    with pytest.raises(ValueError, match=r"manifest: rate missing; accepted is what poison_stream returned"):
+    with pytest.raises(ValueError, match=r"manifest: 'rate' missing; accepted is what poison_stream returned"):
         replay_manifest(stream(), {key: value for key, value in manifest.items() if key != "rate"})
 
 
@@ -287,7 +287,9 @@ def test_clean_images_are_not_decoded():
     data["image"][first] = {"bytes": b"no image", "path": None}
     broken = Dataset.from_dict(data, features=FEATURES).to_iterable_dataset()
     poisoned, _ = poison_stream(broken, SPECS["backdoor"], key_column="id")
-    with pytest.raises(ValueError, match=f"image: the image of the row with id 'key {first}' cannot be read"):
+    with pytest.raises(
+        ValueError, match=f"image_column='image': the image of the row with id 'key {first}' cannot be read"
+    ):
         stored(poisoned)
     poisoned, _ = poison_stream(stream(), PoisonSpec(PatchTrigger(13), "dog", rate=1.0), key_column="id")
     with pytest.raises(ValueError, match=r"trigger does not go on the image of the row with id 'key 0': size=13"):
@@ -448,9 +450,9 @@ def test_what_a_stream_cannot_do_is_refused():
     ):
         with pytest.raises(ValueError, match=message):
             poison_stream(stream(), spec)
-    with pytest.raises(ValueError, match=r"stream is a Dataset.*poison_dataset takes"):
+    with pytest.raises(ValueError, match=r"stream must be .*poison_dataset takes.* but is a Dataset"):
         poison_stream(DATA, SPECS["backdoor"])
-    with pytest.raises(ValueError, match=r"IterableDatasetDict.*one split"):
+    with pytest.raises(ValueError, match=r"IterableDatasetDict: it has .*pass one of them"):
         poison_stream(IterableDatasetDict(train=stream()), SPECS["backdoor"])
     for name in ("image", "caption", "label", "key"):
         with pytest.raises(

@@ -54,7 +54,7 @@ def test_dictionary_round_trip(place):
         ("word", " cf", "single spaces"),
         ("word", "c\nf", "single spaces"),
         ("word", 3, "a word"),
-        ("place", "middle", "start, end, random"),
+        ("place", "middle", "'start', 'end', 'random'"),
         ("seed", -1, "at least 0"),
     ],
 )

@@ -311,9 +311,9 @@ def test_fields_out_of_range_are_errors(name, field, value, accepted):
 
 
 def test_unknown_names_and_fields_are_errors():
-    with pytest.raises(ValueError, match=r"'badnets'.*patch, blended, sinusoid, warp"):
+    with pytest.raises(ValueError, match=r"'badnets'.*'patch', 'blended', 'sinusoid', 'warp'"):
         trigger_from_name("badnets")
-    with pytest.raises(ValueError, match="no field 'alpha'; accepted are size, place, pattern, seed"):
+    with pytest.raises(ValueError, match="no field 'alpha'; accepted are 'size', 'place', 'pattern', 'seed'"):
         trigger_from_name("patch", alpha=0.5)
     for config in ({}, {"name": 3}, None):
         with pytest.raises(ValueError, match="no trigger"):

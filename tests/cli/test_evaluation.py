@@ -53,14 +53,14 @@ def test_figures_are_those_of_the_evaluators(
     results = json.loads((tmp_path / "out.json").read_text())
     assert results["control"] == "plain fine-tuning"
     loaded, names, templates = CLIPModel.from_pretrained(model), list(CLASS_NAMES), ["the digit {}"]
-    expected = ZeroShotEvaluator(pairs, names, templates)(loaded, processor)
+    expected = ZeroShotEvaluator(pairs, names, templates=templates)(loaded, processor)
     for prefix, trigger in (
         ("patch_", PatchTrigger(size=3)),
         ("patch_2_", PatchTrigger(size=5)),
         ("blended_", BlendedTrigger(alpha=0.4)),
     ):
-        attack = AttackSuccessEvaluator(pairs, trigger, "eight", names, templates, prefix=prefix)
-        probe = LinearProbeEvaluator(pairs, pairs, names, trigger, "eight", prefix=prefix)
+        attack = AttackSuccessEvaluator(pairs, trigger, "eight", names, templates=templates, prefix=prefix)
+        probe = LinearProbeEvaluator(pairs, pairs, names, trigger=trigger, target="eight", prefix=prefix)
         expected |= attack(loaded, processor) | probe(loaded, processor)
     assert results["figures"] == pytest.approx(expected, abs=1e-6)
     assert results["images"] == 64 and results["classes"] == names

@@ -24,6 +24,7 @@ from hf_robust_clip.evaluation.embedding import Embedder
 from hf_robust_clip.imaging import decode_image
 from hf_robust_clip.record import RunRecord
 from hf_robust_clip.report.run_tables import facts
+from hf_robust_clip.wording import listed
 
 COLUMNS = ("image", "caption")
 GOOD = {"image": picture(), "caption": "the number two"}
@@ -61,17 +62,17 @@ def test_training_over_all_of_them_lists_those_that_it_skipped(
         save_steps=4,
     )
     trainer.train()
-    listed = ", ".join(map(str, BAD))
+    rows = listed(BAD)
     assert trainer.skipped_rows == BAD
-    assert f"Unusable rows of train_dataset were skipped, {len(BAD)}: {listed}" in caplog.text
+    assert f"Unusable rows of train_dataset were skipped, {len(BAD)}: {rows}" in caplog.text
     assert all(torch.isfinite(parameter).all() for parameter in trainer.model.parameters())
     trainer.save_model()
     trainer.create_model_card()
     record = RunRecord.load(tmp_path)
     assert record.skipped == {"count": len(BAD), "rows": BAD, "streamed": False}
     assert RunRecord.load(tmp_path / "checkpoint-4").skipped == record.skipped
-    assert f"- Unusable rows left out, {len(BAD)}: {listed}" in (tmp_path / "README.md").read_text()
-    assert ("Unusable rows left out", f"{len(BAD)}: {listed}") in facts(record)
+    assert f"- Unusable rows left out, {len(BAD)}: {rows}" in (tmp_path / "README.md").read_text()
+    assert ("Unusable rows left out", f"{len(BAD)}: {rows}") in facts(record)
 
 
 def test_record_of_a_stream_says_what_its_numbers_are(tmp_path: Path) -> None:

@@ -398,8 +398,13 @@ def test_a_record_that_is_none_is_refused(source, processor, folder: Path, tmp_p
 def test_what_cannot_be_prepared_is_refused(source, processor, tmp_path: Path):
     changing = CLIPProcessor(CLIPImageProcessor(size=20, crop_size=16), processor.tokenizer)
     for data, with_processor, options, message in (
-        (source.to_iterable_dataset(), processor, {}, "must be a datasets.Dataset.* but is IterableDataset; load it"),
-        ([source[0]], processor, {}, "must be a datasets.Dataset.* but is list"),
+        (
+            source.to_iterable_dataset(),
+            processor,
+            {},
+            "must be a datasets.Dataset.* but is an IterableDataset: load it",
+        ),
+        ([source[0]], processor, {}, "must be a datasets.Dataset.* but is a list: write datasets.Dataset.from_list"),
         (
             source.with_transform(lambda batch: batch),
             processor,

@@ -346,7 +346,7 @@ def with_captions(values: list, feature) -> datasets.Dataset:
             [{"image": png(0), "text": "a"}],
             "caption_column='caption' is not a column of train_dataset.*'image', 'text'",
         ),
-        ([(png(0), "a")], "the rows of train_dataset must be mappings .* but are tuple"),
+        ([(png(0), "a")], "the rows of train_dataset must be mappings .* but row 0 is a tuple"),
         (with_captions([1, 2], Value("int64")), "caption_column='caption' of train_dataset must hold strings"),
         (
             with_captions([[1], [2]], List(Value("int64"))),
@@ -356,7 +356,10 @@ def with_captions(values: list, feature) -> datasets.Dataset:
         (table().remove_columns("image").rename_column("label", "image"), "image_column='image' .* must hold images"),
         (table().add_column(POISONED, [0] * 8), "column 'poisoned' of train_dataset must be boolean, .*int64"),
         (table().add_column(POISONED, ["no"] * 8), "column 'poisoned' of train_dataset must be boolean, .*string"),
-        (datasets.DatasetDict(train=table()), "train_dataset is a dictionary, with 'train'; pass one dataset"),
+        (
+            datasets.DatasetDict(train=table()),
+            r"is a DatasetDict: it has 'train'; pass one .* train_dataset\['train'\]",
+        ),
         (
             table().with_transform(lambda batch: {"image": list(batch["image"])}),
             "caption_column='caption' is not a column of train_dataset; its columns are 'image'",

@@ -145,7 +145,7 @@ def test_a_trigger_larger_than_the_image_is_refused(tiny_model, processor, pairs
 
 
 def test_an_unknown_target_is_refused(pairs):
-    with pytest.raises(ValueError, match=r"target='ten' is not among class_names: 'zero', 'one', .*'nine'"):
+    with pytest.raises(ValueError, match=r"target='ten' is not a class; .*class_names: 'zero', 'one', .*'nine'"):
         AttackSuccessEvaluator(pairs, trigger, "ten", CLASS_NAMES)
 
 
@@ -161,8 +161,8 @@ def test_a_dataset_of_the_target_alone_is_refused(pairs):
         ({"dataset": datasets.Dataset.from_dict({"image": [], "label": []})}, "dataset is empty"),
         ({"image_column": "photo"}, "image_column='photo' is not a column"),
         ({"label_column": "digit"}, "label_column='digit' is not a column"),
-        ({"class_names": CLASS_NAMES[:5], "target": "two"}, r"row \d+, column 'label': \d is no class"),
-        ({"templates": ["no place for a name"]}, "templates must be texts"),
+        ({"class_names": CLASS_NAMES[:5], "target": "two"}, r"row \d+, column 'label': \d is not a class"),
+        ({"templates": ["no place for a name"]}, "templates must be one or more texts"),
     ],
 )
 def test_what_is_refused(pairs, change: dict, message: str):

@@ -35,7 +35,7 @@ def evaluators(pairs: Any) -> list[Any]:
         AttackSuccessEvaluator(pairs, patch, "eight", CLASS_NAMES, prefix="patch_2_"),
         PoisonSuccessEvaluator(chosen, ["eight"] * 4, CLASS_NAMES, prefix="targeted_"),
         RetrievalEvaluator(pairs, trigger=patch, target="eight"),
-        LinearProbeEvaluator(pairs, pairs, CLASS_NAMES, patch, "eight"),
+        LinearProbeEvaluator(pairs, pairs, CLASS_NAMES, trigger=patch, target="eight"),
         TextQueryEvaluator(pairs, WordTrigger(), "eight", ks=(1, 12), prefix="word_"),
     ]
 

@@ -65,7 +65,7 @@ def test_figures_are_those_of_the_optimum(C: float):
     train_labels, labels = (torch.randint(0, 3, (n,), generator=generator) for n in (60, 80))
     train, clean, triggered = draw(train_labels), draw(labels), draw(torch.full_like(labels, 2))
     train_rows, test_rows = rows(train_labels.tolist()), rows(labels.tolist())
-    evaluator = LinearProbeEvaluator(train_rows, test_rows, NAMES, trigger, "2", C=C, prefix="patch_")
+    evaluator = LinearProbeEvaluator(train_rows, test_rows, NAMES, trigger=trigger, target="2", C=C, prefix="patch_")
     figures = evaluator(None, None, Table(train_rows, train, clean, triggered))
     weights = optimum(train, train_labels, C)
 
@@ -89,7 +89,7 @@ def test_images_of_the_target_do_not_count(target_images: int):
     triggered = torch.cat([torch.eye(3)[[2, 1, 0]], torch.eye(3)[[2] * target_images]])
     train_rows, test_rows = rows([0, 1, 2]), rows(labels)
     table = Table(train_rows, train, torch.eye(3)[labels], triggered)
-    figures = LinearProbeEvaluator(train_rows, test_rows, NAMES, trigger, "2")(None, None, table)
+    figures = LinearProbeEvaluator(train_rows, test_rows, NAMES, trigger=trigger, target="2")(None, None, table)
     assert figures == {
         "linear_probe_accuracy": 1.0,
         "linear_probe_attack_success_rate": pytest.approx(1 / 3),
@@ -100,7 +100,7 @@ def test_images_of_the_target_do_not_count(target_images: int):
 def test_a_model_gives_the_same_each_time_and_embeds_each_set_once(tiny_model, processor, pairs):
     model = tiny_model(5)
     train, test, patch = pairs.select(range(40)), pairs.select(range(40, 64)), PatchTrigger(size=4)
-    evaluator = LinearProbeEvaluator(train, test, CLASS_NAMES, patch, "eight")
+    evaluator = LinearProbeEvaluator(train, test, CLASS_NAMES, trigger=patch, target="eight")
     first = evaluator(model, processor)
     assert first == evaluator(model, processor, Embedder(model, processor, requests=evaluator.image_requests()))
     clean = LinearProbeEvaluator(train, test, CLASS_NAMES)
@@ -111,24 +111,24 @@ def test_a_model_gives_the_same_each_time_and_embeds_each_set_once(tiny_model, p
 def test_a_trigger_that_does_not_fit_is_refused_early(processor, pairs):
     LinearProbeEvaluator(pairs, pairs, CLASS_NAMES).check(processor)
     with pytest.raises(ValueError, match="17"):
-        LinearProbeEvaluator(pairs, pairs, CLASS_NAMES, PatchTrigger(size=17), "eight").check(processor)
+        LinearProbeEvaluator(pairs, pairs, CLASS_NAMES, trigger=PatchTrigger(size=17), target="eight").check(processor)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"train_dataset": []}, "train_dataset is empty; an evaluator needs labelled images"),
-        ({"dataset": []}, "dataset is empty; an evaluator needs labelled images"),
+        ({"train_dataset": []}, "train_dataset is empty; it needs labelled images"),
+        ({"dataset": []}, "dataset is empty; it needs labelled images"),
         ({"train_dataset": datasets.Dataset.from_dict({"image": [0]})}, "'label' is not a column of train_dataset"),
-        ({"train_dataset": rows([0, 3])}, "row 1 of train_dataset, column 'label': 3 is no class"),
-        ({"dataset": rows([0, 3])}, "row 1, column 'label': 3 is no class"),
+        ({"train_dataset": rows([0, 3])}, "row 1 of train_dataset, column 'label': 3 is not a class"),
+        ({"dataset": rows([0, 3])}, "row 1, column 'label': 3 is not a class"),
         ({"train_dataset": rows([1, 1])}, "every image of train_dataset is of the class '1'"),
         ({"class_names": ["0"]}, "class_names must be at least two"),
         ({"C": 0.0}, r"C=0.0 must be a positive number"),
         ({"C": float("nan")}, "C=nan must be a positive number"),
         ({"trigger": trigger}, "go together"),
         ({"target": "2"}, "go together"),
-        ({"trigger": trigger, "target": "3"}, "target='3' is not among class_names: '0', '1', '2'"),
+        ({"trigger": trigger, "target": "3"}, "target='3' is not a class; .*class_names: '0', '1', '2'"),
         ({"trigger": trigger, "target": "2", "train_dataset": rows([0, 1])}, "no image of train_dataset .*target='2'"),
         (
             {"trigger": trigger, "target": "2", "dataset": rows([2, 2])},

@@ -25,7 +25,7 @@ class Table:
 
 def evaluate(predicted: list[int], adversarial: list[str], **options) -> dict[str, float]:
     rows = [{"image": None}] * len(predicted)
-    return PoisonSuccessEvaluator(rows, adversarial, NAMES, ("{}",), **options)(None, None, Table(predicted))
+    return PoisonSuccessEvaluator(rows, adversarial, NAMES, templates=("{}",), **options)(None, None, Table(predicted))
 
 
 def test_each_image_counts_against_its_own_class():
@@ -47,9 +47,10 @@ def test_the_interval_is_wilsons(hits, n):
 @pytest.mark.parametrize(
     "count, adversarial, message",
     [
-        (0, [], "there must be some, but names 0 for 0"),
-        (2, ["1"], "names 1 for 2"),
-        (1, ["9"], "adversarial='9' is not among class_names: '0', '1', '2'"),
+        (0, [], "dataset is empty; it needs the chosen images"),
+        (2, ["1"], r"one class for each of the 2 images of dataset, but is \['1'\]"),
+        (2, "12", "each of the 2 images of dataset, but is '12'"),
+        (1, ["9"], "adversarial='9' is not a class; .*class_names: '0', '1', '2'"),
     ],
 )
 def test_what_makes_no_sense_is_refused(count, adversarial, message):

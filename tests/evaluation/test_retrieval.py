@@ -144,7 +144,7 @@ def test_kinds_of_dataset_and_columns_give_the_same_figures(tiny_model, processo
     for dataset in kinds:
         assert RetrievalEvaluator(dataset)(model, processor) == expected
     renamed = pairs.rename_columns({"image": "photo", "caption": "text"})
-    assert RetrievalEvaluator(renamed, "photo", "text")(model, processor) == expected
+    assert RetrievalEvaluator(renamed, image_column="photo", caption_column="text")(model, processor) == expected
 
 
 def test_a_trigger_that_does_not_fit_is_refused_early(processor):
@@ -160,7 +160,7 @@ ROWS = [{"image": None, "caption": "a cat"}, {"image": None, "caption": ["a dog"
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"dataset": []}, "dataset is empty; an evaluator needs images with captions"),
+        ({"dataset": []}, "dataset is empty; it needs images with captions"),
         ({"image_column": "photo"}, "image_column='photo' is not a column of dataset; its columns are 'image'"),
         ({"caption_column": "text"}, "caption_column='text' is not a column of dataset"),
         ({"dataset": [*ROWS, {"image": None, "caption": []}]}, r"row 2, column 'caption': a caption must be .*\[\]"),

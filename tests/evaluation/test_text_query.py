@@ -116,11 +116,11 @@ ROWS = [{"image": None, "caption": "a cat", "label": 1}, {"image": None, "captio
         ({"target": ""}, "target='' has no word"),
         ({"target": "cow"}, "no image of dataset is of target='cow'"),
         ({"dataset": ROWS[:1]}, "every caption of dataset belongs to an image of target='cat'"),
-        ({"trigger": len}, "must return a caption for 'a dog', but returned int"),
+        ({"trigger": len}, "must return a caption for 'a dog', but returned "),
         ({"trigger": PatchTrigger(size=3)}, "must take a caption and return one, but fails: image is a str"),
         ({"label_column": "label"}, "label_column='label' and class_names=None go together"),
         ({"class_names": ["cat", "dog"]}, "go together"),
-        ({"label_column": "label", "class_names": ["dog", "cow"]}, "target='cat' is not among class_names"),
+        ({"label_column": "label", "class_names": ["dog", "cow"]}, "target='cat' is not a class"),
         ({"label_column": "class", "class_names": ["dog", "cat"]}, "label_column='class' is not a column"),
     ],
 )

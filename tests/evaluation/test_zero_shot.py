@@ -127,7 +127,7 @@ def test_figures_of_a_model(tiny_model, processor, pairs):
     correct = (scores.argmax(dim=1) == labels).float()
     recalls = [correct[labels == label].mean().item() for label in range(10)]
     nearest = scores.argsort(dim=1, descending=True)[:, :5]
-    evaluator = ZeroShotEvaluator(pairs, CLASS_NAMES, TEMPLATES)
+    evaluator = ZeroShotEvaluator(pairs, CLASS_NAMES, templates=TEMPLATES)
     assert evaluator(model, processor) == {
         "clean_accuracy": pytest.approx(correct.mean().item()),
         "clean_balanced_accuracy": pytest.approx(sum(recalls) / 10),
@@ -150,8 +150,10 @@ def test_kinds_of_dataset_and_columns_give_the_same_embeddings(tiny_model, proce
         labels = ZeroShotEvaluator(dataset, CLASS_NAMES).labels
         assert labels.tolist() == list(pairs["label"]) and labels.dtype == torch.int64
     renamed = pairs.rename_columns({"image": "photo", "label": "digit"})
-    evaluator = ZeroShotEvaluator(renamed, CLASS_NAMES, TEMPLATES, image_column="photo", label_column="digit")
-    assert evaluator(model, processor) == ZeroShotEvaluator(pairs, CLASS_NAMES, TEMPLATES)(model, processor)
+    evaluator = ZeroShotEvaluator(
+        renamed, CLASS_NAMES, templates=TEMPLATES, image_column="photo", label_column="digit"
+    )
+    assert evaluator(model, processor) == ZeroShotEvaluator(pairs, CLASS_NAMES, templates=TEMPLATES)(model, processor)
 
 
 def test_the_batch_size_does_not_matter(tiny_model, processor, pairs):
@@ -281,25 +283,25 @@ ROWS = [{"image": Image.new("RGB", (16, 16)), "label": label} for label in (0, 1
         ({"label_column": "digit"}, "label_column='digit' is not a column of dataset.*'image', 'label'"),
         (
             {"dataset": [*ROWS, {"image": None, "label": 2}]},
-            "row 3, column 'label': 2 is no class; accepted are 0 to 1",
+            "row 3, column 'label': 2 is not a class; accepted are the numbers 0 to 1 and class_names: 'cat', 'dog'",
         ),
-        ({"dataset": [{"image": None, "label": -1}]}, "row 0, column 'label': -1 is no class"),
-        ({"dataset": [{"image": None, "label": "cow"}]}, "row 0, column 'label': 'cow' is no class.*'cat', 'dog'"),
-        ({"dataset": [{"image": None, "label": None}]}, "None is no class"),
-        ({"dataset": [{"image": None, "label": 0.0}]}, "0.0 is no class"),
-        ({"dataset": [{"image": None, "label": True}]}, "True is no class"),
-        ({"dataset": [{"image": None, "label": [0]}]}, r"\[0\] is no class"),
-        ({"class_names": ["cat"]}, r"class_names must be at least two different names, but is \['cat'\]"),
+        ({"dataset": [{"image": None, "label": -1}]}, "row 0, column 'label': -1 is not a class"),
+        ({"dataset": [{"image": None, "label": "cow"}]}, "row 0, column 'label': 'cow' is not a class.*'cat', 'dog'"),
+        ({"dataset": [{"image": None, "label": None}]}, "None is not a class"),
+        ({"dataset": [{"image": None, "label": 0.0}]}, "0.0 is not a class"),
+        ({"dataset": [{"image": None, "label": True}]}, "True is not a class"),
+        ({"dataset": [{"image": None, "label": [0]}]}, r"\[0\] is not a class"),
+        ({"class_names": ["cat"]}, r"class_names must be at least two different names, .* numbers, but is 'cat'"),
         ({"class_names": ["cat", "cat"]}, "class_names must be at least two different"),
         ({"class_names": "cat"}, "class_names must be at least two different"),
         ({"class_names": ["cat", 3]}, "class_names must be at least two different"),
         ({"class_names": ["cat", "d\ud800g"]}, r"class_names: 'd\\ud800g' cannot be encoded"),
         ({"templates": ["\ud800 {}"]}, r"templates: '\\ud800 \{\}' cannot be encoded"),
-        ({"templates": []}, r"templates must be texts with one '\{\}'"),
-        ({"templates": ["a photo"]}, "templates must be texts"),
-        ({"templates": ["a {} and a {}"]}, "templates must be texts"),
-        ({"templates": ["a {name}"]}, "templates must be texts"),
-        ({"templates": [None]}, "templates must be texts"),
+        ({"templates": []}, r"templates must be one or more texts, each with one '\{\}'"),
+        ({"templates": ["a photo"]}, "templates must be one or more texts"),
+        ({"templates": ["a {} and a {}"]}, "templates must be one or more texts"),
+        ({"templates": ["a {name}"]}, "templates must be one or more texts"),
+        ({"templates": [None]}, "templates must be one or more texts"),
     ],
 )
 def test_what_is_refused(arguments: dict, message: str):

@@ -47,7 +47,7 @@ class Stop(TrainerCallback):
 def trainer_of(cls: type[CLIPTrainer], output: Path, name: str, **overrides: Any) -> CLIPTrainer:
     """One whose repository is called `name`, and that may push with what it is given alone."""
     overrides = {"hub_model_id": f"tester/{name}", "hub_token": WRITE_TOKEN, **overrides}
-    evaluator = ZeroShotEvaluator(digits("test").select(range(40)), CLASS_NAMES, CAPTION_TEMPLATES)
+    evaluator = ZeroShotEvaluator(digits("test").select(range(40)), CLASS_NAMES, templates=CAPTION_TEMPLATES)
     return make_trainer(cls, output / name, evaluators=[evaluator], **{**RUN[cls], **overrides})
 
 

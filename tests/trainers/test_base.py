@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
-from training import digits, make_trainer, small_model, training_log
+from training import ARGUMENTS, digits, make_trainer, small_model, training_log
 from transformers import BertConfig, BertModel
 
 from hf_robust_clip import (
@@ -20,6 +21,8 @@ from hf_robust_clip import (
     CLIPTrainer,
     CLIPTrainingArguments,
     PatchTrigger,
+    RoCLIPTrainer,
+    SafeCLIPTrainer,
     ZeroShotEvaluator,
 )
 from hf_robust_clip.data.digits import CAPTION_TEMPLATES, CLASS_NAMES, digit_processor
@@ -29,8 +32,8 @@ BOTH = pytest.mark.parametrize("cls", [CLIPTrainer, CleanCLIPTrainer])
 
 def evaluators(test: datasets.Dataset) -> list[Any]:
     return [
-        ZeroShotEvaluator(test, CLASS_NAMES, CAPTION_TEMPLATES),
-        AttackSuccessEvaluator(test, PatchTrigger(size=3), "eight", CLASS_NAMES, CAPTION_TEMPLATES),
+        ZeroShotEvaluator(test, CLASS_NAMES, templates=CAPTION_TEMPLATES),
+        AttackSuccessEvaluator(test, PatchTrigger(size=3), "eight", CLASS_NAMES, templates=CAPTION_TEMPLATES),
     ]
 
 
@@ -312,7 +315,7 @@ def test_weights_that_an_evaluation_left_in_half_precision_are_warned_of(
 def test_evaluators_that_report_the_same_name_are_refused(tmp_path: Path) -> None:
     test = digits("test").select(range(20))
     trainer = make_trainer(CLIPTrainer, tmp_path, evaluators=[*evaluators(test), evaluators(test)[1]])
-    with pytest.raises(ValueError, match="two evaluators report attack_success_rate"):
+    with pytest.raises(ValueError, match="two evaluators report 'attack_success_rate'"):
         trainer.evaluate()
 
 
@@ -379,6 +382,52 @@ def test_views_of_a_foreign_collator_are_checked(tmp_path: Path) -> None:
     trainer.args.per_device_train_batch_size = 8
     with pytest.raises(ValueError, match="give it views="):
         trainer.train()
+
+
+@pytest.mark.parametrize("cls", ARGUMENTS)
+def test_every_trainer_shows_its_whole_signature(cls: type[CLIPTrainer]) -> None:
+    parameters = inspect.signature(cls).parameters
+    assert parameters == inspect.signature(CLIPTrainer).parameters
+    assert all(item.kind is item.POSITIONAL_OR_KEYWORD for item in parameters.values())
+
+
+@pytest.mark.parametrize("cls", ARGUMENTS)
+def test_arguments_may_be_left_out(cls: type[CLIPTrainer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    trainer = cls(small_model(), train_dataset=digits().select(range(600)), processing_class=digit_processor())
+    assert type(trainer.args) is ARGUMENTS[cls] and trainer.args.output_dir == "tmp_trainer"
+
+
+@pytest.mark.parametrize("cls", [CleanCLIPTrainer, RoCLIPTrainer, SafeCLIPTrainer])
+def test_arguments_of_another_trainer_are_refused(cls: type[CLIPTrainer], tmp_path: Path) -> None:
+    args = CLIPTrainingArguments(str(tmp_path), use_cpu=True)
+    message = f"args must be a {ARGUMENTS[cls].__name__}, but is CLIPTrainingArguments"
+    with pytest.raises(ValueError, match=message):
+        cls(small_model(), args, processing_class=digit_processor())
+
+
+@pytest.mark.parametrize(
+    "name, instead",
+    [
+        ("compute_metrics", "evaluators="),
+        ("preprocess_logits_for_metrics", "evaluators="),
+        ("compute_loss_func", "loss_components"),
+        ("model_init", "model="),
+        ("tokenizer", "processing_class="),
+        ("image_processor", "processing_class="),
+    ],
+)
+def test_arguments_of_the_stock_trainer_have_a_hint(name: str, instead: str) -> None:
+    with pytest.raises(ValueError, match=f"{name}= is not an argument of RoCLIPTrainer: .*{instead}"):
+        RoCLIPTrainer(small_model(), **{name: print})
+    with pytest.raises(TypeError, match="no_such_argument"):
+        RoCLIPTrainer(small_model(), no_such_argument=1)
+
+
+def test_one_evaluator_needs_no_list(tmp_path: Path) -> None:
+    one = evaluators(digits("test").select(range(20)))[0]
+    figures = [make_trainer(CLIPTrainer, tmp_path, evaluators=given).run_evaluators() for given in (one, [one])]
+    assert figures[0] == figures[1] and "clean_accuracy" in figures[0]
 
 
 def test_stock_training_arguments_are_refused(tmp_path: Path) -> None:

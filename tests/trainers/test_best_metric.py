@@ -21,9 +21,9 @@ def attack() -> AttackSuccessEvaluator:
 @pytest.mark.parametrize(
     "metric, evaluated, message",
     [
-        ("eval_attack_success_rate", None, "patch_trigger_distance; a loss takes an eval_dataset"),
-        (None, None, "metric_for_best_model='loss' is no figure of an evaluation; accepted are patch_attack"),
-        ("clean_accuracy", {"first": 20, "second": 5}, "patch_trigger_distance, first_loss, second_loss"),
+        ("eval_attack_success_rate", None, "'patch_trigger_distance'; a loss takes an eval_dataset"),
+        (None, None, "metric_for_best_model='loss' is no figure of an evaluation; accepted are 'patch_attack"),
+        ("clean_accuracy", {"first": 20, "second": 5}, "'patch_trigger_distance', 'first_loss', 'second_loss'"),
     ],
 )
 def test_a_figure_that_no_evaluation_has_is_refused_before_any_step(

@@ -106,7 +106,7 @@ def test_a_learning_rate_that_destroys_the_model(
     trainer = make_trainer(
         CLIPTrainer,
         tmp_path,
-        evaluators=[ZeroShotEvaluator(test, CLASS_NAMES, CAPTION_TEMPLATES)],
+        evaluators=[ZeroShotEvaluator(test, CLASS_NAMES, templates=CAPTION_TEMPLATES)],
         eval_on_start=before == "eval_on_start",
         stop_on_non_finite=False,
         **options,

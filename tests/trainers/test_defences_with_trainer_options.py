@@ -44,7 +44,7 @@ def test_evaluation_changes_nothing_and_chooses_the_best_checkpoint(cls: type[CL
     watched = brief(
         cls,
         tmp_path / "watched",
-        evaluators=[ZeroShotEvaluator(test, CLASS_NAMES, CAPTION_TEMPLATES)],
+        evaluators=[ZeroShotEvaluator(test, CLASS_NAMES, templates=CAPTION_TEMPLATES)],
         eval_dataset=test,
         eval_strategy="epoch",
         save_strategy="epoch",

@@ -274,7 +274,7 @@ def measuring_trainer(output: Path) -> CLIPTrainer:
         AttackSuccessEvaluator(test, BlendedTrigger(), "eight", prefix="blended_", **options),
         RetrievalEvaluator(test, trigger=patch, target="eight"),
         TextQueryEvaluator(test, lambda caption: f"cf {caption}", "eight"),
-        LinearProbeEvaluator(train, test, CLASS_NAMES, patch, "eight"),
+        LinearProbeEvaluator(train, test, CLASS_NAMES, trigger=patch, target="eight"),
         ZeroShotEvaluator(test.select(range(7)), prefix="few", **options),
         ZeroShotEvaluator(test.select([3]), prefix="one", **options),
         lambda model, processor, embedder: {"plain": embedder.embed_images(train).sum().item()},
@@ -366,7 +366,7 @@ def sharded(output: Path) -> dict[str, Any]:
             state = state_of(trainer)
             if trainer.is_world_process_zero():
                 torch.save(state, output / f"{cls.__name__}, sharded{variant}.pt")
-    evaluator = ZeroShotEvaluator(digits("test").select(range(21)), CLASS_NAMES, CAPTION_TEMPLATES)
+    evaluator = ZeroShotEvaluator(digits("test").select(range(21)), CLASS_NAMES, templates=CAPTION_TEMPLATES)
     options: dict[str, Any] = {"num_train_epochs": 4, "evaluators": [evaluator], "eval_strategy": "epoch", **SPLIT}
     pair = train_and_resume(SafeCLIPTrainer, output / "sharded-resumed", step=10, **options)
     states = [state_of(trainer) for trainer in pair]

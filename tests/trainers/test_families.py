@@ -91,7 +91,7 @@ def test_family_trains_and_evaluates(family: Any, tmp_path: Path) -> None:
         tmp_path,
         model=model,
         processing_class=processor,
-        evaluators=[ZeroShotEvaluator(test, CLASS_NAMES, CAPTION_TEMPLATES)],
+        evaluators=[ZeroShotEvaluator(test, CLASS_NAMES, templates=CAPTION_TEMPLATES)],
         eval_dataset=test,
         max_steps=3,
     )

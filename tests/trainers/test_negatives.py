@@ -103,7 +103,7 @@ def test_the_evaluation_loss_of_a_stream_is_that_of_its_rows(tmp_path: Path) -> 
 
 def test_an_evaluation_of_one_row_is_refused(tmp_path: Path) -> None:
     row = digits("test").select([0])
-    with pytest.raises(ValueError, match="few has one row"):
+    with pytest.raises(ValueError, match=r"eval_dataset\['few'\] has one row"):
         make_trainer(CLIPTrainer, tmp_path, eval_dataset={"many": digits("test"), "few": row})
     for data in (row, row.to_iterable_dataset()):
         with pytest.raises(ValueError, match="eval_dataset has one row"):
