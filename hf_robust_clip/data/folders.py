@@ -1,0 +1,330 @@
+"""What a folder of files is as pairs: which files are which split, what reads them, and which are left out."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from glob import has_magic
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import datasets
+from datasets.data_files import (
+    SPLIT_KEYWORDS,
+    DataFilesDict,
+    DataFilesList,
+    _get_data_files_patterns,
+    sanitize_patterns,
+)
+from datasets.exceptions import DataFilesNotFoundError
+from datasets.info import DatasetInfosDict
+from datasets.load import infer_module_for_data_files
+from datasets.packaged_modules import _MODULE_TO_EXTENSIONS
+from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+from fsspec.utils import glob_translate
+
+from .. import __version__
+from ..wording import listed, shown
+from .builders import Captioned, Tables, TablesConfig, caption_files, named_images, read_caption, read_table
+from .confining import card_of, check_manifests, check_path, check_pointer
+from .tables import READERS, table_kind
+
+_TABLES = (*READERS, ".parquet")
+#: Files that hold no pairs, which nobody misses.
+_ABOUT = ("README", "LICENSE", "CITATION")
+_IGNORED = ("config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json")
+#: Which `datasets` reads, and which are no pairs.
+_TEXTS = (".txt", ".md", ".toml", ".xml", ".eval")
+#: What the name of a file has in it that tells its split.
+_SPLIT = re.compile("|".join(word for words in SPLIT_KEYWORDS.values() for word in words))
+
+
+class Folder:
+    """
+    The pairs in a folder.
+
+    Args:
+        path (`Path`): The folder. Its `README.md` and `.huggingface.yaml` may say which files are which split, as
+            `datasets` has it; else their names and those of their folders do.
+
+    Attributes:
+        files (`dict`): Of each split the absolute paths that [`builder`] makes it of.
+        kind (`str`): `"tables"`, `"captioned"` for images with a file each for their caption, or the name of what
+            reads it in `datasets`.
+        rows (`dict`): How many rows each split has, where the card tells.
+        left_out (`list`): The names of the files that are not read.
+
+    Raises:
+        `ValueError`: If it has no files of pairs, or it is not clear which they are.
+    """
+
+    def __init__(self, path: Path) -> None:
+        check_manifests(path)
+        self.path = path
+        self._root = check_path(os.path.abspath(path))
+        self._names = _names(self._root)
+        card = card_of(path)
+        config = _default_config(path, card)
+        self._options = {
+            key: value
+            for key, value in config.items()
+            if key not in ("config_name", "data_files", "data_dir", "default", "description", "version")
+        }
+        infos = DatasetInfosDict.from_dataset_card_data(card)
+        info = infos.get(config.get("config_name", "default"), datasets.DatasetInfo())
+        self._features = info.features
+        self.rows = {name: split.num_examples for name, split in (info.splits or {}).items()}
+        self._set_files(config)
+        used = self._used.union(*self.files.values())
+        self.left_out = [
+            name
+            for name, path in zip(self._names, self._absolute(self._names), strict=True)
+            if path not in used and not self._is_no_loss(name)
+        ]
+
+    def builder(self, files: Mapping[str, Sequence[str]] | None = None, features: Any = None) -> Any:
+        """What makes the dataset of the folder, or of some of its files, with these features."""
+        return make_builder(
+            self.kind,
+            files or self.files,
+            features=features or self._features,
+            **self._options,
+        )
+
+    def _set_files(self, config: Mapping[str, Any]) -> None:
+        self._used: set[str] = set()
+        self._of_images = False
+        given = config.get("data_files")
+        if given is None:
+            start = os.path.normpath(config.get("data_dir") or ".")
+            names = [name for name in self._names if start == "." or name.startswith(f"{start}/")]
+        else:
+            patterns = {split: [self._relative(p) for p in some] for split, some in sanitize_patterns(given).items()}
+            names = _matched(self._names, [pattern for some in patterns.values() for pattern in some])
+            absent = [p for some in patterns.values() for p in some if not has_magic(p) and p not in names]
+            if absent:
+                raise ValueError(f"the card of {self._shown} names {listed(absent)}, which it has not")
+        images = [name for name in names if _is_image(name)]
+        tables = [name for name in names if images and _is_of_images(name)]
+        captions = {} if tables else self._captions(images)
+        aside = {*tables, *(file for image in captions for file in caption_files(image))}
+        self.kind = self._kind([name for name in names if name not in aside and not self._is_known(name)])
+        if self.kind != "imagefolder":
+            tables, captions = [], {}
+        names = [name for name in names if _is_read_by(self.kind, name) and not self._is_known(name)]
+        if given is None:
+            patterns = _split_patterns(names, start, of_images=self.kind == "imagefolder")
+        if self.kind in ("csv", "json"):
+            self.kind = "tables"
+        splits = {split: _matched(names, some) for split, some in patterns.items()}
+        splits = {split: some for split, some in splits.items() if some}
+        if captions:
+            self._set_captions(splits, images, captions)
+        elif tables:
+            self._set_tables({split: _matched(tables, some) for split, some in patterns.items()}, tables, splits)
+        else:
+            self.files = {split: self._absolute(some) for split, some in splits.items()}
+
+    def _set_captions(
+        self, splits: Mapping[str, Sequence[str]], images: Sequence[str], captions: Mapping[str, str]
+    ) -> None:
+        """Images with a file each that holds their caption."""
+        bare = [name for name in images if name not in captions]
+        if bare:
+            raise ValueError(
+                f"{self._shown} has images with a text file each that holds their caption, and {len(bare):,} without: "
+                f"{listed(bare)}; accepted is one for each"
+            )
+        self.kind, self._of_images = "captioned", True
+        self.files = {split: self._absolute(some) for split, some in splits.items()}
+        self._used = {file for image in self._absolute(images) for file in caption_files(image)}
+
+    def _set_tables(
+        self, own: Mapping[str, Sequence[str]], tables: Sequence[str], splits: Mapping[str, Sequence[str]]
+    ) -> None:
+        """Images with tables that name them: those in the folders of the splits, or those above them."""
+        self.kind, self._of_images = "tables", True
+        inside = {name for some in own.values() for name in some}
+        above = [name for name in tables if name not in inside]
+        if len({os.path.dirname(name) for name in tables}) < len(tables) or (inside and above):
+            raise ValueError(
+                f"{self._shown} has several tables of the same images, {listed(tables)}; accepted are one in the "
+                "folder of each split, or one above them all"
+            )
+        self._options = {**self._options, "of_images": True}
+        self.files = {split: self._absolute(above or some) for split, some in own.items() if some or split in splits}
+        for table in self._absolute(tables):
+            check_pointer(table)
+            self._used.update(path for batch in read_table(table) for path in named_images(table, batch) if path)
+        if above:
+            within = {split: frozenset(self._absolute(some)) for split, some in splits.items()}
+            lost = sorted(self._used.difference(*within.values()))
+            if lost:
+                raise ValueError(
+                    f"{listed(above)} of {self._shown} names {len(lost):,} images that are in none of its splits "
+                    f"{listed(splits)}: {listed([os.path.relpath(path, self._root) for path in lost])}"
+                )
+            self._options["within"] = within
+
+    def _captions(self, images: Sequence[str]) -> dict[str, str]:
+        """Of each image the name of the file with its caption, if there is one."""
+        names = set(self._names)
+        found = {image: next(filter(names.__contains__, caption_files(image)), None) for image in images}
+        captions = {image: file for image, file in found.items() if file is not None}
+        first = next(iter(captions.values()), "")
+        if first.endswith(".json"):  # a file each may be of other annotations
+            try:
+                read_caption(os.path.join(self._root, first))
+            except ValueError:
+                return {}
+        return captions
+
+    def _kind(self, names: Sequence[str]) -> str:
+        """What reads most of the files."""
+        try:
+            listing = DataFilesList(self._absolute(name for name in names if table_kind(name) not in _TEXTS), [])
+            kind: str = infer_module_for_data_files(DataFilesDict({"train": listing}))[0]
+        except DataFilesNotFoundError as error:
+            raise ValueError(
+                f"{self._shown} has no files of pairs; it has {listed(self._names)}. Accepted are images with their "
+                f"captions, tables ({', '.join(_TABLES)}), .arrow and .tar files"
+            ) from error
+        return kind
+
+    def _is_known(self, name: str) -> bool:
+        """Whether img2dataset wrote it to tell of a shard, 00000 or 00000.tar."""
+        stem = re.fullmatch(r"((?:.*/)?\d+)(_stats\.json|\.parquet)", name)
+        return stem is not None and (
+            os.path.isdir(os.path.join(self._root, stem[1]))
+            or os.path.isfile(os.path.join(self._root, stem[1] + ".tar"))
+        )
+
+    def _is_no_loss(self, name: str) -> bool:
+        """Whether nobody misses a file that is not read. Images beside ordinary tables are what these name."""
+        beside = _is_image(name) and self.kind != "imagefolder" and not self._of_images
+        return beside or PurePosixPath(name).stem.upper() in _ABOUT or self._is_known(name)
+
+    def _relative(self, pattern: str) -> str:
+        return os.path.relpath(os.path.normpath(os.path.join(self._root, pattern)), self._root)
+
+    def _absolute(self, names: Iterable[str]) -> list[str]:
+        return [os.path.join(self._root, name) for name in names]
+
+    @property
+    def _shown(self) -> str:
+        return shown(str(self.path))
+
+
+def make_builder(kind: str, files: Mapping[str, Sequence[str]], **options: Any) -> Any:
+    """
+    What makes a dataset of files, each of which is one file, whatever characters are in its name.
+
+    Args:
+        kind (`str`): As of [`Folder`].
+        files (mapping): Of each split its paths.
+        options: Of the config of its builder.
+
+    Raises:
+        `ValueError`: If there is no such option, a path has "::" in it, or a file is a pointer of Git LFS.
+    """
+    found = DataFilesDict({split: _listing(paths, kind) for split, paths in files.items()})
+    if kind == "captioned":
+        return Captioned(dataset_name=kind, hash=__version__, data_files=found)
+    if kind == "tables":
+        unknown = sorted(set(options) - set(TablesConfig.__dataclass_fields__))
+        if unknown:
+            raise ValueError(f"the config of tables has {listed(unknown)}; accepted are sep and column_names")
+        return Tables(dataset_name=kind, hash=__version__, data_files=found, **options)
+    return datasets.load_dataset_builder(kind, data_files=found, **options)  # nosec B615 # files
+
+
+def may_hold_captions(name: str) -> bool:
+    """Whether it may be a table of captions, or of other annotations, by its name."""
+    return PurePosixPath(name).suffix.lower() in (*_TABLES, ".xml", ".xlsx", ".arrow")
+
+
+def _listing(paths: Sequence[str], kind: str) -> DataFilesList:
+    """Files with what tells `datasets` that one has changed since it was cached."""
+    origins = []
+    for path in paths:
+        beside = filter(os.path.isfile, caption_files(path)) if kind == "captioned" else ()
+        origin: tuple[Any, ...] = ()
+        for file in (check_path(path), *beside):
+            stat = os.stat(file)
+            check_pointer(file)
+            origin += (file, str(stat.st_mtime_ns), str(stat.st_ctime_ns), str(stat.st_size))
+        origins.append(origin)
+    return DataFilesList(list(paths), origins)
+
+
+def _names(root: str) -> list[str]:
+    """The files of a folder and of those below it, hidden ones and links to folders aside, with / in their names."""
+    found = []
+    for folder, folders, files in os.walk(root):
+        folders[:] = [name for name in folders if not name.startswith((".", "__"))]
+        inside = os.path.relpath(folder, root)
+        for name in files:
+            if not name.startswith(".") and name not in (*_IGNORED, "README.md"):
+                found.append(PurePosixPath(inside, name).as_posix())
+    return sorted(found)
+
+
+def _is_image(name: str) -> bool:
+    return PurePosixPath(name).suffix.lower() in ImageFolder.EXTENSIONS
+
+
+def _is_of_images(name: str) -> bool:
+    """Whether it is a table that lies with images, by its name."""
+    path = PurePosixPath(name)
+    return path.stem.lower() == "metadata" and path.suffix.lower() in _TABLES
+
+
+def _is_read_by(kind: str, name: str) -> bool:
+    return table_kind(name) in _MODULE_TO_EXTENSIONS[kind]
+
+
+def _default_config(path: Path, card: Mapping[str, Any]) -> dict[str, Any]:
+    configs = [config for config in card.get("configs") or () if isinstance(config, dict)]
+    chosen = [
+        config
+        for config in configs
+        if len(configs) == 1 or config.get("config_name") == "default" or config.get("default")
+    ]
+    if configs and len(chosen) != 1:
+        raise ValueError(
+            f"the card of {shown(str(path))} has the configs {listed([c.get('config_name') for c in configs])}, and "
+            f"{len(chosen)} of them are the default; accepted is one"
+        )
+    return chosen[0] if chosen else {}
+
+
+def _matched(names: Sequence[str], patterns: Iterable[str]) -> list[str]:
+    """The names that fit one of the patterns, or are one."""
+    everything, found = set(names), {}
+    for pattern in patterns:
+        fits = re.compile(glob_translate(pattern)).match
+        found.update(dict.fromkeys([pattern] if pattern in everything else filter(fits, names)))
+    return list(found)
+
+
+def _split_patterns(names: Sequence[str], start: str, of_images: bool) -> dict[str, list[str]]:
+    """
+    The patterns by which `datasets` tells splits. Images are of one by their folders, or by their own names if all of
+    them are: "a test.jpg" among others is a picture of a test.
+    """
+
+    prefix = "" if start == "." else f"{start}/"
+
+    def found(names: Sequence[str]) -> dict[str, list[str]]:
+        patterns: Mapping[str, Sequence[str]] = _get_data_files_patterns(lambda p: _matched(names, [prefix + p]))
+        return {str(split): [prefix + pattern for pattern in some] for split, some in patterns.items()}
+
+    if not of_images:
+        return found(names)
+    patterns = found(sorted({str(PurePosixPath(name).parent / "0") for name in names}))
+    if patterns.get("train") == [f"{prefix}**"] and all(map(_SPLIT.search, names)):
+        by_names = found(names)
+        if len(_matched(names, [pattern for some in by_names.values() for pattern in some])) == len(names):
+            return by_names
+    return patterns
