@@ -13,9 +13,12 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets.builder import Key
+from datasets.data_files import DataFilesDict, DataFilesList
 from datasets.table import table_cast
 
+from .. import __version__
 from ..wording import listed
+from .confining import check_path, check_pointer
 from .tables import BATCH_ROWS, READERS, table_kind, text_of
 
 #: The column with the path of an image in a table that lies with images.
@@ -42,7 +45,7 @@ class TablesConfig(datasets.BuilderConfig):
     names: list[str] | None = None
     column_names: list[str] | None = None
     of_images: bool = False
-    within: Mapping[str, frozenset[str]] | None = None
+    within: Mapping[str, Sequence[str]] | None = None
 
 
 class Tables(datasets.ArrowBasedBuilder):
@@ -78,7 +81,7 @@ class Tables(datasets.ArrowBasedBuilder):
 
     def _read(self, file: str, features: datasets.Features | None, split: str | None = None) -> Iterator[pa.Table]:
         config = self.config
-        kept = None if config.within is None or split is None else config.within[split]
+        kept = None if config.within is None or split is None else frozenset(config.within[split])
         for table in read_table(
             file,
             delimiter=config.sep or config.delimiter,
@@ -114,6 +117,29 @@ class Captioned(datasets.ArrowBasedBuilder):
                 batch = images[start : start + BATCH_ROWS]
                 captions = [read_caption(next(filter(os.path.isfile, caption_files(image)))) for image in batch]
                 yield Key(number, start), pa.table([batch, captions], self.info.features.arrow_schema)
+
+
+def make_builder(kind: str, files: Mapping[str, Sequence[str]], **options: Any) -> Any:
+    """
+    What makes a dataset of files, each of which is one file, whatever characters are in its name.
+
+    Args:
+        kind (`str`): `"tables"`, `"captioned"`, or the name of what reads them in `datasets`.
+        files (mapping): Of each split its paths.
+        options: Of the config of its builder.
+
+    Raises:
+        `ValueError`: If there is no such option, a path has "::" in it, or a file is a pointer of Git LFS.
+    """
+    found = DataFilesDict({split: _listing(paths, kind) for split, paths in files.items()})
+    if kind == "captioned":
+        return Captioned(dataset_name=kind, hash=__version__, data_files=found)
+    if kind == "tables":
+        unknown = sorted(set(options) - set(TablesConfig.__dataclass_fields__))
+        if unknown:
+            raise ValueError(f"the config of tables has {listed(unknown)}; accepted are sep and column_names")
+        return Tables(dataset_name=kind, hash=__version__, data_files=found, **options)
+    return datasets.load_dataset_builder(kind, data_files=found, **options)  # nosec B615 # files
 
 
 def caption_files(image: str) -> list[str]:
@@ -172,3 +198,17 @@ def named_images(file: str, table: pa.Table) -> list[str | None]:
 
 def _column_of_images(name: str) -> str:
     return "image" if name == FILE_NAME else name.removesuffix(f"_{FILE_NAME}")
+
+
+def _listing(paths: Sequence[str], kind: str) -> DataFilesList:
+    """Files with what tells `datasets` that one has changed since it was cached."""
+    origins = []
+    for path in paths:
+        beside = filter(os.path.isfile, caption_files(path)) if kind == "captioned" else ()
+        origin: tuple[Any, ...] = ()
+        for file in (check_path(path), *beside):
+            stat = os.stat(file)
+            check_pointer(file)
+            origin += (file, str(stat.st_mtime_ns), str(stat.st_ctime_ns), str(stat.st_size))
+        origins.append(origin)
+    return DataFilesList(list(paths), origins)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from glob import has_magic
+from glob import escape, has_magic
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -24,9 +24,8 @@ from datasets.packaged_modules import _MODULE_TO_EXTENSIONS
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from fsspec.utils import glob_translate
 
-from .. import __version__
 from ..wording import listed, shown
-from .builders import Captioned, Tables, TablesConfig, caption_files, named_images, read_caption, read_table
+from .builders import caption_files, make_builder, named_images, read_caption, read_table
 from .confining import card_of, check_manifests, check_path, check_pointer
 from .tables import READERS, table_kind
 
@@ -75,29 +74,24 @@ class Folder:
         info = infos.get(config.get("config_name", "default"), datasets.DatasetInfo())
         self._features = info.features
         self.rows = {name: split.num_examples for name, split in (info.splits or {}).items()}
-        self._set_files(config)
+        self._used: set[str] = set()
+        self._of_images = False
+        names = self._set_files(config)
         used = self._used.union(*self.files.values())
+        absolute = self._absolute(names)
         self.left_out = [
-            name
-            for name, path in zip(self._names, self._absolute(self._names), strict=True)
-            if path not in used and not self._is_no_loss(name)
+            name for name, path in zip(names, absolute, strict=True) if path not in used and not self._is_no_loss(name)
         ]
 
     def builder(self, files: Mapping[str, Sequence[str]] | None = None, features: Any = None) -> Any:
         """What makes the dataset of the folder, or of some of its files, with these features."""
-        return make_builder(
-            self.kind,
-            files or self.files,
-            features=features or self._features,
-            **self._options,
-        )
+        return make_builder(self.kind, files or self.files, features=features or self._features, **self._options)
 
-    def _set_files(self, config: Mapping[str, Any]) -> None:
-        self._used: set[str] = set()
-        self._of_images = False
+    def _set_files(self, config: Mapping[str, Any]) -> list[str]:
+        """Find out what is read. Returns the names of the files that were in question."""
         given = config.get("data_files")
+        start = os.path.normpath(config.get("data_dir") or ".")
         if given is None:
-            start = os.path.normpath(config.get("data_dir") or ".")
             names = [name for name in self._names if start == "." or name.startswith(f"{start}/")]
         else:
             patterns = {split: [self._relative(p) for p in some] for split, some in sanitize_patterns(given).items()}
@@ -107,24 +101,24 @@ class Folder:
                 raise ValueError(f"the card of {self._shown} names {listed(absent)}, which it has not")
         images = [name for name in names if _is_image(name)]
         tables = [name for name in names if images and _is_of_images(name)]
-        captions = {} if tables else self._captions(images)
-        aside = {*tables, *(file for image in captions for file in caption_files(image))}
-        self.kind = self._kind([name for name in names if name not in aside and not self._is_known(name)])
-        if self.kind != "imagefolder":
-            tables, captions = [], {}
-        names = [name for name in names if _is_read_by(self.kind, name) and not self._is_known(name)]
+        captions = {} if tables else self._captions(images, names)
+        # What has an image's name is about it, and is not a table.
+        about = {*tables, *(file for image in images for file in caption_files(image))}
+        self.kind = self._kind([name for name in names if name not in about and not self._is_known(name)])
+        read = [name for name in names if table_kind(name) in _MODULE_TO_EXTENSIONS[self.kind]]
+        read = [name for name in read if not self._is_known(name)]
         if given is None:
-            patterns = _split_patterns(names, start, of_images=self.kind == "imagefolder")
-        if self.kind in ("csv", "json"):
-            self.kind = "tables"
-        splits = {split: _matched(names, some) for split, some in patterns.items()}
+            patterns = _split_patterns(read, start, of_images=self.kind == "imagefolder")
+        splits = {split: _matched(read, some) for split, some in patterns.items()}
         splits = {split: some for split, some in splits.items() if some}
-        if captions:
+        if self.kind == "imagefolder" and captions:
             self._set_captions(splits, images, captions)
-        elif tables:
+        elif self.kind == "imagefolder" and tables:
             self._set_tables({split: _matched(tables, some) for split, some in patterns.items()}, tables, splits)
         else:
+            self.kind = "tables" if self.kind in ("csv", "json") else self.kind
             self.files = {split: self._absolute(some) for split, some in splits.items()}
+        return names
 
     def _set_captions(
         self, splits: Mapping[str, Sequence[str]], images: Sequence[str], captions: Mapping[str, str]
@@ -158,7 +152,7 @@ class Folder:
             check_pointer(table)
             self._used.update(path for batch in read_table(table) for path in named_images(table, batch) if path)
         if above:
-            within = {split: frozenset(self._absolute(some)) for split, some in splits.items()}
+            within = {split: self._absolute(some) for split, some in splits.items()}
             lost = sorted(self._used.difference(*within.values()))
             if lost:
                 raise ValueError(
@@ -167,10 +161,10 @@ class Folder:
                 )
             self._options["within"] = within
 
-    def _captions(self, images: Sequence[str]) -> dict[str, str]:
+    def _captions(self, images: Sequence[str], names: Iterable[str]) -> dict[str, str]:
         """Of each image the name of the file with its caption, if there is one."""
-        names = set(self._names)
-        found = {image: next(filter(names.__contains__, caption_files(image)), None) for image in images}
+        is_there = set(names).__contains__
+        found = {image: next(filter(is_there, caption_files(image)), None) for image in images}
         captions = {image: file for image, file in found.items() if file is not None}
         first = next(iter(captions.values()), "")
         if first.endswith(".json"):  # a file each may be of other annotations
@@ -182,9 +176,15 @@ class Folder:
 
     def _kind(self, names: Sequence[str]) -> str:
         """What reads most of the files."""
+        kinds = [table_kind(name) for name in names]
+        # Of archives it reads what is in them, and of others the suffixes.
+        likely = [
+            os.path.join(self._root, name) if kind == ".zip" else f"0{kind}"
+            for name, kind in zip(names, kinds, strict=True)
+            if kind not in _TEXTS
+        ]
         try:
-            listing = DataFilesList(self._absolute(name for name in names if table_kind(name) not in _TEXTS), [])
-            kind: str = infer_module_for_data_files(DataFilesDict({"train": listing}))[0]
+            kind: str = infer_module_for_data_files(DataFilesDict({"train": DataFilesList(likely, [])}))[0]
         except DataFilesNotFoundError as error:
             raise ValueError(
                 f"{self._shown} has no files of pairs; it has {listed(self._names)}. Accepted are images with their "
@@ -216,54 +216,21 @@ class Folder:
         return shown(str(self.path))
 
 
-def make_builder(kind: str, files: Mapping[str, Sequence[str]], **options: Any) -> Any:
-    """
-    What makes a dataset of files, each of which is one file, whatever characters are in its name.
-
-    Args:
-        kind (`str`): As of [`Folder`].
-        files (mapping): Of each split its paths.
-        options: Of the config of its builder.
-
-    Raises:
-        `ValueError`: If there is no such option, a path has "::" in it, or a file is a pointer of Git LFS.
-    """
-    found = DataFilesDict({split: _listing(paths, kind) for split, paths in files.items()})
-    if kind == "captioned":
-        return Captioned(dataset_name=kind, hash=__version__, data_files=found)
-    if kind == "tables":
-        unknown = sorted(set(options) - set(TablesConfig.__dataclass_fields__))
-        if unknown:
-            raise ValueError(f"the config of tables has {listed(unknown)}; accepted are sep and column_names")
-        return Tables(dataset_name=kind, hash=__version__, data_files=found, **options)
-    return datasets.load_dataset_builder(kind, data_files=found, **options)  # nosec B615 # files
-
-
 def may_hold_captions(name: str) -> bool:
     """Whether it may be a table of captions, or of other annotations, by its name."""
     return PurePosixPath(name).suffix.lower() in (*_TABLES, ".xml", ".xlsx", ".arrow")
 
 
-def _listing(paths: Sequence[str], kind: str) -> DataFilesList:
-    """Files with what tells `datasets` that one has changed since it was cached."""
-    origins = []
-    for path in paths:
-        beside = filter(os.path.isfile, caption_files(path)) if kind == "captioned" else ()
-        origin: tuple[Any, ...] = ()
-        for file in (check_path(path), *beside):
-            stat = os.stat(file)
-            check_pointer(file)
-            origin += (file, str(stat.st_mtime_ns), str(stat.st_ctime_ns), str(stat.st_size))
-        origins.append(origin)
-    return DataFilesList(list(paths), origins)
-
-
 def _names(root: str) -> list[str]:
-    """The files of a folder and of those below it, hidden ones and links to folders aside, with / in their names."""
+    """
+    The files of a folder and of those below it, hidden ones aside, with / in their names. Links to folders, which are
+    not followed, end in one.
+    """
     found = []
     for folder, folders, files in os.walk(root):
         folders[:] = [name for name in folders if not name.startswith((".", "__"))]
         inside = os.path.relpath(folder, root)
+        found += [f"{PurePosixPath(inside, name)}/" for name in folders if os.path.islink(os.path.join(folder, name))]
         for name in files:
             if not name.startswith(".") and name not in (*_IGNORED, "README.md"):
                 found.append(PurePosixPath(inside, name).as_posix())
@@ -278,10 +245,6 @@ def _is_of_images(name: str) -> bool:
     """Whether it is a table that lies with images, by its name."""
     path = PurePosixPath(name)
     return path.stem.lower() == "metadata" and path.suffix.lower() in _TABLES
-
-
-def _is_read_by(kind: str, name: str) -> bool:
-    return table_kind(name) in _MODULE_TO_EXTENSIONS[kind]
 
 
 def _default_config(path: Path, card: Mapping[str, Any]) -> dict[str, Any]:
@@ -313,8 +276,7 @@ def _split_patterns(names: Sequence[str], start: str, of_images: bool) -> dict[s
     The patterns by which `datasets` tells splits. Images are of one by their folders, or by their own names if all of
     them are: "a test.jpg" among others is a picture of a test.
     """
-
-    prefix = "" if start == "." else f"{start}/"
+    prefix = "" if start == "." else f"{escape(start)}/"
 
     def found(names: Sequence[str]) -> dict[str, list[str]]:
         patterns: Mapping[str, Sequence[str]] = _get_data_files_patterns(lambda p: _matched(names, [prefix + p]))

@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from ..attacks.rows import naming
 from ..wording import listed, shown
+from .builders import make_builder
 from .confining import (
     SPLITS_FILE,
     STATE_FILE,
@@ -27,7 +28,7 @@ from .confining import (
     confine_row,
     names_images,
 )
-from .folders import Folder, make_builder, may_hold_captions
+from .folders import Folder, may_hold_captions
 from .rows import column_values
 from .tables import READERS
 

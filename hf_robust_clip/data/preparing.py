@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from ..models import check_processor
+from .confining import check_path
 from .images import ImagePreprocessor
 from .rows import (
     ON_BAD_ROW,
@@ -109,6 +110,7 @@ def prepare_dataset(
         dataset, processor, (image_column, caption_column), image_format, max_length, on_bad_row
     )
     folder = Path(folder)
+    check_path(os.path.abspath(folder))
     if folder.exists() and not folder.is_dir():
         raise ValueError(
             f"folder={str(folder)!r} is a file; accepted is a new or empty folder, or that of a same call"

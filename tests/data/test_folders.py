@@ -242,6 +242,28 @@ def test_what_is_left_out_is_named(tmp_path: Path, pairs: datasets.Dataset, capl
         load_pairs(str(tmp_path))
 
 
+def test_annotations_of_another_kind_are_not_captions(tmp_path: Path, pairs: datasets.Dataset) -> None:
+    for name in "ab":
+        put(picture(tmp_path / f"{name}.png", pairs).with_suffix(".json"), '{"shapes": []}')
+    for load in (load_pairs, stream_pairs):
+        with pytest.raises(ValueError, match=r"not read: 'a.json', 'b.json'\. It is a folder of images"):
+            load(str(tmp_path))
+    put(tmp_path / "a.json", '{"caption": "a"}')
+    with pytest.raises(ValueError, match=r"b.json is not a JSON object with a 'caption'"):
+        load_pairs(str(tmp_path))
+
+
+def test_links_are_not_followed_and_told(
+    tmp_path: Path, pairs: datasets.Dataset, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "data"
+    put(folder / "train" / "a.csv", "image,caption\na,b\n")
+    put(tmp_path / "other" / "b.csv", "image,caption\nc,d\n")
+    (folder / "test").symlink_to(tmp_path / "other")
+    assert load_pairs(str(folder))["caption"][:] == ["b"]
+    assert "not read: 'test/'" in caplog.text
+
+
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
 
 
