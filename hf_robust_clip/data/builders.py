@@ -14,7 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets.builder import Key
 from datasets.data_files import DataFilesDict, DataFilesList
+from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from datasets.table import table_cast
+from datasets.utils.file_utils import xopen
 
 from .. import __version__
 from ..wording import listed
@@ -95,6 +97,13 @@ class Tables(datasets.ArrowBasedBuilder):
             yield table
 
 
+class Images(ImageFolder):
+    """[`ImageFolder`] whose tables, as archives have them, are read as all others are."""
+
+    def _read_metadata(self, metadata_file: str, metadata_ext: str = "") -> Iterator[pa.Table]:
+        return read_table(metadata_file)
+
+
 class Captioned(datasets.ArrowBasedBuilder):
     """A dataset of images, by their paths, and of the caption that stands in a file of its own beside each."""
 
@@ -132,6 +141,8 @@ def make_builder(kind: str, files: Mapping[str, Sequence[str]], **options: Any) 
         `ValueError`: If there is no such option, a path has "::" in it, or a file is a pointer of Git LFS.
     """
     found = DataFilesDict({split: _listing(paths, kind) for split, paths in files.items()})
+    if kind == "imagefolder":
+        return Images(dataset_name=kind, hash=__version__, data_files=found, **options)
     if kind == "captioned":
         return Captioned(dataset_name=kind, hash=__version__, data_files=found)
     if kind == "tables":
@@ -151,8 +162,9 @@ def read_table(path: str, **options: Any) -> Iterator[pa.Table]:
     """The rows of a table, whatever its kind."""
     kind = table_kind(path)
     if kind == ".parquet":
-        for batch in pq.ParquetFile(path).iter_batches(BATCH_ROWS):
-            yield pa.Table.from_batches([batch])
+        with xopen(path, "rb") as file:  # which opens members of archives
+            for batch in pq.ParquetFile(file).iter_batches(BATCH_ROWS):
+                yield pa.Table.from_batches([batch])
     elif kind in READERS:
         yield from READERS[kind](path, **options)
     else:
@@ -202,13 +214,13 @@ def _column_of_images(name: str) -> str:
 
 def _listing(paths: Sequence[str], kind: str) -> DataFilesList:
     """Files with what tells `datasets` that one has changed since it was cached."""
-    origins = []
+    origins: list[tuple[str]] = []
     for path in paths:
         beside = filter(os.path.isfile, caption_files(path)) if kind == "captioned" else ()
-        origin: tuple[Any, ...] = ()
+        origin = ""
         for file in (check_path(path), *beside):
-            stat = os.stat(file)
             check_pointer(file)
-            origin += (file, str(stat.st_mtime_ns), str(stat.st_ctime_ns), str(stat.st_size))
-        origins.append(origin)
+            stat = os.stat(file)
+            origin += f"{file} {stat.st_mtime_ns} {stat.st_ctime_ns} {stat.st_size} "
+        origins.append((origin,))
     return DataFilesList(list(paths), origins)

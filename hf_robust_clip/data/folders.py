@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from glob import escape, has_magic
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import datasets
 from datasets.data_files import (
     SPLIT_KEYWORDS,
-    DataFilesDict,
-    DataFilesList,
     _get_data_files_patterns,
     sanitize_patterns,
 )
-from datasets.exceptions import DataFilesNotFoundError
 from datasets.info import DatasetInfosDict
-from datasets.load import infer_module_for_data_files
-from datasets.packaged_modules import _MODULE_TO_EXTENSIONS
+from datasets.packaged_modules import _EXTENSION_TO_MODULE
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from fsspec.utils import glob_translate
 
@@ -32,9 +29,13 @@ from .tables import READERS, table_kind
 _TABLES = (*READERS, ".parquet")
 #: Files that hold no pairs, which nobody misses.
 _ABOUT = ("README", "LICENSE", "CITATION")
-_IGNORED = ("config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json")
-#: Which `datasets` reads, and which are no pairs.
-_TEXTS = (".txt", ".md", ".toml", ".xml", ".eval")
+_IGNORED = ("README.md", "config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json")
+#: What reads a file in `datasets`, by its suffix. Archives are of images.
+_MODULES = {
+    suffix.lower(): module
+    for suffix, (module, _) in _EXTENSION_TO_MODULE.items()
+    if module not in ("text", "harbor", "xml", "eval")  # which are not pairs
+} | {".zip": "imagefolder"}
 #: What the name of a file has in it that tells its split.
 _SPLIT = re.compile("|".join(word for words in SPLIT_KEYWORDS.values() for word in words))
 
@@ -105,7 +106,7 @@ class Folder:
         # What has an image's name is about it, and is not a table.
         about = {*tables, *(file for image in images for file in caption_files(image))}
         self.kind = self._kind([name for name in names if name not in about and not self._is_known(name)])
-        read = [name for name in names if table_kind(name) in _MODULE_TO_EXTENSIONS[self.kind]]
+        read = [name for name in names if _MODULES.get(table_kind(name)) == self.kind]
         read = [name for name in read if not self._is_known(name)]
         if given is None:
             patterns = _split_patterns(read, start, of_images=self.kind == "imagefolder")
@@ -176,21 +177,14 @@ class Folder:
 
     def _kind(self, names: Sequence[str]) -> str:
         """What reads most of the files."""
-        kinds = [table_kind(name) for name in names]
-        # Of archives it reads what is in them, and of others the suffixes.
-        likely = [
-            os.path.join(self._root, name) if kind == ".zip" else f"0{kind}"
-            for name, kind in zip(names, kinds, strict=True)
-            if kind not in _TEXTS
-        ]
-        try:
-            kind: str = infer_module_for_data_files(DataFilesDict({"train": DataFilesList(likely, [])}))[0]
-        except DataFilesNotFoundError as error:
+        modules = Counter(filter(None, (_MODULES.get(table_kind(name)) for name in names)))
+        if not modules:
             raise ValueError(
                 f"{self._shown} has no files of pairs; it has {listed(self._names)}. Accepted are images with their "
                 f"captions, tables ({', '.join(_TABLES)}), .arrow and .tar files"
-            ) from error
-        return kind
+            )
+        # Of as many files of two kinds tables are read, since they may name the others.
+        return max(modules, key=lambda module: (modules[module], module != "imagefolder", module))
 
     def _is_known(self, name: str) -> bool:
         """Whether img2dataset wrote it to tell of a shard, 00000 or 00000.tar."""
@@ -203,7 +197,7 @@ class Folder:
     def _is_no_loss(self, name: str) -> bool:
         """Whether nobody misses a file that is not read. Images beside ordinary tables are what these name."""
         beside = _is_image(name) and self.kind != "imagefolder" and not self._of_images
-        return beside or PurePosixPath(name).stem.upper() in _ABOUT or self._is_known(name)
+        return beside or os.path.splitext(os.path.basename(name))[0].upper() in _ABOUT or self._is_known(name)
 
     def _relative(self, pattern: str) -> str:
         return os.path.relpath(os.path.normpath(os.path.join(self._root, pattern)), self._root)
@@ -218,7 +212,7 @@ class Folder:
 
 def may_hold_captions(name: str) -> bool:
     """Whether it may be a table of captions, or of other annotations, by its name."""
-    return PurePosixPath(name).suffix.lower() in (*_TABLES, ".xml", ".xlsx", ".arrow")
+    return os.path.splitext(name)[1].lower() in (*_TABLES, ".xml", ".xlsx", ".arrow")
 
 
 def _names(root: str) -> list[str]:
@@ -229,22 +223,20 @@ def _names(root: str) -> list[str]:
     found = []
     for folder, folders, files in os.walk(root):
         folders[:] = [name for name in folders if not name.startswith((".", "__"))]
-        inside = os.path.relpath(folder, root)
-        found += [f"{PurePosixPath(inside, name)}/" for name in folders if os.path.islink(os.path.join(folder, name))]
-        for name in files:
-            if not name.startswith(".") and name not in (*_IGNORED, "README.md"):
-                found.append(PurePosixPath(inside, name).as_posix())
+        inside = os.path.join(folder[len(root) :].strip(os.sep), "").replace(os.sep, "/")
+        found += [f"{inside}{name}/" for name in folders if os.path.islink(os.path.join(folder, name))]
+        found += [inside + name for name in files if not name.startswith(".") and name not in _IGNORED]
     return sorted(found)
 
 
 def _is_image(name: str) -> bool:
-    return PurePosixPath(name).suffix.lower() in ImageFolder.EXTENSIONS
+    return os.path.splitext(name)[1].lower() in ImageFolder.EXTENSIONS
 
 
 def _is_of_images(name: str) -> bool:
     """Whether it is a table that lies with images, by its name."""
-    path = PurePosixPath(name)
-    return path.stem.lower() == "metadata" and path.suffix.lower() in _TABLES
+    stem, suffix = os.path.splitext(os.path.basename(name).lower())
+    return stem == "metadata" and suffix in _TABLES
 
 
 def _default_config(path: Path, card: Mapping[str, Any]) -> dict[str, Any]:
@@ -284,7 +276,7 @@ def _split_patterns(names: Sequence[str], start: str, of_images: bool) -> dict[s
 
     if not of_images:
         return found(names)
-    patterns = found(sorted({str(PurePosixPath(name).parent / "0") for name in names}))
+    patterns = found(sorted({os.path.join(os.path.dirname(name), "0") for name in names}))
     if patterns.get("train") == [f"{prefix}**"] and all(map(_SPLIT.search, names)):
         by_names = found(names)
         if len(_matched(names, [pattern for some in by_names.values() for pattern in some])) == len(names):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import PurePath
 from typing import Any
 
 import datasets
@@ -104,11 +104,9 @@ READERS: dict[str, Callable[..., Iterator[pa.Table]]] = {
 
 
 def table_kind(path: str) -> str:
-    """By which suffix a table is read: the last, or that before the one of a compression."""
-    suffixes = [suffix.lower() for suffix in PurePath(path).suffixes]
-    if suffixes and suffixes[-1] in (".gz", ".bz2", ".xz", ".zst", ".lz4"):
-        suffixes.pop()
-    return suffixes[-1] if suffixes else ""
+    """By which suffix a file is read: the last, or that before the one of a compression."""
+    stem, suffix = os.path.splitext(path.split("::")[0].lower())  # of a member of an archive its own
+    return os.path.splitext(stem)[1] if suffix in (".gz", ".bz2", ".xz", ".zst", ".lz4") else suffix
 
 
 def text_of(path: str) -> str:

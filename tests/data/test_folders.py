@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -251,6 +253,16 @@ def test_annotations_of_another_kind_are_not_captions(tmp_path: Path, pairs: dat
     put(tmp_path / "a.json", '{"caption": "a"}')
     with pytest.raises(ValueError, match=r"b.json is not a JSON object with a 'caption'"):
         load_pairs(str(tmp_path))
+
+
+def test_tables_in_an_archive_are_read_as_others(tmp_path: Path, pairs: datasets.Dataset) -> None:
+    with zipfile.ZipFile(tmp_path / "data.zip", "w") as archive:
+        for name in ("0.png", "1.png"):
+            archive.write(picture(tmp_path / "aside" / name, pairs), name)
+        archive.writestr("metadata.csv", "file_name,caption\n0.png,None\n1.png,007\n")
+    shutil.rmtree(tmp_path / "aside")
+    for load in (load_pairs, stream_pairs):
+        assert [row["caption"] for row in load(str(tmp_path))] == ["None", "007"]
 
 
 def test_links_are_not_followed_and_told(
