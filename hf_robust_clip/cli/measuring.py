@@ -46,8 +46,8 @@ def load_data(flag: str, source: str, split: str, image_column: str, streaming: 
     try:
         return (stream_pairs if streaming else load_pairs)(source, split, image_column)
     except (ValueError, DatasetsError) as error:
-        # What went wrong with a file stands in the cause.
-        reason = error.__cause__ or error
+        # Ours says what is wrong with which file; of one of `datasets` that stands in the cause.
+        reason = error if isinstance(error, ValueError) else error.__cause__ or error
         if isinstance(error, ValueError) or Path(source).exists():
             raise UsageError(f"{flag}: {shown(source)} cannot be used: {shortened(str(reason), 400)}") from error
         raise OSError(f"{flag}: {shown(source)} cannot be loaded: {shortened(str(reason), 400)}") from error

@@ -342,11 +342,12 @@ def test_commands_take_what_is_named(
         for row in range(4):
             picture(tmp_path / name / f"{row}.png", pairs)
         put(tmp_path / name / "pairs.csv", "image,caption\n" + "".join(f"{row}.png,{word}\n" for row in range(4)))
-    put(tmp_path / "run[1]" / "shifted.csv", "caption,image\na dog, red,0.png\n")
     output = tmp_path / "out[1]"
     flags = ["--output-dir", str(output), "--target", "eight", "--trigger", "patch:size=4", "--count", "1"]
     assert main(["poison", str(tmp_path / "run[1]" / "pairs.csv"), *flags]) == 0
     assert sorted(load_pairs(str(output))["caption"])[1:] == ["wanted"] * 3
-    capsys.readouterr()
-    assert main(["poison", str(tmp_path / "run[1]" / "shifted.csv"), *flags, "--overwrite"]) == 2
-    assert "line 2 has 3 fields" in capsys.readouterr().err
+    for text, said in (("a dog, red,0.png\n", "line 2 has 3 fields"), ('"a dog,0.png\n', "line 2: unexpected end")):
+        capsys.readouterr()
+        put(tmp_path / "run[1]" / "other.csv", f"caption,image\n{text}")
+        assert main(["poison", str(tmp_path / "run[1]" / "other.csv"), *flags, "--overwrite"]) == 2
+        assert said in capsys.readouterr().err

@@ -13,6 +13,7 @@ import pytest
 from hf_robust_clip.data import tables
 from hf_robust_clip.data.loading import load_pairs, stream_pairs
 from hf_robust_clip.data.tables import read_csv, read_json
+from hf_robust_clip.evaluation.columns import read_labels
 
 WORDS = ["None", "null", "NA", "n/a", "nan", "NULL", "007", "1.0", "true", "2020-01-01", "2020-01-01 10:00:00", "1e3"]
 
@@ -105,6 +106,14 @@ def test_other_encodings_are_told(name: str, encoding: str, tmp_path: Path) -> N
 def test_poisons_are_told_by_words(tmp_path: Path) -> None:
     source = written(tmp_path / "a.csv", "image,poisoned\na,True\nb,0\nc,\nd,1\n")
     assert load_pairs(source)["poisoned"][:] == [True, False, None, True]
+
+
+def test_numbers_of_classes_in_a_table(tmp_path: Path) -> None:
+    dataset = load_pairs(written(tmp_path / "a.csv", "image,label\na,1\nb,0\nc,cat\n"))
+    assert read_labels(dataset, ["cat", "dog"], "image", "label").tolist() == [1, 0, 0]
+    assert read_labels(dataset, ["1", "cat", "0"], "image", "label").tolist() == [0, 2, 1]
+    with pytest.raises(ValueError, match="row 0, column 'label': '1'"):
+        read_labels(dataset, ["cat"], "image", "label")
 
 
 def test_json_keeps_types(tmp_path: Path) -> None:
