@@ -11,14 +11,19 @@ from typing import Any, NamedTuple
 import datasets
 from datasets.exceptions import DatasetsError
 from safetensors import SafetensorError
+from transformers.utils import logging
 
 from ..attacks.triggers import Trigger, trigger_from_name
 from ..data.loading import encode_labels, label_by_captions, load_pairs, stream_pairs
+from ..data.tables import text_of
 from ..evaluation.attack_success import AttackSuccessEvaluator
 from ..evaluation.zero_shot import DEFAULT_TEMPLATES, ZeroShotEvaluator
 from ..models import check_processor, load_dual_encoder, load_processor
+from ..wording import listed, shortened, shown
 from .flags import parse_trigger
 from .output import UsageError, usage_errors
+
+logger = logging.get_logger(__name__)
 
 
 class Labelled(NamedTuple):
@@ -41,11 +46,11 @@ def load_data(flag: str, source: str, split: str, image_column: str, streaming: 
     try:
         return (stream_pairs if streaming else load_pairs)(source, split, image_column)
     except (ValueError, DatasetsError) as error:
-        # What went wrong with a file stands in the cause.
-        reason = error.__cause__ or error
+        # Ours says what is wrong with which file; of one of `datasets` that stands in the cause.
+        reason = error if isinstance(error, ValueError) else error.__cause__ or error
         if isinstance(error, ValueError) or Path(source).exists():
-            raise UsageError(f"{flag}: {source!r} cannot be used: {reason}") from error
-        raise OSError(f"{flag}: {source!r} cannot be loaded: {reason}") from error
+            raise UsageError(f"{flag}: {shown(source)} cannot be used: {shortened(str(reason), 400)}") from error
+        raise OSError(f"{flag}: {shown(source)} cannot be loaded: {shortened(str(reason), 400)}") from error
 
 
 def load_model(flag: str, name: str) -> tuple[Any, Any]:
@@ -79,16 +84,22 @@ def load_labelled(args: argparse.Namespace, data: str, split: str, image_column:
                 dataset, _read_classes(args.classes), args.caption_column, label_column=args.label_column
             )
     if args.label_column not in dataset.column_names:
-        names = ", ".join(map(repr, dataset.column_names))
         raise UsageError(
-            f"--label-column: {args.label_column!r} is not a column of {source!r}; its columns are {names}"
+            f"--label-column: {args.label_column!r} is not a column of {shown(source)}; its columns are "
+            f"{listed(dataset.column_names)}"
         )
+    are_text = not isinstance(dataset.features[args.label_column], datasets.ClassLabel)
     dataset = encode_labels(dataset, args.label_column)
     feature = dataset.features[args.label_column]
     if not isinstance(feature, datasets.ClassLabel):
         raise UsageError(
-            f"--label-column: {args.label_column!r} of {source!r} is {feature}; accepted are a ClassLabel and "
-            "names of classes (string). Or give --classes"
+            f"--label-column: {args.label_column!r} of {shown(source)} is {shown(feature)}; accepted are a ClassLabel "
+            "and names of classes (string). Or give --classes"
+        )
+    if are_text and all(name.isdecimal() for name in feature.names):
+        logger.warning(
+            f"{data}: the classes of {args.label_column!r} are called {listed(feature.names)}, and prompts have these "
+            "names in them; write the names of what is seen where these are numbers of classes"
         )
     return Labelled(dataset, list(feature.names), image_column, args.label_column)
 
@@ -131,9 +142,9 @@ def prefixes(triggers: Sequence[Trigger]) -> list[str]:
 
 def _read_classes(path: Path) -> dict[str, list[str]]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UsageError(f"--classes: {path} is no JSON: {error}") from error
+        content = json.loads(text_of(str(path)))
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"--classes: {path} is not JSON: {error}") from error
     if not isinstance(content, dict) or not all(
         isinstance(words, list) and words and all(isinstance(word, str) for word in words)
         for words in content.values()

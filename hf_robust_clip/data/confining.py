@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from datasets.fingerprint import Hasher
 from huggingface_hub import metadata_load
 
 from ..settings import read_settings
+from ..wording import shortened, shown
 
 #: What says which files a folder of data is made of, for `load_dataset`.
 _CARDS = {"README.md": metadata_load, ".huggingface.yaml": read_settings}
@@ -24,6 +25,8 @@ _CARDS = {"README.md": metadata_load, ".huggingface.yaml": read_settings}
 STATE_FILE, SPLITS_FILE = "state.json", "dataset_dict.json"
 #: "file:/etc", "zip::a.zip": what fsspec, which opens data files, does not take for a path.
 _ELSEWHERE = re.compile(r"[A-Za-z][\w+.-]+:|.*(://|::)", re.DOTALL)
+#: What a file starts with that Git LFS left in place of another.
+_POINTER = b"version https://git-lfs.github.com/spec/"
 _STRINGS = ("string", "large_string", "string_view")
 
 
@@ -57,9 +60,11 @@ class Bounds:
         inside = joined == self.root or joined.startswith(self._inside)
         if not inside or "://" in name or (not self.absolute and os.path.isabs(name)):
             raise ValueError(
-                f"{where}: {name!r} leads out of {self.root!r}; accepted are files in that folder or below it. A list "
-                "of images in several places goes into a folder above them all"
+                f"{where}: {shown(name)} leads out of {shown(self.root)}; accepted are files in that "
+                "folder or below it. A list of images in several places goes into a folder above them all"
             )
+        if "::" in joined:
+            raise ValueError(f"{where}: {shown(name)} has '::' in it, which parts several files; rename the image")
         return joined
 
 
@@ -99,7 +104,7 @@ def confine_column(
 def confine_row(row: Mapping[str, Any], column: str, bounds: Bounds, source: str) -> dict[str, Any]:
     """The same of a row of a stream: its value of the column."""
     value = row.get(column)
-    where = f"a row of {source!r}, column {column!r}"
+    where = f"a row of {shown(source)}, column {column!r}"
     if isinstance(value, str):
         return {column: bounds.path(value, where)}
     if isinstance(value, Mapping) and value.get("bytes") is None and isinstance(value.get("path"), str):
@@ -116,11 +121,9 @@ def check_manifests(folder: Path) -> None:
     Raises:
         `ValueError`: Naming the file and the path that leads out, or what the file should be.
     """
-    for name, read in _CARDS.items():
-        path = folder / name
-        if path.is_file():
-            for pattern in _patterns(_metadata(path, read)):
-                _check_name(pattern, folder, path)
+    for path, metadata in _cards(folder):
+        for pattern in _patterns(metadata):
+            _check_name(pattern, folder, path)
     splits = [folder]
     if (folder / SPLITS_FILE).is_file():
         names = _content(folder / SPLITS_FILE, "splits", "an object with a list of names under 'splits'")
@@ -133,12 +136,24 @@ def check_manifests(folder: Path) -> None:
                 _check_name(name, split, split / STATE_FILE)
 
 
-def check_files(files: Iterable[str], folder: Path) -> None:
-    """Refuse files, as `datasets` has found them, that are not in a folder or below it."""
-    root = os.path.join(folder.resolve(), "")
-    for file in files:
-        if not os.path.normpath(file).startswith(root):
-            raise ValueError(f"{str(folder)!r} is made of files elsewhere, {file!r} among them; accepted are its own")
+def card_of(folder: Path) -> dict[str, Any]:
+    """What the cards of a folder say of it, as `datasets` has it: the later counts."""
+    return {key: value for _, metadata in _cards(folder) for key, value in metadata.items()}
+
+
+def check_path(path: str) -> str:
+    """Refuse a path that fsspec, which opens data files, takes for a chain of several."""
+    if "::" in path:
+        raise ValueError(f"{path!r} has '::' in it, which parts several files in one name; give it another name")
+    return path
+
+
+def check_pointer(path: str) -> None:
+    """Refuse a file that Git LFS left in place of another."""
+    if os.path.isfile(path) and os.path.getsize(path) < 1024:
+        with open(path, "rb") as file:
+            if file.read(len(_POINTER)) == _POINTER:
+                raise ValueError(f"{path} is a Git LFS pointer, and not the file itself; get that with `git lfs pull`")
 
 
 def stored_files(folder: Path) -> list[str]:
@@ -164,8 +179,9 @@ def _confined(chunk: Any, column: str, bounds: Bounds, source: str, first: int) 
         named = pc.if_else(pc.is_null(is_bytes), paths, None)  # beside bytes a path is only a name
     else:
         named = chunk
-    where = f"of {source!r}, column {column!r}"
+    where = f"of {shown(source)}, column {column!r}"
     found = [bounds.path(name, f"row {row} {where}") for row, name in enumerate(named.to_pylist(), first)]
+    check_pointer(next(filter(None, found), ""))  # one stands for all: Git LFS leaves pointers of a kind of file
     confined = pa.array(found, pa.string())
     if is_bytes is None:
         return confined
@@ -181,20 +197,26 @@ def _check_name(name: Any, folder: Path, file: Path) -> None:
         or not (joined == root or joined.startswith(os.path.join(root, "")))
     ):
         raise ValueError(
-            f"{file} names {name!r}, which leads out of {str(folder)!r}; accepted are files of that folder"
+            f"{file} names {shown(name)}, which leads out of {shown(str(folder))}; accepted are files of that folder"
         )
 
 
-def _metadata(path: Path, read: Any) -> Any:
-    try:
-        return read(path)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"the metadata of {path} is no YAML: {error}") from error
+def _cards(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    for name, read in _CARDS.items():
+        path = folder / name
+        if path.is_file():
+            try:
+                metadata = read(path)
+            except (yaml.YAMLError, UnicodeDecodeError) as error:
+                reason = shortened(" ".join(str(error).split()), 300)
+                raise ValueError(f"the metadata of {path} is not YAML: {reason}") from error
+            if isinstance(metadata, dict):
+                yield path, metadata
 
 
-def _patterns(metadata: Any) -> Iterator[str]:
+def _patterns(metadata: Mapping[str, Any]) -> Iterator[str]:
     """What the configs of a dataset's card give as files and folders."""
-    configs = metadata.get("configs") if isinstance(metadata, dict) else None
+    configs = metadata.get("configs")
     for config in configs if isinstance(configs, list) else ():
         for key in ("data_files", "data_dir"):
             yield from _strings(config.get(key) if isinstance(config, dict) else None)
@@ -212,7 +234,7 @@ def _content(path: Path, key: str, shape: str) -> list[Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no JSON: {error}") from error
+        raise ValueError(f"{path} is not JSON: {shortened(str(error), 200)}") from error
     found = content.get(key) if isinstance(content, dict) else None
     if not isinstance(found, list):
         raise ValueError(f"{path} cannot be used; accepted is {shape}")

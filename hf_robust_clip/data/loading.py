@@ -3,32 +3,36 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import datasets
+from datasets.exceptions import DatasetGenerationError
+from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 from transformers.utils import logging
 
 from ..attacks.rows import naming
+from ..wording import listed, shown
+from .builders import make_builder
 from .confining import (
     SPLITS_FILE,
     STATE_FILE,
     Bounds,
-    check_files,
     check_manifests,
+    check_path,
+    check_pointer,
     confine_column,
     confine_row,
     names_images,
 )
+from .folders import Folder, may_hold_captions
 from .rows import column_values
+from .tables import READERS
 
 logger = logging.get_logger(__name__)
-
-_BUILDERS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".arrow": "arrow"}
-_TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
 
 
 def load_pairs(source: str, split: str = "train", image_column: str = "image") -> datasets.Dataset:
@@ -37,8 +41,9 @@ def load_pairs(source: str, split: str = "train", image_column: str = "image") -
 
     Args:
         source (`str`): A Parquet, CSV, TSV, JSON or Arrow file; a folder saved with `save_to_disk`; a folder of such
-            files, or of images with a `metadata.csv` or `metadata.jsonl` that has their captions; or a dataset on the
-            Hub.
+            files, of images with a `metadata.csv` or `metadata.jsonl` that has their captions, or of images with a
+            `.txt` or `.json` each for their caption; or a dataset on the Hub. It is one file or folder, whatever
+            characters are in its name. Tables are read as text: see [`~data.tables.read_csv`].
         split (`str`, defaults to `"train"`): Which split, where the source has several.
         image_column (`str`, defaults to `"image"`): Column with the image. Paths in it are taken from the folder of
             their file (in a folder saved with `save_to_disk`, from that folder), and must not lead out of it, or of
@@ -48,25 +53,29 @@ def load_pairs(source: str, split: str = "train", image_column: str = "image") -
         `datasets.Dataset`: With `image_column` as a `datasets.Image`.
 
     Raises:
-        `ValueError`: If the source is a file of another kind, has no such column or split, or names an image or a file
-            of data outside of its folder.
+        `ValueError`: If the source is a file of another kind or cannot be read as such, has no such column or split,
+            or names an image or a file of data outside of its folder.
     """
-    path = Path(source)
-    if path.is_file():
-        dataset = _load_file(path, source)
-        parts: Iterable[tuple[Any, Bounds]] = [(dataset, Bounds(path.parent))]
+    path = _place(source)
+    if path is None:
+        dataset = datasets.load_dataset(source, split=split)  # nosec B615 # the user's choice
+        parts: Iterable[tuple[Any, Bounds]] = [(dataset, Bounds(None))]
     elif _is_saved(path):
         dataset = _load_saved(path, split, source)
         parts = [(dataset, Bounds(path))]
     elif path.is_dir():
-        builder = _builder(path, split)
-        builder.download_and_prepare()
-        dataset = builder.as_dataset(split=split)
-        _check_tables(builder, path, dataset.column_names)
-        parts = _by_folder(builder, path, split, dataset)
+        folder = _folder(path, split)
+        dataset = _made(folder.builder(), split)
+        if len(dataset) != folder.rows.get(split, len(dataset)):
+            raise ValueError(
+                f"{shown(source)} has {len(dataset):,} rows of the split {split!r}, and its card says that they are "
+                f"{folder.rows[split]:,}; files are missing, or the card is of other files"
+            )
+        _tell_left_out(folder, dataset.column_names)
+        parts = _by_folder(folder, split, dataset, _made)
     else:
-        dataset = datasets.load_dataset(source, split=split)  # nosec B615 # the user's choice
-        parts = [(dataset, Bounds(None))]
+        dataset = _made(_file_builder(path), "train")
+        parts = [(dataset, Bounds(path.parent))]
     _check_column(dataset.column_names, image_column, source)
     feature = dataset.features[image_column]
     if isinstance(feature, datasets.Image):
@@ -86,23 +95,22 @@ def stream_pairs(source: str, split: str = "train", image_column: str = "image")
 
     Its paths are checked row by row, as they pass: one that leads out is a `ValueError` then.
     """
-    path = Path(source)
-    if path.is_file() or _is_saved(path):
-        return load_pairs(source, split, image_column).to_iterable_dataset()
-    builder = None
-    if path.is_dir():
-        builder = _builder(path, split)
-        stream = builder.as_streaming_dataset(split=split)
-    else:
+    path = _place(source)
+    if path is None:
         stream = datasets.load_dataset(source, split=split, streaming=True)  # nosec B615 # the user's choice
-    # CSV and JSON files tell their columns and types only as they are read.
+        parts: Iterable[tuple[Any, Bounds]] = [(stream, Bounds(None))]
+    elif path.is_file() or _is_saved(path):
+        return load_pairs(source, split, image_column).to_iterable_dataset()
+    else:
+        folder = _folder(path, split)
+        stream = _streamed(folder.builder(), split)
+        _tell_left_out(folder, stream.column_names)
+        parts = _by_folder(folder, split, stream, _streamed)
+    # Some files on the Hub tell their columns and types only as they are read.
     if stream.features is not None:
-        if builder is not None:
-            _check_tables(builder, path, stream.column_names)
         _check_column(stream.column_names, image_column, source)
         if not names_images(stream.features[image_column]):
             return stream
-    parts = [(stream, Bounds(None))] if builder is None else _by_folder(builder, path, split, stream, streaming=True)
     confined = [
         part.map(
             partial(confine_row, column=image_column, bounds=bounds, source=source),
@@ -113,13 +121,42 @@ def stream_pairs(source: str, split: str = "train", image_column: str = "image")
     return datasets.concatenate_datasets(confined) if len(confined) > 1 else confined[0]
 
 
-def _load_file(path: Path, source: str) -> datasets.Dataset:
+def _place(source: str) -> Path | None:
+    """The file or folder that a source names, if it names one; else it is an id on the Hub."""
+    if not source:
+        raise ValueError("source='' is empty; accepted are a file, a folder and a dataset on the Hub")
+    path = Path(os.path.abspath(source))
+    if path.exists():
+        check_path(str(path))
+        return path
+    if source in _PACKAGED_DATASETS_MODULES:  # of which `datasets` reads the files in the working directory
+        raise ValueError(f"source={source!r} is neither a file nor a folder; accepted are those, and ids on the Hub")
+    return None
+
+
+def _file_builder(path: Path) -> Any:
     suffix = path.suffix.lower()
-    builder = _BUILDERS.get(suffix)
-    if builder is None:
-        raise ValueError(f"source={source!r} is a {path.suffix or 'nameless'} file; accepted: {', '.join(_BUILDERS)}")
-    options = {"delimiter": "\t"} if suffix == ".tsv" else {}
-    return datasets.load_dataset(builder, data_files=str(path), split="train", **options)  # nosec B615 # a file
+    kind = "tables" if suffix in READERS else {".parquet": "parquet", ".arrow": "arrow"}.get(suffix)
+    if kind is None:
+        raise ValueError(
+            f"source={shown(str(path))} is a {path.suffix or 'nameless'} file; accepted: .parquet, .arrow, "
+            f"{', '.join(READERS)}"
+        )
+    return make_builder(kind, {"train": [str(path)]})
+
+
+def _made(builder: Any, split: str) -> datasets.Dataset:
+    try:
+        builder.download_and_prepare()
+    except DatasetGenerationError as error:
+        if isinstance(error.__cause__, ValueError):  # which says what is wrong with which file
+            raise error.__cause__ from None
+        raise
+    return builder.as_dataset(split=split)
+
+
+def _streamed(builder: Any, split: str) -> datasets.IterableDataset:
+    return builder.as_streaming_dataset(split=split)
 
 
 def _is_saved(path: Path) -> bool:
@@ -129,6 +166,8 @@ def _is_saved(path: Path) -> bool:
 
 def _load_saved(path: Path, split: str, source: str) -> datasets.Dataset:
     check_manifests(path)
+    for file in path.rglob("*.arrow"):
+        check_pointer(str(file))
     dataset = datasets.load_from_disk(str(path))
     if isinstance(dataset, datasets.DatasetDict):
         _check_split(split, dataset, source)
@@ -136,72 +175,57 @@ def _load_saved(path: Path, split: str, source: str) -> datasets.Dataset:
     return dataset
 
 
-def _builder(path: Path, split: str) -> Any:
-    """What makes a dataset of a folder of files, which are its own."""
-    check_manifests(path)
-    # As an absolute path, a folder that is called "csv" is not taken for what reads CSV files.
-    builder = datasets.load_dataset_builder(os.path.abspath(path))  # nosec B615 # a folder
-    for files in builder.config.data_files.values():
-        check_files(files, path)
+def _folder(path: Path, split: str) -> Folder:
+    folder = Folder(path)
     if split.isidentifier() and split != "all":  # no part of one or several, such as train[:10%]
-        _check_split(split, builder.config.data_files, str(path))
-    return builder
+        _check_split(split, folder.files, str(path))
+    return folder
 
 
 def _by_folder(
-    builder: Any, path: Path, split: str, dataset: Any, streaming: bool = False
+    folder: Folder, split: str, dataset: Any, read: Callable[[Any, str], Any]
 ) -> Iterator[tuple[Any, Bounds]]:
     """A dataset of a folder of files in parts that each come from one folder, from which its paths are taken."""
-    files = builder.config.data_files
+    files = folder.files
     # Of a part of a split, such as train[:10%], the files are not known.
     chosen = files[split] if split in files else [file for several in files.values() for file in several]
-    groups = [(folder, list(group)) for folder, group in groupby(chosen, key=os.path.dirname)]
+    if folder.kind == "captioned":  # whose paths are whole
+        chosen = chosen[:1]
+    groups = [(start, list(group)) for start, group in groupby(chosen, key=os.path.dirname)]
     if len(groups) > 1 and split not in files:
         raise ValueError(
-            f"split={split!r}: the files of {str(path)!r} lie in several folders, from which their paths are taken; "
-            f"accepted are its splits {', '.join(map(str, files))}"
+            f"split={split!r}: the files of {shown(str(folder.path))} lie in several folders, from which their paths "
+            f"are taken; accepted are its splits {listed(files)}"
         )
-    for folder, group in groups:
-        part = dataset
-        if len(groups) > 1:
-            part = datasets.load_dataset(  # nosec B615 # a folder
-                os.path.abspath(path),
-                data_files={split: group},
-                split=split,
-                features=dataset.features,
-                streaming=streaming,
-            )
-        yield part, Bounds(path, path / os.path.relpath(folder, path.resolve()))
+    for start, group in groups:
+        part = read(folder.builder({split: group}, dataset.features), split) if len(groups) > 1 else dataset
+        yield part, Bounds(folder.path, Path(start))
 
 
-def _check_split(split: str, splits: Iterable[str], source: str) -> None:
+def _check_split(split: str, splits: Collection[str], source: str) -> None:
     if split not in splits:
-        raise ValueError(f"split={split!r} is not in {source!r}; its splits are {', '.join(map(str, splits))}")
+        raise ValueError(f"split={split!r} is not in {shown(source)}; its splits are {listed(list(splits))}")
 
 
 def _check_column(names: Sequence[str], image_column: str, source: str) -> None:
     if image_column not in names:
         raise ValueError(
-            f"image_column={image_column!r} is not a column of {source!r}; its columns are "
-            f"{', '.join(map(repr, names))}"
+            f"image_column={image_column!r} is not a column of {shown(source)}; its columns are {listed(names)}"
         )
 
 
-def _check_tables(builder: Any, path: Path, names: Sequence[str]) -> None:
-    """Say which tables in a folder of images are not read, though they may have the captions."""
-    files = [file for several in builder.config.data_files.values() for file in several]
-    if builder.name != "imagefolder" or any(Path(file).stem == "metadata" for file in files):
+def _tell_left_out(folder: Folder, columns: Sequence[str]) -> None:
+    """Say which files of a folder are not read, though they may have what is wanted."""
+    if not folder.left_out:
         return
-    tables = sorted(entry.name for entry in path.iterdir() if entry.suffix.lower() in _TABLES)
-    if not tables:
-        return
-    message = (
-        f"{str(path)!r} is a folder of images, in which {', '.join(map(repr, tables))} is not read: a table of "
-        "captions there must be called metadata.csv or metadata.jsonl and have the paths of the images in a column "
-        f"file_name. Or pass the table itself, {str(path / tables[0])!r}"
-    )
-    if list(names) == ["image"]:
-        raise ValueError(message)
+    message = f"{shown(str(folder.path))} has files that are not read: {listed(folder.left_out)}."
+    if folder.kind == "imagefolder":
+        message += (
+            " It is a folder of images: a table of captions there is called metadata.csv or metadata.jsonl and has "
+            "the paths of the images in a column file_name. Or pass the table itself"
+        )
+        if list(columns) == ["image"] and any(may_hold_captions(name) for name in folder.left_out):
+            raise ValueError(message)
     logger.warning(message)
 
 
@@ -236,7 +260,7 @@ def label_by_captions(
     if caption_column not in dataset.column_names:
         raise ValueError(
             f"caption_column={caption_column!r} is not a column of dataset; its columns are "
-            f"{', '.join(map(repr, dataset.column_names))}"
+            f"{listed(dataset.column_names)}"
         )
     if votes is None:
         most = max((len(_captions(value)) for value in column_values(dataset, caption_column)), default=0)
@@ -256,7 +280,7 @@ def label_by_captions(
             labels.append(best)
     if not rows:
         needed = f"{votes} captions that name" if votes > 1 else "a caption that names"
-        raise ValueError(f"no row of dataset has {needed} one of the classes {', '.join(names)}")
+        raise ValueError(f"no row of dataset has {needed} one of the classes {listed(names)}")
     if label_column in dataset.column_names:
         logger.warning(f"the column {label_column!r} of dataset is replaced by the classes that its captions name")
         dataset = dataset.remove_columns(label_column)

@@ -23,6 +23,7 @@ from transformers.utils import logging
 from ..kinds import kind, wrong_dataset
 from ..models import check_processor
 from ..wording import listed, shown
+from .confining import check_path
 from .images import ImagePreprocessor
 from .rows import (
     ON_BAD_ROW,
@@ -112,6 +113,7 @@ def prepare_dataset(
     if not isinstance(folder, str | os.PathLike):
         raise ValueError(f"folder must be the path of a folder, but is {kind(folder)}")
     folder = Path(folder)
+    check_path(os.path.abspath(folder))
     if folder.exists() and not folder.is_dir():
         raise ValueError(
             f"folder={shown(str(folder))} is a file; accepted is a new or empty folder, or that of a same call"

@@ -39,7 +39,8 @@ def read_labels(
     if _plain(dataset):
         _check_order(dataset.features[label_column], class_names, label_column)
     where = "" if argument == "dataset" else f" of {argument}"
-    numbers = {name: number for number, name in enumerate(class_names)}
+    # A CSV file has numbers as text; a name that looks like one counts as a name.
+    numbers = {str(i): i for i in range(len(class_names))} | {name: i for i, name in enumerate(class_names)}
     labels = []
     for row, value in enumerate(read_column(dataset, label_column)):
         label = _number(value, numbers)

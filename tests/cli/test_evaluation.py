@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from hf_robust_clip import (
     __version__,
 )
 from hf_robust_clip.cli.main import main
+from hf_robust_clip.cli.measuring import load_labelled
 from hf_robust_clip.data.digits import CLASS_NAMES
 
 
@@ -196,3 +198,19 @@ def test_what_the_hub_does_not_hand_out_is_a_failure(model: Path, images: Path, 
     assert main(["evaluate", "nobody/nothing", "--data", str(images)]) == 1
     assert main(["evaluate", str(model), "--data", "nobody/nothing"]) == 1
     assert capsys.readouterr().err.count("\n") == 2
+
+
+def test_classes_of_a_table_are_what_stands_there(
+    pairs: datasets.Dataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for row in range(4):
+        pairs[row]["image"].save(tmp_path / f"{row}.png")
+    for names in (["null", "dog", "None", "NA"], ["007", "8", "1", "2"]):
+        table = tmp_path / f"{names[0]}.csv"
+        table.write_text("image,label\n" + "".join(f"{row}.png,{name}\n" for row, name in enumerate(names)))
+        labelled = load_labelled(
+            Namespace(data=str(table), split="train", classes=None, label_column="label"), "--data", "--split", "image"
+        )
+        assert labelled is not None and labelled.class_names == sorted(names)
+        assert [labelled.class_names[label] for label in labelled.dataset["label"]] == names
+        assert ("prompts have these names in them" in caplog.text) == (names[0] == "007")

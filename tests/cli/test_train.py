@@ -224,7 +224,7 @@ def test_a_file_holds_every_kind_of_argument(tmp_path: Path) -> None:
         (["--resume", "--resume_from_checkpoint", "x"], "not both"),
         (["--resume_from_checkpoint", "none"], "none is not a folder"),
         (["--train-data", "none.parquet"], "--train-data: 'none.parquet'"),
-        (["--train-split", "x", "--train-data", "DATA"], "its splits are train"),
+        (["--train-split", "x", "--train-data", "DATA"], "its splits are 'train'"),
         (["--eval-data", "DATA"], "split='validation' is not in"),
         (["--caption_column", "text"], "'text'"),
         (["--text_preset", "poem"], "text_preset"),

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pytest
 
 from hf_robust_clip.data import loading
-from hf_robust_clip.data.confining import Bounds, check_files, confine_column
+from hf_robust_clip.data.confining import Bounds, confine_column
 from hf_robust_clip.data.loading import load_pairs, stream_pairs
 from hf_robust_clip.imaging import decode_image
 
@@ -110,7 +110,7 @@ def test_paths_start_at_the_folder_of_their_file(stream: bool, folder: Path, pai
         with pytest.raises(ValueError, match=r"row 3 of"):
             load_pairs(str(folder))
         with pytest.raises(
-            ValueError, match=r"split='train\[:2\]': .* several folders.* accepted are its splits train"
+            ValueError, match=r"split='train\[:2\]': .* several folders.* accepted are its splits 'train'"
         ):
             load_pairs(str(folder), split="train[:2]")
 
@@ -170,10 +170,8 @@ def test_the_card_of_a_folder_names_its_own_files(folder: Path) -> None:
         (folder / name).write_text(f"{fence}configs:\n- config_name: default\n  data_files: '*.csv'\n{fence}")
     assert len(load_pairs(str(folder))) == 1
     (folder / "README.md").write_text("---\n- [\n---\n")
-    with pytest.raises(ValueError, match=r"the metadata of .*README.md is no YAML"):
+    with pytest.raises(ValueError, match=r"the metadata of .*README.md is not YAML"):
         load_pairs(str(folder))
-    with pytest.raises(ValueError, match=r"is made of files elsewhere, '/elsewhere.csv' among them"):
-        check_files([str(folder / "train.csv"), "/elsewhere.csv"], folder)
 
 
 def test_a_folder_that_was_saved_lists_its_own_files(pairs: datasets.Dataset, tmp_path: Path) -> None:
@@ -190,7 +188,7 @@ def test_a_folder_that_was_saved_lists_its_own_files(pairs: datasets.Dataset, tm
                 load_pairs(str(folder))
         for broken in ("{", "[]", json.dumps({**content, "_data_files": [{}]})):
             state.write_text(broken)
-            with pytest.raises(ValueError, match=r"state.json (is no JSON|cannot be used; accepted is)"):
+            with pytest.raises(ValueError, match=r"state.json (is not JSON|cannot be used; accepted is)"):
                 load_pairs(str(folder))
         state.write_text(json.dumps(content))
         assert load_pairs(str(folder))[0]["caption"] == pairs[1]["caption"]

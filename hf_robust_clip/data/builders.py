@@ -1,0 +1,226 @@
+"""What makes a dataset of tables, and of images with a file each for their caption, for the cache and for streams."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets.builder import Key
+from datasets.data_files import DataFilesDict, DataFilesList
+from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+from datasets.table import table_cast
+from datasets.utils.file_utils import xopen
+
+from .. import __version__
+from ..wording import listed
+from .confining import check_path, check_pointer
+from .tables import BATCH_ROWS, READERS, table_kind, text_of
+
+#: The column with the path of an image in a table that lies with images.
+FILE_NAME = "file_name"
+
+
+@dataclass
+class TablesConfig(datasets.BuilderConfig):
+    """
+    How tables are read.
+
+    Args:
+        features (`datasets.Features`, *optional*): Of the dataset, by default what the first table has.
+        sep, delimiter (`str`, *optional*): What parts the fields of CSV files, by default what their header shows.
+        names, column_names (list of `str`, *optional*): Of the columns of CSV files without a header.
+        of_images (`bool`): Whether `file_name` and `*_file_name` are the columns `image` and `*`.
+        within (mapping, *optional*): Of each split, the images that its rows name; rows that name others are not its
+            own. `None`: all rows of its tables are.
+    """
+
+    features: datasets.Features | None = None
+    sep: str | None = None
+    delimiter: str | None = None
+    names: list[str] | None = None
+    column_names: list[str] | None = None
+    of_images: bool = False
+    within: Mapping[str, Sequence[str]] | None = None
+
+
+class Tables(datasets.ArrowBasedBuilder):
+    """A dataset of the rows of CSV, TSV, JSON, JSON Lines and Parquet files, as [`tables`] reads them."""
+
+    BUILDER_CONFIG_CLASS = TablesConfig
+
+    def _info(self) -> datasets.DatasetInfo:
+        return datasets.DatasetInfo(features=self.config.features)
+
+    def _split_generators(self, dl_manager: Any) -> list[datasets.SplitGenerator]:
+        dl_manager.download_config.extract_on_the_fly = True
+        splits = dl_manager.extract(dl_manager.download(self.config.data_files))
+        if self.info.features is None:
+            first = next(itertools.chain.from_iterable(splits.values()))
+            table = next(self._read(first, None), pa.table({}))
+            self.info.features = datasets.Features.from_arrow_schema(table.schema)
+        return [
+            datasets.SplitGenerator(name=split, gen_kwargs={"files": list(files), "split": split})
+            for split, files in splits.items()
+        ]
+
+    def _generate_tables(self, files: Sequence[str], split: str) -> Iterator[tuple[Key, pa.Table]]:
+        features = self.info.features
+        for number, file in enumerate(files):
+            for batch, table in enumerate(self._read(file, None if self.config.features else features, split)):
+                if set(table.column_names) != set(features):
+                    raise ValueError(
+                        f"{file} has the columns {listed(table.column_names)}, and the first table has "
+                        f"{listed(features)}; accepted are tables of the same columns"
+                    )
+                yield Key(number, batch), table_cast(table.select(list(features)), features.arrow_schema)
+
+    def _read(self, file: str, features: datasets.Features | None, split: str | None = None) -> Iterator[pa.Table]:
+        config = self.config
+        kept = None if config.within is None or split is None else frozenset(config.within[split])
+        for table in read_table(
+            file,
+            delimiter=config.sep or config.delimiter,
+            names=config.names or config.column_names,
+            features=None if features is None or config.of_images else features,
+        ):
+            if config.of_images:
+                if kept is not None:
+                    table = table.filter(pa.array([path in kept for path in named_images(file, table)], pa.bool_()))
+                table = table.rename_columns([_column_of_images(name) for name in table.column_names])
+            yield table
+
+
+class Images(ImageFolder):
+    """[`ImageFolder`] whose tables, as archives have them, are read as all others are."""
+
+    def _read_metadata(self, metadata_file: str, metadata_ext: str = "") -> Iterator[pa.Table]:
+        return read_table(metadata_file)
+
+
+class Captioned(datasets.ArrowBasedBuilder):
+    """A dataset of images, by their paths, and of the caption that stands in a file of its own beside each."""
+
+    def _info(self) -> datasets.DatasetInfo:
+        text = datasets.Value("string")
+        return datasets.DatasetInfo(features=datasets.Features({"image": text, "caption": text}))
+
+    def _split_generators(self, dl_manager: Any) -> list[datasets.SplitGenerator]:
+        return [
+            datasets.SplitGenerator(
+                name=split,
+                gen_kwargs={"folders": [list(group) for _, group in itertools.groupby(images, key=os.path.dirname)]},
+            )
+            for split, images in self.config.data_files.items()
+        ]
+
+    def _generate_tables(self, folders: Sequence[Sequence[str]]) -> Iterator[tuple[Key, pa.Table]]:
+        for number, images in enumerate(folders):
+            for start in range(0, len(images), BATCH_ROWS):
+                batch = images[start : start + BATCH_ROWS]
+                captions = [read_caption(next(filter(os.path.isfile, caption_files(image)))) for image in batch]
+                yield Key(number, start), pa.table([batch, captions], self.info.features.arrow_schema)
+
+
+def make_builder(kind: str, files: Mapping[str, Sequence[str]], **options: Any) -> Any:
+    """
+    What makes a dataset of files, each of which is one file, whatever characters are in its name.
+
+    Args:
+        kind (`str`): `"tables"`, `"captioned"`, or the name of what reads them in `datasets`.
+        files (mapping): Of each split its paths.
+        options: Of the config of its builder.
+
+    Raises:
+        `ValueError`: If there is no such option, a path has "::" in it, or a file is a pointer of Git LFS.
+    """
+    found = DataFilesDict({split: _listing(paths, kind) for split, paths in files.items()})
+    if kind == "imagefolder":
+        return Images(dataset_name=kind, hash=__version__, data_files=found, **options)
+    if kind == "captioned":
+        return Captioned(dataset_name=kind, hash=__version__, data_files=found)
+    if kind == "tables":
+        unknown = sorted(set(options) - set(TablesConfig.__dataclass_fields__))
+        if unknown:
+            raise ValueError(f"the config of tables has {listed(unknown)}; accepted are sep and column_names")
+        return Tables(dataset_name=kind, hash=__version__, data_files=found, **options)
+    return datasets.load_dataset_builder(kind, data_files=found, **options)  # nosec B615 # files
+
+
+def caption_files(image: str) -> list[str]:
+    """What the file with an image's caption may be called, as kohya and img2dataset call it."""
+    return [os.path.splitext(image)[0] + suffix for suffix in (".txt", ".json")]
+
+
+def read_table(path: str, **options: Any) -> Iterator[pa.Table]:
+    """The rows of a table, whatever its kind."""
+    kind = table_kind(path)
+    if kind == ".parquet":
+        with xopen(path, "rb") as file:  # which opens members of archives
+            for batch in pq.ParquetFile(file).iter_batches(BATCH_ROWS):
+                yield pa.Table.from_batches([batch])
+    elif kind in READERS:
+        yield from READERS[kind](path, **options)
+    else:
+        raise ValueError(f"{path} is not a table; accepted are {', '.join((*READERS, '.parquet'))}")
+
+
+def read_caption(path: str) -> str | None:
+    """
+    What a file says of its image: all of a text, without the white space around it, or `caption` of an object in JSON.
+
+    Raises:
+        `ValueError`: If it is JSON without a caption, or not UTF-8.
+    """
+    text = text_of(path)
+    if not path.lower().endswith(".json"):
+        return text.strip()
+    try:
+        caption = json.loads(text)["caption"]
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ValueError(f"{path} is not a JSON object with a 'caption'") from error
+    if caption is not None and not isinstance(caption, str):
+        raise ValueError(f"{path}: 'caption' is {type(caption).__name__}; accepted is a text")
+    return caption
+
+
+def named_images(file: str, table: pa.Table) -> list[str | None]:
+    """
+    The paths of the images that the rows of a table name, one a row.
+
+    Raises:
+        `ValueError`: If it has no column for them.
+    """
+    column = next((name for name in table.column_names if _column_of_images(name) != name), None)
+    if column is None:
+        raise ValueError(
+            f"{file} lies with images and has no column {FILE_NAME!r} with their paths; its columns are "
+            f"{listed(table.column_names)}"
+        )
+    folder = os.path.dirname(file)
+    names = table[column].to_pylist()
+    return [None if name is None else os.path.normpath(os.path.join(folder, str(name))) for name in names]
+
+
+def _column_of_images(name: str) -> str:
+    return "image" if name == FILE_NAME else name.removesuffix(f"_{FILE_NAME}")
+
+
+def _listing(paths: Sequence[str], kind: str) -> DataFilesList:
+    """Files with what tells `datasets` that one has changed since it was cached."""
+    origins: list[tuple[str]] = []
+    for path in paths:
+        beside = filter(os.path.isfile, caption_files(path)) if kind == "captioned" else ()
+        origin = ""
+        for file in (check_path(path), *beside):
+            check_pointer(file)
+            stat = os.stat(file)
+            origin += f"{file} {stat.st_mtime_ns} {stat.st_ctime_ns} {stat.st_size} "
+        origins.append((origin,))
+    return DataFilesList(list(paths), origins)
