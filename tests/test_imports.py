@@ -17,7 +17,7 @@ PACKAGE = Path(hf_robust_clip.__file__).parent
 FLOORS: tuple[frozenset[str], ...] = (
     frozenset(
         {"losses", "distributed", "pool", "lookup", "mixture", "imaging", "seeding", "augment", "files", "settings"}
-        | {"versions", "wording"}
+        | {"versions", "wording", "locking"}
     ),
     frozenset({"attacks"}),
     frozenset({"models", "data", "evaluation"}),

@@ -13,6 +13,8 @@ import pyarrow as pa
 from datasets.fingerprint import Hasher
 
 from ..files import in_one_move, remove_partial, write_text
+from ..locking import LOCK_FILES
+from ..wording import listed, shortened, shown
 from .confining import STATE_FILE, stored_files
 
 #: What a folder was made from, and the shards that are whole.
@@ -40,12 +42,13 @@ def whole_shards(folder: Path, made_from: Mapping[str, Any]) -> dict[str, dict[s
     remove_partial(folder)
     path = folder / RECORD_FILE
     if not path.is_file():
-        foreign = sorted(file.name for file in folder.iterdir() if not file.name.startswith("."))
+        names = sorted(file.name for file in folder.iterdir())
+        foreign = [name for name in names if not name.startswith(".") and name not in LOCK_FILES]
         # Without a record no shard counts, and what an interrupted call left is written over.
         foreign = [name for name in foreign if not (name.startswith("data-") and name.endswith(".arrow"))]
         if foreign:
             raise ValueError(
-                f"folder={str(folder)!r} holds {', '.join(map(repr, foreign[:3]))} and no {RECORD_FILE}; accepted is "
+                f"folder={str(folder)!r} holds {listed(foreign)} and no {RECORD_FILE}; accepted is "
                 "a new or empty folder, or that of an earlier call"
             )
         return {}
@@ -53,8 +56,8 @@ def whole_shards(folder: Path, made_from: Mapping[str, Any]) -> dict[str, dict[s
     differences = list(_differences(record["made_from"], made_from))
     if differences:
         raise ValueError(
-            f"folder={str(folder)!r} was prepared otherwise: {'; '.join(differences)}. Give another folder, or delete "
-            "this one"
+            f"folder={str(folder)!r} was prepared otherwise: {shortened('; '.join(differences), 300)}. Give another "
+            "folder, or delete this one"
         )
     shards: dict[str, dict[str, Any]] = record["shards"]
     return {
@@ -128,7 +131,7 @@ def _read_record(path: Path) -> dict[str, Any]:
         record = json.loads(path.read_text(encoding="utf-8"))
         wrong = _what_is_wrong(record)
     except (ValueError, RecursionError) as error:
-        wrong = f"it is no JSON: {error}"
+        wrong = f"it is not JSON: {shortened(str(error), 200)}"
     if wrong is not None:
         raise ValueError(f"{path} cannot be used: {wrong}. Give another folder, or delete that one")
     found: dict[str, Any] = record
@@ -154,4 +157,4 @@ def _differences(then: Mapping[str, Any], now: Mapping[str, Any], inside: str = 
         if isinstance(before, dict) and isinstance(after, dict):
             yield from _differences(before, after, f"{inside}{name}.")
         elif before != after:
-            yield f"{inside}{name} was {before!r}, and is {after!r}"
+            yield f"{inside}{name} was {shown(before)}, and is {shown(after)}"
