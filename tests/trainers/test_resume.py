@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import errno
+import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +18,7 @@ import torch
 from training import assert_same_bits, digits, is_whole, make_trainer, train_and_resume
 
 from hf_robust_clip import CleanCLIPTrainer, CLIPTrainer, RoCLIPTrainer, SafeCLIPTrainer
+from hf_robust_clip.locking import FolderInUseError, sole_writer
 from hf_robust_clip.trainers.base import STATE_FILE
 from hf_robust_clip.trainers.checkpoints import CheckpointError
 
@@ -222,7 +227,7 @@ def test_newest_whole_checkpoint_is_taken_and_others_are_named(
     assert_same_bits(uninterrupted, trainer)
     for step, reason in ((8, "it has no trainer_state.json, which is written last"), (10, "cannot be read")):
         assert re.search(rf"checkpoint-{step} is not taken to resume from: .*{reason}", caplog.text)
-    with pytest.raises(ValueError, match=r"checkpoint-8' is no checkpoint: it has no trainer_state.json"):
+    with pytest.raises(ValueError, match=r"checkpoint-8' is not a checkpoint: it has no trainer_state.json"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
 
 
@@ -255,6 +260,32 @@ def test_full_disk_leaves_earlier_checkpoints_and_says_so(
     uninterrupted = make_trainer(CLIPTrainer, tmp_path / "whole", **options)
     uninterrupted.train()
     assert_same_bits(uninterrupted, resumed)
+
+
+@pytest.mark.parametrize(
+    "error, free, full",
+    [
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), 10**9, True),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), 10**9, True),
+        (RuntimeError("basic_ios::clear: iostream error"), 0, True),
+        (RuntimeError("basic_ios::clear: iostream error"), 10**9, False),
+        (RuntimeError("I/O error: Permission denied (os error 13)"), 0, False),
+        (OSError(errno.EIO, "Input/output error"), 0, False),
+    ],
+)
+def test_no_space_is_said_only_where_there_is_none(
+    error: Exception, free: int, full: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise error
+
+    trainer = make_trainer(CLIPTrainer, tmp_path, rows=8, max_steps=1, save_strategy="steps", save_steps=1)
+    monkeypatch.setattr(trainer, "_save_rng_state", fail)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**10, 10**10 - free, free))
+    with pytest.raises(CheckpointError) as raised:
+        trainer.train()
+    message = str(raised.value)
+    assert str(error) in message and ("MB are free" in message) == ("with room" in message) == full
 
 
 def test_what_a_killed_save_left_behind_is_removed_and_replaced(whole: Whole, tmp_path: Path) -> None:
@@ -340,3 +371,60 @@ def test_best_alone_is_kept_at_the_end_and_none_torn(tmp_path: Path, monkeypatch
     assert is_whole(tmp_path / "checkpoint-2")
     evaluating_trainer(tmp_path / "again", save_total_limit=1).train()
     assert [path.name for path in (tmp_path / "again").iterdir()] == ["checkpoint-2"]
+
+
+def test_two_trainings_in_one_folder_are_one_too_many(tmp_path: Path) -> None:
+    """In another process; in this one they may follow each other, and one trainer may train twice."""
+    script = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from training import make_trainer\n"
+        "from hf_robust_clip import CLIPTrainer\n"
+        "trainer = make_trainer(CLIPTrainer, Path(sys.argv[1]), rows=8, max_steps=1)\n"
+        "for write in (trainer.train, trainer.save_model):\n"
+        "    try:\n"
+        "        write()\n"
+        "    except ValueError as error:\n"
+        "        print(error)\n"
+    )
+    output_dir = tmp_path / "out"
+    with sole_writer(output_dir, "output_dir", "a training"):
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        command = [sys.executable, "-c", script, str(output_dir)]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert [path.name for path in output_dir.iterdir() if "in_use" not in path.name] == []
+    assert done.stdout.count("is being written to by a training: process") == 2, done.stderr
+    first, second = (make_trainer(CLIPTrainer, output_dir, rows=8, max_steps=1) for _ in range(2))
+    for trainer in (first, second, first):
+        trainer.train()
+        trainer.save_model()
+        assert not list(output_dir.glob("*in_use*"))
+
+
+def test_all_ranks_of_a_training_are_refused_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hf_robust_clip.trainers import publishing
+
+    told: list[Any] = ["out is in use"]
+    monkeypatch.setattr(publishing, "broadcast_object_list", lambda given: given.__setitem__(0, told[0]))
+    another_rank: Any = SimpleNamespace(process_index=1, world_size=2, output_dir=str(tmp_path / "out"))
+    with pytest.raises(FolderInUseError, match="out is in use"), publishing.sole_training(another_rank):
+        pass
+    told[0] = None
+    with publishing.sole_training(another_rank):
+        assert not list(tmp_path.iterdir())
+
+
+def test_the_folder_of_the_model_is_not_written_over(tmp_path: Path) -> None:
+    first = make_trainer(CLIPTrainer, tmp_path / "out", rows=8, max_steps=2, save_strategy="steps", save_steps=1)
+    first.train()
+    first.save_model()
+    (tmp_path / "link").symlink_to(tmp_path / "out")
+    again = make_trainer(CLIPTrainer, tmp_path / "out", rows=8, max_steps=3, model=str(tmp_path / "link"))
+    with pytest.raises(ValueError, match="is the folder that the model was loaded from"):
+        again.train()
+    # To go on from a checkpoint there is another matter, and so is to start from one.
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 3
+    make_trainer(
+        CLIPTrainer, tmp_path / "out", rows=8, max_steps=1, model=str(tmp_path / "out" / "checkpoint-1")
+    ).train()
