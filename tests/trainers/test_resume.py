@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import re
 import shutil
 import subprocess
@@ -18,7 +17,7 @@ import torch
 from training import assert_same_bits, digits, is_whole, make_trainer, train_and_resume
 
 from hf_robust_clip import CleanCLIPTrainer, CLIPTrainer, RoCLIPTrainer, SafeCLIPTrainer
-from hf_robust_clip.locking import FolderInUseError, sole_writer
+from hf_robust_clip.locking import FolderInUseError
 from hf_robust_clip.trainers.base import STATE_FILE
 from hf_robust_clip.trainers.checkpoints import CheckpointError
 
@@ -376,25 +375,21 @@ def test_best_alone_is_kept_at_the_end_and_none_torn(tmp_path: Path, monkeypatch
 def test_two_trainings_in_one_folder_are_one_too_many(tmp_path: Path) -> None:
     """In another process; in this one they may follow each other, and one trainer may train twice."""
     script = (
-        "import sys\n"
-        "from pathlib import Path\n"
-        "from training import make_trainer\n"
-        "from hf_robust_clip import CLIPTrainer\n"
-        "trainer = make_trainer(CLIPTrainer, Path(sys.argv[1]), rows=8, max_steps=1)\n"
-        "for write in (trainer.train, trainer.save_model):\n"
-        "    try:\n"
-        "        write()\n"
-        "    except ValueError as error:\n"
-        "        print(error)\n"
+        "import sys; from pathlib import Path; from hf_robust_clip.locking import sole_writer\n"
+        "with sole_writer(Path(sys.argv[1]), 'output_dir', 'a training'):\n"
+        "    print('held', flush=True)\n"
+        "    sys.stdin.read()\n"
     )
     output_dir = tmp_path / "out"
-    with sole_writer(output_dir, "output_dir", "a training"):
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-        command = [sys.executable, "-c", script, str(output_dir)]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
-        assert [path.name for path in output_dir.iterdir() if "in_use" not in path.name] == []
-    assert done.stdout.count("is being written to by a training: process") == 2, done.stderr
     first, second = (make_trainer(CLIPTrainer, output_dir, rows=8, max_steps=1) for _ in range(2))
+    command = [sys.executable, "-c", script, str(output_dir)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None and other.stdout.readline() == "held\n"
+        for write in (first.train, first.save_model):
+            with pytest.raises(FolderInUseError, match=f"is being written to by a training: process {other.pid} "):
+                write()
+        assert [path.name for path in output_dir.iterdir() if "in_use" not in path.name] == []
+        other.communicate()
     for trainer in (first, second, first):
         trainer.train()
         trainer.save_model()
