@@ -49,6 +49,7 @@ def sole_writer(folder: Path, argument: str, work: str, wait: bool = False) -> I
 
     Raises:
         [`FolderInUseError`]: If somebody else writes there; the message says who, and since when.
+        `OSError`: If the folder cannot be made.
     """
     held: set[tuple[int, Path]] = _own.__dict__.setdefault("held", set())
     given, folder = str(folder), folder.resolve()
@@ -57,6 +58,7 @@ def sole_writer(folder: Path, argument: str, work: str, wait: bool = False) -> I
         yield
         return
     made = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
     lock = _locked(folder, f"{argument}={shown(given)}", work, wait)
     held.add(place)
     try:
@@ -77,7 +79,6 @@ def _locked(folder: Path, given: str, work: str, wait: bool) -> Any:
     """The lock, held; `None` where there can be none."""
     lock = FileLock(folder / LOCK_FILE)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         while True:
             try:
                 lock.acquire(timeout=_PATIENCE)

@@ -117,7 +117,7 @@ class Staging:
         limit = self._trainer.args.save_total_limit
         if limit is None or limit <= 0:
             return []
-        folders = _all_in(self.final.parent)
+        folders = checkpoints_in(self.final.parent)
         best = self._trainer.state.best_model_checkpoint
         kept = {self.final} | ({Path(best)} if best is not None else set())
         removable = sorted((path for path in folders if path not in kept), key=_age)
@@ -139,8 +139,13 @@ def keep_best_alone(trainer: PublishingTrainer, output_dir: Path) -> None:
     best = trainer.state.best_model_checkpoint
     if best is None or trainer.args.save_total_limit != 1 or not trainer.args.should_save:
         return
-    for path in [path for path in _all_in(output_dir) if not path.samefile(best)]:
+    for path in [path for path in checkpoints_in(output_dir) if not path.samefile(best)]:
         shutil.rmtree(_withdrawn(path), ignore_errors=True)
+
+
+def checkpoints_in(output_dir: Path) -> list[Path]:
+    """The folders there that are called checkpoints, whole or not."""
+    return [path for path in output_dir.glob("*") if _NAME.fullmatch(path.name) and path.is_dir()]
 
 
 def newest_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
@@ -153,7 +158,7 @@ def newest_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
     Returns:
         `str` or `None`: Its folder.
     """
-    for path in sorted(_all_in(Path(output_dir)), key=_step, reverse=True):
+    for path in sorted(checkpoints_in(Path(output_dir)), key=_step, reverse=True):
         trouble = trouble_with(path)
         if trouble is None:
             return str(path)
@@ -212,10 +217,6 @@ def _age(checkpoint: Path) -> tuple[float, int]:
 
 def _step(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
-
-
-def _all_in(output_dir: Path) -> list[Path]:
-    return [path for path in output_dir.glob("*") if _NAME.fullmatch(path.name) and path.is_dir()]
 
 
 def _free(folder: Path) -> int:

@@ -39,9 +39,13 @@ logger = logging.get_logger(__name__)
 
 
 @contextmanager
-def sole_training(args: TrainingArguments) -> Iterator[None]:
+def sole_training(args: TrainingArguments, argument: str = "output_dir") -> Iterator[None]:
     """
     A context in which no other training writes to `args.output_dir`, for all ranks of one: the main process locks.
+
+    Args:
+        args (`TrainingArguments`): Of the training.
+        argument (`str`, defaults to `"output_dir"`): What messages call the folder.
 
     Raises:
         [`~locking.FolderInUseError`]: On all ranks, if somebody else writes there.
@@ -50,7 +54,7 @@ def sole_training(args: TrainingArguments) -> Iterator[None]:
         refusal: list[Any] = [None]
         if args.process_index == 0:
             try:
-                stack.enter_context(sole_writer(Path(str(args.output_dir)), "output_dir", "a training"))
+                stack.enter_context(sole_writer(Path(str(args.output_dir)), argument, "a training"))
             except FolderInUseError as error:
                 refusal = [str(error)]
         if args.world_size > 1:

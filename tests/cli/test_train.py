@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,10 +20,13 @@ import yaml
 from stand_in import WRITE_TOKEN, HubStandIn
 from transformers import AutoModel, AutoProcessor, CLIPModel, CLIPProcessor
 
+from hf_robust_clip import locking
 from hf_robust_clip.cli.main import main
 from hf_robust_clip.cli.train import METHODS
 from hf_robust_clip.cli.train_flags import ARGUMENTS, method_parser, training_arguments
 from hf_robust_clip.cli.train_steps import TRAINERS
+from hf_robust_clip.files import RUN_FILE
+from hf_robust_clip.locking import LOCK_FILE, sole_writer
 from hf_robust_clip.record import RunRecord
 
 METHOD_FLAGS = {
@@ -170,6 +175,84 @@ def test_an_interrupted_run_goes_on_from_its_newest_checkpoint(folder: Path, tmp
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
     records = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("whole", "parts")]
     assert records[0]["before"] == records[1]["before"] and records[0]["after"] == records[1]["after"]
+
+
+def refused(capsys: Any, arguments: list[str]) -> str:
+    capsys.readouterr()
+    assert main(arguments) == 2
+    error = str(capsys.readouterr().err)
+    assert error.count("\n") == 1
+    return error
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "adapter_config.json", "results.json", RUN_FILE, "README.md"])
+def test_what_an_earlier_run_left_is_not_replaced(name: str, folder: Path, tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / name).write_text("mine")
+    for more in ([], ["--resume"]):
+        assert f"holds '{name}'" in refused(capsys, ["train", "clip", *flags(folder, tmp_path, *more)])
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(name, "mine")]
+
+
+def test_what_is_overwritten_is_deleted_first(folder: Path, tmp_path: Path, capsys: Any) -> None:
+    adapters = ("adapter_config.json", "adapter_model.safetensors")  # which loading would prefer to the new model
+    for name in ("notes.txt", "README.md", *adapters):
+        (tmp_path / name).write_text("mine")
+    (tmp_path / "checkpoint-900").mkdir()
+    refused(capsys, ["train", "clip", *flags(folder, tmp_path, "--overwrite", "--resume")])
+    assert main(["train", "clip", *flags(folder, tmp_path, "--overwrite")]) == 0
+    assert "'checkpoint-900', 'adapter_config.json'" in capsys.readouterr().out
+    left = {path.name for path in tmp_path.iterdir()}
+    assert not left & {"checkpoint-900", *adapters, LOCK_FILE} and {"results.json", "model.safetensors"} < left
+    assert (tmp_path / "notes.txt").read_text() == (tmp_path / "README.md").read_text() == "mine"
+
+
+def test_the_model_to_start_from_is_not_replaced(folder: Path, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
+    shutil.copytree(folder / "model", tmp_path / "out" / "checkpoint-1")
+    (tmp_path / "link").symlink_to(tmp_path / "out" / "checkpoint-1")
+    monkeypatch.chdir(tmp_path)
+    for model, output in (
+        ("out/checkpoint-1", "out"),
+        ("link", "out"),
+        ("link", str(tmp_path / "out" / "checkpoint-1")),
+        ("out/checkpoint-1", "out/./checkpoint-1"),
+    ):
+        arguments = ["train", "clip", *flags(folder, Path(output), "--model", model, "--overwrite")]
+        assert f"holds --model, {model}" in refused(capsys, arguments)
+    # Beside and below it there is room.
+    for output in ("out/checkpoint-1/trained", "beside"):
+        assert main(["train", "clip", *flags(folder, Path(output), "--model", "link", "--max_steps", "1")]) == 0
+
+
+@pytest.mark.parametrize("command", ["train", "poison", "demo", "prepare"])
+def test_a_folder_that_another_process_writes_to_is_refused(
+    command: str, folder: Path, tmp_path: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(locking, "_PATIENCE", 0.01)
+    data, model = str(folder / "pairs.parquet"), str(folder / "model")
+    arguments = {
+        "train": ["train", "clip", *flags(folder, tmp_path)],
+        "poison": ["poison", data, "--output-dir", str(tmp_path), "--target", "eight", "--count", "1"],
+        "demo": ["demo", "--output-dir", str(tmp_path)],
+        "prepare": ["prepare", data, "--model", model, "--output-dir", str(tmp_path)],
+    }[command]
+    if command == "poison":
+        arguments += ["--trigger", "patch:size=3"]
+    started, done = threading.Event(), threading.Event()
+
+    def write() -> None:
+        with sole_writer(tmp_path, "folder", "a training"):
+            started.set()
+            done.wait()
+
+    other = threading.Thread(target=write)
+    other.start()
+    started.wait()
+    try:
+        assert f"is being written to by a training: process {os.getpid()}" in refused(capsys, arguments)
+        assert all("in_use" in path.name for path in tmp_path.iterdir())
+    finally:
+        done.set()
+        other.join()
 
 
 @pytest.mark.parametrize("method", METHODS)
