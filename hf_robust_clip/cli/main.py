@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .. import __version__
+from ..wording import shortened
 from . import card, demo, evaluation, info, poison, prepare, push, train
 from .output import UsageError
 from .parsing import ConfigParser, Parser
@@ -64,7 +65,7 @@ def _make_parser(required: Sequence[str] | None = None, **kwargs: Any) -> Parser
 
 
 def _one_line(error: BaseException) -> str:
-    words = " ".join(str(error).split()) or type(error).__name__
+    words = shortened(" ".join(str(error).split()) or type(error).__name__)
     # A file's name or a dataset's may hold what a terminal would carry out.
     return "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in words)
 

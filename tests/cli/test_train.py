@@ -278,6 +278,20 @@ def test_every_argument_is_a_flag_and_what_is_printed_is_taken_back(method: str,
     assert arguments.learning_rate == 1 and not arguments.dataloader_drop_last
 
 
+def test_words_of_yaml_are_the_strings_that_the_flags_take(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(
+        "train_data: name/data\noutput_dir: 2024\nsave_strategy: no\neval_strategy: no\nlogging_strategy: no\n"
+        "report_to: none\nrun_name: 2024-01-01\ntarget: 007\nlearning_rate: 1e-5\nuse_cpu: yes\nseed: 1_0\n"
+        "lr_scheduler_type: cosine_with_min_lr\nlr_scheduler_kwargs: {min_lr: 1e-7}\nlabel_column: on\n"
+    )
+    args = method_parser("clip", "test").parse_args(["--config", str(tmp_path / "config.yaml")])
+    arguments = training_arguments("clip", args)
+    assert {arguments.save_strategy, arguments.eval_strategy, arguments.logging_strategy} == {"no"}
+    assert (arguments.run_name, args.target, args.label_column) == ("2024-01-01", "007", "on")
+    assert arguments.lr_scheduler_kwargs == {"min_lr": 1e-7} and arguments.learning_rate == 1e-5
+    assert arguments.output_dir == "2024" and arguments.seed == 10 and arguments.use_cpu and arguments.report_to == []
+
+
 def test_a_file_holds_every_kind_of_argument(tmp_path: Path) -> None:
     config = {
         "train_data": "name/data",
