@@ -34,7 +34,7 @@ from .output import (
     with_folder,
     write_json,
 )
-from .progress import TrainingBar
+from .progress import follow
 from .train_flags import check_train, training_arguments
 
 TRAINERS: dict[str, type[CLIPTrainer]] = {
@@ -215,8 +215,8 @@ def _make_trainer(args: argparse.Namespace, arguments: CLIPTrainingArguments, re
     # These print each log as a dictionary.
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
-    if arguments.process_index == 0 and not args.disable_tqdm:
-        trainer.add_callback(TrainingBar("training", _followed(evaluators)))
+    if arguments.process_index == 0:
+        follow(trainer, _followed(evaluators), bar=not args.disable_tqdm)
     return trainer
 
 
@@ -245,7 +245,7 @@ def _start_from(args: argparse.Namespace, arguments: CLIPTrainingArguments, pair
 
 
 def _followed(evaluators: list[Any]) -> dict[str, str]:
-    """The figures that the progress bar shows: accuracy, and the success of each attack."""
+    """The figures that are shown while it trains: accuracy, and the success of each attack."""
     followed = {"eval_clean_accuracy": "clean"}
     for attack in evaluators[1:]:
         followed[f"eval_{attack.prefix}attack_success_rate"] = f"{attack.prefix.rstrip('_')} ASR"

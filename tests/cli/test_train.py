@@ -96,6 +96,9 @@ def test_every_method_trains_and_measures(method: str, folder: Path, tmp_path: P
     assert "before  after" in captured.out and f"{results['after']['clean_accuracy']:.3f}" in captured.out
     # No dictionaries, and no bars where there is no terminal.
     assert "{" not in captured.out and "%|" not in captured.err
+    steps = RunRecord.load(output).steps
+    shown = [line for line in captured.out.splitlines() if line.startswith("step ")]
+    assert shown[0] == f"step 0 of {steps}" and shown[-1].startswith(f"step {steps} of {steps}: loss ")
     # What is measured of the saved model is what training reported last.
     out = tmp_path / "measured.json"
     arguments = [flag.replace("--eval-data", "--data") for flag in measured(folder)]
