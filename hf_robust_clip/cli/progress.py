@@ -139,7 +139,7 @@ class TrainingLog(TrainerCallback):
 def follow(
     trainer: CLIPTrainer, figures: dict[str, str], bar: bool = True, indent: str = "", brief: bool = False
 ) -> None:
-    """Show a trainer's progress: by a bar on a terminal, if it is wanted, else by lines, as [`TrainingLog`] has them."""
+    """Show a trainer's progress: by a bar on a terminal, if one is wanted, else by the lines of [`TrainingLog`]."""
     if bar and sys.stderr.isatty():
         trainer.add_callback(TrainingBar(f"{indent}training", figures))
     else:
