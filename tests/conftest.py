@@ -25,7 +25,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 
 #: Folders and files of tests that train, in this process or in others; elsewhere a test is marked by itself.
-TRAINING = ("trainers", "faults", "hub", "benchmarks", "cli/test_train.py", "cli/test_demo.py", "test_examples.py")
+TRAINING = (
+    *("trainers", "faults", "hub", "benchmarks", "cli/test_train.py", "cli/test_demo.py", "report/test_pictures.py"),
+    *("report/test_run_page.py", "test_callbacks.py", "test_docs.py", "test_examples.py", "test_notebook.py"),
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
