@@ -380,6 +380,7 @@ def test_two_processes_train_as_one_and_one_of_them_prints_and_pushes(folder: Pa
     record = RunRecord.load(output)
     assert record.environment["processes"] == 2 and record.steps == 2
     assert set(record.before or ()) == set(record.after or ()) != set()
+    assert not [name for name in uploaded if "in_use" in name]
     for name in ("model.safetensors", "robust_clip_run.json", "results.json", "README.md"):
         assert uploaded[name] == (output / name).read_bytes()
     assert WRITE_TOKEN.encode() not in everything and str(tmp_path).encode() not in uploaded["results.json"]
