@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
@@ -20,6 +21,37 @@ class _Loader(yaml.SafeLoader):
             raise yaml.composer.ComposerError(None, None, "aliases (*name) are not accepted here", mark)
         return super().compose_node(parent, index)
 
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        mapping = super().construct_mapping(node, deep)
+        if len(mapping) < len(node.value):
+            # YAML forbids it, and PyYAML takes the last.
+            raise yaml.constructor.ConstructorError(None, None, "a key stands there twice", node.start_mark)
+        return mapping
+
+
+class _ArgumentLoader(_Loader):
+    """Takes 1e-5 for the number that it is: YAML 1.1 wants a dot in it."""
+
+
+_ArgumentLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+class _TextLoader(_Loader):
+    """Leaves every value the text that it is."""
+
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+
+
+def read_arguments(path: Path) -> tuple[Any, Any]:
+    """
+    What a YAML file of arguments holds, as [`read_settings`] has it, and the same with every value as it is written:
+    YAML takes `no` for false, `007` for 7 and `2024-01-01` for a date.
+    """
+    content = _content(path)
+    return _loaded(path, content, _ArgumentLoader), _loaded(path, content, _TextLoader)
+
 
 def read_settings(path: Path) -> Any:
     """
@@ -33,12 +65,20 @@ def read_settings(path: Path) -> Any:
             token may stand.
         `OSError`: If it cannot be read.
     """
+    return _loaded(path, _content(path), _Loader)
+
+
+def _content(path: Path) -> bytes:
     with path.open("rb") as file:
         content = file.read(LARGEST + 1)
     if len(content) > LARGEST:
         raise ValueError(f"{path} is larger than {LARGEST:,} bytes; accepted is a file of settings")
+    return content
+
+
+def _loaded(path: Path, content: bytes, loader: type[_Loader]) -> Any:
     try:
-        return yaml.load(content.decode(), Loader=_Loader)  # nosec B506 # derives from SafeLoader
+        return yaml.load(content.decode(), Loader=loader)  # nosec B506 # derives from SafeLoader
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is no YAML: it is not text") from error
     except yaml.YAMLError as error:

@@ -8,12 +8,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import datasets
 import pytest
 import torch
-from transformers import CLIPModel, CLIPProcessor
+from transformers import CLIPModel, CLIPProcessor, Trainer
 
 from hf_robust_clip.data.digits import digit_processor, load_digit_pairs
 from hf_robust_clip.data.scratch import build_model
@@ -21,6 +22,32 @@ from hf_robust_clip.data.scratch import build_model
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Several workers with a thread for each core each would only wait for one another.
     torch.set_num_threads(1)
+
+
+#: Folders and files of tests that train, in this process or in others; elsewhere a test is marked by itself.
+TRAINING = (
+    *("trainers", "faults", "hub", "benchmarks", "cli/test_train.py", "cli/test_demo.py", "report/test_pictures.py"),
+    *("report/test_run_page.py", "test_callbacks.py", "test_docs.py", "test_examples.py", "test_notebook.py"),
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that train: `make check` leaves them out."""
+    folder = Path(__file__).parent
+    for item in items:
+        path = item.path.relative_to(folder)
+        if path.parts[0] in TRAINING or path.as_posix() in TRAINING:
+            item.add_marker(pytest.mark.training)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_training_in_the_fast_lane(request: pytest.FixtureRequest) -> Iterator[None]:
+    """With `-m "not training"` a test that trains all the same fails, and says what it lacks."""
+    with pytest.MonkeyPatch.context() as patch:
+        if "not training" in request.config.option.markexpr:
+            message = "this test trains: mark it with pytest.mark.training, or name its file in tests/conftest.py"
+            patch.setattr(Trainer, "train", lambda *args, **kwargs: pytest.fail(message))
+        yield
 
 
 @pytest.fixture(scope="module", autouse=True)

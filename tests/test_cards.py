@@ -466,6 +466,7 @@ def run_usage(
     return found
 
 
+@pytest.mark.training
 def test_the_code_on_a_card_runs(
     cleaned: CLIPTrainer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -501,6 +502,7 @@ def test_the_code_on_an_adapters_card_runs(
     assert list(shares.values()) == pytest.approx(expected.tolist(), abs=1e-6)
 
 
+@pytest.mark.training
 def test_class_names_in_code_are_the_class_names(
     monkeypatch: pytest.MonkeyPatch, cleaned: CLIPTrainer, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -514,6 +516,7 @@ def test_class_names_in_code_are_the_class_names(
 # ---- Writing ----
 
 
+@pytest.mark.training
 def test_trainer_writes_the_card_of_its_record(cleaned: CLIPTrainer) -> None:
     cleaned.create_model_card(
         language="en",
@@ -542,12 +545,14 @@ def test_trainer_writes_the_card_of_its_record(cleaned: CLIPTrainer) -> None:
         assert picture.format == "PNG" and picture.getpixel((0, 0)) == (255, 255, 255)
 
 
+@pytest.mark.training
 def test_a_record_that_was_saved_gives_the_same_card(cleaned: CLIPTrainer) -> None:
     written = RunRecord.load(cleaned.args.output_dir)
     now = dataclasses.replace(cleaned.record(), environment=written.environment)
     assert render_card(now) == render_card(written)
 
 
+@pytest.mark.training
 def test_only_the_main_process_writes(cleaned: CLIPTrainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cleaned, "is_world_process_zero", lambda: False)
     monkeypatch.setattr(cleaned.args, "output_dir", str(tmp_path))
@@ -676,6 +681,7 @@ def outline(card: str) -> list[str]:
     return [re.sub(r"#%|- Seed .*", "", line) for line in masked]
 
 
+@pytest.mark.training
 def test_a_new_run_gives_cards_of_the_same_structure(script: ModuleType, tmp_path: Path) -> None:
     recipe = dataclasses.replace(
         script.PRETRAINING,
@@ -695,6 +701,7 @@ def test_a_new_run_gives_cards_of_the_same_structure(script: ModuleType, tmp_pat
         assert outline((tmp_path / f"{name}.md").read_text()) == outline((script.FOLDER / f"{name}.md").read_text())
 
 
+@pytest.mark.training
 def test_a_whole_run_of_each_kind_leaves_a_card(trained: Callable[..., CLIPTrainer]) -> None:
     for cls, said in ((CLIPTrainer, "No defence was used"), (SafeCLIPTrainer, "tells poisoned pairs from clean ones")):
         trainer = trained(cls, cls.__name__, num_train_epochs=3)

@@ -9,8 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from ..files import write_text
+from ..locking import sole_writer
 from ..wording import listed, shown
-from .output import UsageError, format_table, prepare_output_dir, say, write_json
+from .output import (
+    UsageError,
+    check_output_dir,
+    format_table,
+    prepare_output_dir,
+    say,
+    with_folder,
+    write_json,
+)
 
 
 @dataclass(frozen=True)
@@ -145,7 +154,7 @@ def run_demo(
 
     Args:
         output_dir (`Path`): Gets `report.html`, `results.json`, `poison_manifest.json` and a checkpoint for each model
-            of the defence, under its name in `DEFENCES`. Those there from an earlier run are replaced; other files
+            of the defence, under its name in `DEFENCES`. Those there from an earlier demo are replaced; other files
             stay.
         seed (`int`): Of the data, the trigger and training, in [0, 2**32).
         trigger_name (`str`): One of `TRIGGERS`.
@@ -157,19 +166,44 @@ def run_demo(
         `dict`: What `results.json` holds.
 
     Raises:
-        `UsageError`: On a folder that cannot be written to, or an argument out of range, before any work.
+        `UsageError`: On a folder that cannot be written to, that another process writes to, or that holds files of
+            these names which no demo wrote; on an argument out of range; before any work.
         `ModuleNotFoundError`: Without the extra `report`.
     """
-    from ..report import TITLES, check_report_extra, findings, render_demo_report, results_table
+    from ..report import check_report_extra
 
-    started = time.perf_counter()
     for flag, value, accepted in (("--trigger", trigger_name, TRIGGERS), ("--defence", defence, DEFENCES)):
         if value not in accepted:
-            raise UsageError(f"{flag}: {shown(value)} is no {flag[2:]}; accepted are {listed(accepted)}")
+            raise UsageError(f"{flag}: {shown(value)} is not a {flag[2:]}; accepted are {listed(accepted)}")
     if not 0 <= seed < 2**32:
-        raise UsageError(f"--seed: {seed} is no seed; accepted is an integer from 0 to 2**32 - 1")
+        raise UsageError(f"--seed: {seed} is not a seed; accepted is an integer from 0 to 2**32 - 1")
     check_report_extra()
-    prepare_output_dir(output_dir, files=(MANIFEST, RESULTS, REPORT), folders=DEFENCES[defence])
+    written: Any = {"files": (MANIFEST, RESULTS, REPORT), "folders": DEFENCES[defence]}
+    check_output_dir(output_dir, **written)
+    with with_folder(output_dir, sole_writer(output_dir, "--output-dir", "a demo")):
+        _check_folder(output_dir, [*written["files"], *written["folders"]])
+        prepare_output_dir(output_dir, **written)
+        return _run(output_dir, seed, trigger_name, recipe, quick, defence)
+
+
+def _check_folder(folder: Path, written: list[str]) -> None:
+    """`UsageError` for a folder with something under these names that no demo wrote, which leaves a manifest."""
+    foreign = [name for name in written if (folder / name).is_file() or any((folder / name).glob("*"))]
+    earlier = (folder / MANIFEST).is_file() and not (folder / "data").exists()  # which `poison` writes beside its own
+    if foreign and not earlier:
+        raise UsageError(
+            f"--output-dir: {folder} holds {listed(foreign)}, which no demo wrote, and which this one would replace: "
+            "give another folder"
+        )
+
+
+def _run(
+    output_dir: Path, seed: int, trigger_name: str, recipe: Recipe | None, quick: bool, defence: str
+) -> dict[str, Any]:
+    """As [`run_demo`], with the folder to itself."""
+    from ..report import TITLES, findings, render_demo_report, results_table
+
+    started = time.perf_counter()
     say(TITLES[defence])
     if quick:
         say("QUICK RUN: the models are hardly trained and the figures mean little; leave out --quick for real ones.")

@@ -20,7 +20,7 @@ from ..trainers.cleanclip import CleanCLIPTrainer
 from ..trainers.roclip import RoCLIPTrainer
 from ..trainers.safeclip import SafeCLIPTrainer
 from .demo import Recipe
-from .progress import TrainingBar
+from .progress import follow
 
 EVALUATION_BATCH = 256
 #: The models that start from the poisoned one, on clean pairs; the others start anew, on poisoned pairs.
@@ -48,8 +48,7 @@ def make_trainer(name: str, recipe: Recipe, folder: Path, seed: int, **shared: A
         **shared: What the trainer gets beside its arguments and augmentations: model, data, evaluators.
     """
     settings = _settings(name, recipe, folder, seed)
-    bar = TrainingBar("  training", {"eval_clean_accuracy": "clean", "eval_attack_success_rate": "ASR"})
-    shared = {**shared, "callbacks": [bar], "image_augmentation": _image_augmentation(name, recipe)}
+    shared = {**shared, "image_augmentation": _image_augmentation(name, recipe)}
     trainer: CLIPTrainer
     if name == "cleanclip":
         settings["unimodal_weight"] = recipe.unimodal_weight
@@ -80,6 +79,8 @@ def make_trainer(name: str, recipe: Recipe, folder: Path, seed: int, **shared: A
     else:
         trainer = CLIPTrainer(args=CLIPTrainingArguments(**settings), **shared)
     trainer.remove_callback(PrinterCallback)  # prints each log as a dictionary
+    # What the steps print tells enough, unless one takes minutes.
+    follow(trainer, {"eval_clean_accuracy": "clean", "eval_attack_success_rate": "ASR"}, indent="  ", brief=True)
     return trainer
 
 

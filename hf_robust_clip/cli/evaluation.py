@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,9 @@ from .output import UsageError, format_table, say, usage_errors, write_json
 
 if TYPE_CHECKING:
     from .measuring import Labelled
+
+#: Bytes of the largest file that is looked at for whether it holds results.
+_LARGEST = 10_000_000
 
 
 def add_parser(commands: Any) -> None:
@@ -76,6 +80,10 @@ def run(args: argparse.Namespace) -> int:
     check_whole("--batch-size", args.batch_size, least=1)
     if args.json is not None and (args.json.is_dir() or not args.json.absolute().parent.is_dir()):
         raise UsageError(f"--json: {args.json} cannot be written; accepted is a file in a folder that is there")
+    if args.json is not None and args.json.is_file() and not _is_ours(args.json):
+        raise UsageError(
+            f"--json: {args.json} is there, and is not what this command wrote: it is not replaced. Give another name"
+        )
     if args.dry_run:
         say(args.parser.dump(args).rstrip())
         return 0
@@ -90,6 +98,18 @@ def run(args: argparse.Namespace) -> int:
         write_json(args.json, results)
         say(f"\nWritten to {args.json}")
     return 0
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a file is empty, or results of this command, and not data, a model's or a person's file."""
+    if path.stat().st_size > _LARGEST:
+        return False
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text) if text else {"figures": {}}
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and "figures" in content
 
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +27,37 @@ def usage_errors(flag: str = "") -> Iterator[None]:
         raise UsageError(f"{flag}: {error}" if flag else str(error)) from error
 
 
-def prepare_output_dir(folder: Path, files: Iterable[str] = (), folders: Iterable[str] = ()) -> None:
+@contextmanager
+def with_folder(folder: Path, lock: AbstractContextManager[None]) -> Iterator[None]:
+    """A context with an output folder to oneself, by a lock on it; `UsageError` if that is not to be had."""
+    with ExitStack() as stack:
+        try:
+            with usage_errors():
+                stack.enter_context(lock)
+        except OSError as error:
+            raise UsageError(f"--output-dir: {folder} cannot be written to: {error.strerror or error}") from error
+        yield
+
+
+def check_apart(data: str, folder: Path) -> None:
+    """`UsageError` for an output folder that holds DATA, which would be replaced, or that DATA would then include."""
+    source, folder = Path(data).resolve(), folder.resolve()
+    if source.exists() and folder in (source, *source.parents):
+        raise UsageError(f"--output-dir: {folder} holds DATA, {data}, which would be replaced: give another folder")
+    if source in folder.parents:
+        raise UsageError(f"--output-dir: {folder} is in DATA, {data}, and would be a part of it: give another folder")
+
+
+def check_output_dir(folder: Path, files: Iterable[str] = (), folders: Iterable[str] = ()) -> None:
     """
-    Make a folder if there is none, and see whether one can write to it.
+    See whether names are free, or taken by what is of the same kind.
 
     Args:
-        folder (`Path`): The folder. What is in it stays.
+        folder (`Path`): The folder.
         files, folders (iterable of `str`): Names that will be written there.
 
     Raises:
-        `UsageError`: If it is a file or cannot be written to, or if there is a folder of a file's name or the reverse.
+        `UsageError`: If it is a file, or if there is a folder of a file's name or the reverse.
     """
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--output-dir: {folder} is a file; give the name of a folder")
@@ -46,6 +67,16 @@ def prepare_output_dir(folder: Path, files: Iterable[str] = (), folders: Iterabl
     for name in folders:
         if (folder / name).exists() and not (folder / name).is_dir():
             raise UsageError(f"--output-dir: {folder / name} is a file, where a folder is to be written")
+
+
+def prepare_output_dir(folder: Path, files: Iterable[str] = (), folders: Iterable[str] = ()) -> None:
+    """
+    [`check_output_dir`], make the folder if there is none, and see whether one can write to it. What is in it stays.
+
+    Raises:
+        `UsageError`: As there, and if it cannot be written to.
+    """
+    check_output_dir(folder, files, folders)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

@@ -11,6 +11,8 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 
+from ..wording import MOST, shortened, shown
+
 #: Arguments that no configuration file holds.
 _NO_SETTINGS = ("help", "traceback", "config", "dry_run")
 #: Arguments whose values are shown nowhere.
@@ -39,7 +41,7 @@ class Parser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())} (see {self.prog} --help)\n")
+        self.exit(2, f"{self.prog}: error: {shortened(' '.join(message.split()))} (see {self.prog} --help)\n")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         parsed, extras = super().parse_known_args(args, namespace)
@@ -49,7 +51,7 @@ class Parser(argparse.ArgumentParser):
             known = [flag for action in self._actions for flag in action.option_strings if flag != "--help"]
             near = difflib.get_close_matches(flags[0], known, n=1) if flags else []
             hint = f"; did you mean {near[0]}?" if near else ""
-            self.error(f"unrecognized arguments: {' '.join(flags or extras)}{hint}")
+            self.error(f"unrecognized arguments: {' '.join((flags or extras)[:MOST])}{hint}")
         return parsed, extras
 
 
@@ -113,10 +115,10 @@ class ConfigParser(Parser):
         return "".join(f"# {name} is given, and left out here\n" for name in hidden) + text
 
     def _read(self, path: Path) -> dict[str, Any]:
-        from ..settings import read_settings
+        from ..settings import read_arguments
 
         try:
-            content = read_settings(path)
+            content, written = read_arguments(path)
         except OSError as error:
             self.error(f"--config: {path} cannot be read: {error.strerror or error}")
         except ValueError as error:
@@ -125,24 +127,32 @@ class ConfigParser(Parser):
             found = "empty" if content is None else f"a {type(content).__name__}"
             self.error(f"--config: {path} is {found}; accepted is a mapping of argument names to values")
         settings = self.settings
-        return {key: self._checked(path, key, value, settings) for key, value in content.items()}
+        return {key: self._checked(path, key, value, written.get(key), settings) for key, value in content.items()}
 
-    def _checked(self, path: Path, key: Any, value: Any, settings: Mapping[str, argparse.Action]) -> Any:
+    def _checked(self, path: Path, key: Any, value: Any, text: Any, settings: Mapping[str, argparse.Action]) -> Any:
         if key not in settings:
             nearest = difflib.get_close_matches(str(key), settings, n=1, cutoff=0.0)[0]
-            self.error(f"--config: {path}: unknown key {str(key)!r}; did you mean {nearest!r}?")
+            self.error(f"--config: {path}: unknown key {shown(str(key))}; did you mean {nearest!r}?")
         action = settings[key]
         hint = self.hints.get(key, _hint(action))
-        entries = [argument for argument in _alternatives(hint) if get_origin(argument) is list]
-        if entries and not _fits(hint, value) and _fits(get_args(entries[0])[0], value):
-            value = [value]
+        value = _as_written(hint, value, text)
+        entry = _entry(hint)
+        if entry is not None and not isinstance(value, list) and not _fits(hint, value):
+            alone = _as_written(entry, value, text)
+            value = [alone] if _fits(entry, alone) else value
         if not _fits(hint, value):
-            shown = "" if key in SECRETS else f" is {value!r}"
-            self.error(f"--config: {path}: {key}{shown}; accepted is {_accepted(hint)}")
+            found = "" if key in SECRETS else f" is {shown(value)}"
+            self.error(f"--config: {path}: {key}{found}; accepted is {_accepted(hint)}")
+        if isinstance(value, int | float) and not isinstance(value, bool) and not _is_decimal(text, value):
+            self.error(
+                f"--config: {path}: {key} is {shown(text)}, which YAML takes for {value}: write a decimal number"
+            )
         if value is None:
             return None
         if action.choices is not None and value not in action.choices:
-            self.error(f"--config: {path}: {key} is {value!r}; accepted are {', '.join(map(str, action.choices))}")
+            self.error(
+                f"--config: {path}: {key} is {shown(value)}; accepted are {', '.join(map(str, action.choices))}"
+            )
         if float in _alternatives(hint) and isinstance(value, str) and str not in _alternatives(hint):
             return float(value)
         if key not in self.hints and callable(action.type) and action.type not in (int, float):
@@ -196,8 +206,32 @@ def _fits(hint: Any, value: Any) -> bool:
     return isinstance(value, origin or hint)
 
 
+def _as_written(hint: Any, value: Any, text: Any) -> Any:
+    """A value; where a string is accepted, and YAML made something else of it, the text that is written there."""
+    if isinstance(value, list):
+        entry = _entry(hint)
+        return value if entry is None else [_as_written(entry, *pair) for pair in zip(value, text, strict=True)]
+    if value is None or isinstance(value, Mapping) or _fits(hint, value):
+        return value
+    return text if _fits(hint, text) else value
+
+
+def _entry(hint: Any) -> Any:
+    """The type of a list's entries; `None` where no list is accepted."""
+    return next((get_args(argument)[0] for argument in _alternatives(hint) if get_origin(argument) is list), None)
+
+
+def _is_decimal(text: Any, value: float) -> bool:
+    """Whether a number is what a flag would make of its text: YAML takes 010 for 8, and 1:30 for 90."""
+    try:
+        found = int(text) if isinstance(value, int) else float(str(text).replace(".inf", "inf").replace(".nan", "nan"))
+    except ValueError:
+        return False
+    return found == value or value != value
+
+
 def _is_number(text: str) -> bool:
-    """YAML takes 1e-5, which has no dot, for a string."""
+    """A number in quotes is one as well."""
     try:
         float(text)
     except ValueError:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 from typing import Any
 
+from ..files import in_one_move
+from ..locking import LOCK_FILES, sole_writer
 from .flags import (
     IMAGE_TRIGGERS,
     TEXT_TRIGGERS,
@@ -18,7 +19,16 @@ from .flags import (
     parse_trigger,
     spelled,
 )
-from .output import UsageError, prepare_output_dir, say, usage_errors, write_json
+from .output import (
+    UsageError,
+    check_apart,
+    check_output_dir,
+    prepare_output_dir,
+    say,
+    usage_errors,
+    with_folder,
+    write_json,
+)
 
 MODES = ("backdoor", "label_consistent", "targeted", "text_query")
 MANIFEST, DATA = "poison_manifest.json", Path("data", "train.parquet")
@@ -70,15 +80,20 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the sub-command as its arguments say."""
     _check(args)
+    _check_folder(args)
     if args.dry_run:
         say(args.parser.dump(args).rstrip())
         return 0
-    prepare_output_dir(args.output_dir, files=(MANIFEST, str(DATA)), folders=(DATA.parent.name,))
-    # What follows imports torch and datasets, which takes seconds.
-    from .progress import quiet_libraries
+    written: Any = {"files": (MANIFEST, str(DATA)), "folders": (DATA.parent.name,)}
+    check_output_dir(args.output_dir, **written)
+    with with_folder(args.output_dir, sole_writer(args.output_dir, "--output-dir", "a poisoning")):
+        _check_folder(args)
+        prepare_output_dir(args.output_dir, **written)
+        # What follows imports torch and datasets, which takes seconds.
+        from .progress import quiet_libraries
 
-    with quiet_libraries():
-        manifest = poison(args)
+        with quiet_libraries():
+            manifest = poison(args)
     counts, target = manifest["counts"], manifest["target"]
     say(
         f"{counts['count']} of {counts['dataset_length']} pairs ({counts['rate']:.2%}) are poisons: {manifest['mode']}"
@@ -135,7 +150,7 @@ def _check(args: argparse.Namespace) -> None:
     if (args.rate is None) == (args.count is None):
         raise UsageError("give exactly one of --rate and --count")
     if args.rate is not None and not 0 < args.rate <= 1:
-        raise UsageError(f"--rate: {args.rate} is no share; accepted is a number above 0 and at most 1")
+        raise UsageError(f"--rate: {args.rate} is not a share; accepted is a number above 0 and at most 1")
     for flag, least in (("--count", 1), ("--image-size", 1), ("--seed", 0), ("--source-index", 0)):
         check_whole(flag, getattr(args, flag[2:].replace("-", "_")), least)
     if (args.trigger is None) != (args.mode == "targeted"):
@@ -146,9 +161,10 @@ def _check(args: argparse.Namespace) -> None:
     for flag, file in (("--templates", args.templates), ("--target-image", args.target_image)):
         if file is not None and not file.is_file():
             raise UsageError(f"{flag}: {file} is not a file")
-    source, folder = Path(args.data).resolve(), args.output_dir.resolve()
-    if source == folder or folder in source.parents:
-        raise UsageError(f"--output-dir: {args.output_dir} holds DATA, {args.data}, which would be replaced")
+    check_apart(args.data, args.output_dir)
+
+
+def _check_folder(args: argparse.Namespace) -> None:
     if not args.overwrite and not _is_ours(args.output_dir):
         raise UsageError(
             f"--output-dir: {args.output_dir} is not empty, and holds more than an earlier run wrote: give another "
@@ -158,7 +174,8 @@ def _check(args: argparse.Namespace) -> None:
 
 def _is_ours(folder: Path) -> bool:
     """Whether a folder is empty, not there, or what this command left behind."""
-    own, manifest = {folder / MANIFEST, folder / DATA}, folder / MANIFEST
+    manifest = folder / MANIFEST
+    own = {manifest, folder / DATA, *(folder / name for name in LOCK_FILES)}
     foreign = any(path not in own for path in folder.rglob("*") if not path.is_dir())
     return not foreign and (manifest.is_file() or not (folder / DATA).exists())
 
@@ -177,15 +194,11 @@ def _write_parquet(dataset: Any, path: Path) -> None:
     from datasets.table import embed_table_storage
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with pyarrow.parquet.ParquetWriter(str(partial), dataset.features.arrow_schema) as writer:
-            # Dataset.to_parquet leaves images that are paths as they are, and paths do not travel.
-            for batch in dataset.with_format("arrow").iter(_GROUP):
-                writer.write_table(embed_table_storage(batch))
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    schema = dataset.features.arrow_schema
+    with in_one_move(path) as partial, pyarrow.parquet.ParquetWriter(str(partial), schema) as writer:
+        # Dataset.to_parquet leaves images that are paths as they are, and paths do not travel.
+        for batch in dataset.with_format("arrow").iter(_GROUP):
+            writer.write_table(embed_table_storage(batch))
 
 
 def _described(trigger: dict[str, Any] | None) -> str:

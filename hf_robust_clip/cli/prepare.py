@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .flags import add_columns, add_pairs, check_source, check_whole, spelled
-from .output import UsageError, say, usage_errors
+from .output import check_apart, say, usage_errors
 
 
 def add_parser(commands: Any) -> None:
@@ -58,9 +58,7 @@ def run(args: argparse.Namespace) -> int:
     check_source("DATA", args.data)
     for flag, least in (("--max-length", 2), ("--rows-per-shard", 1), ("--num-proc", 1)):
         check_whole(flag, getattr(args, flag[2:].replace("-", "_")), least)
-    source, folder = Path(args.data).resolve(), args.output_dir.resolve()
-    if source == folder or folder in source.parents:
-        raise UsageError(f"--output-dir: {args.output_dir} holds DATA, {args.data}; give another folder")
+    check_apart(args.data, args.output_dir)
     if args.dry_run:
         say(args.parser.dump(args).rstrip())
         return 0

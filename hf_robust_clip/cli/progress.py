@@ -1,18 +1,28 @@
-"""Training that is pleasant to watch: one bar a training, and libraries that keep quiet."""
+"""Training that is pleasant to watch: one bar a training, or a few lines, and libraries that keep quiet."""
 
 from __future__ import annotations
 
+import sys
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from logging import LogRecord
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import datasets
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
+from .output import say
+
+if TYPE_CHECKING:
+    from ..trainers.base import CLIPTrainer
+
+#: Seconds after which a line is due.
+_MINUTE = 60.0
 #: Of messages of transformers: that torchvision is missing, which weights were not loaded, and what the configurations
 #: of SigLIP say of the end token, which it does not use.
 _KNOWN = ("torchvision", "LOAD REPORT", "must be `None` or an integer within the vocabulary")
@@ -20,8 +30,7 @@ _KNOWN = ("torchvision", "LOAD REPORT", "must be `None` or an integer within the
 
 class TrainingBar(TrainerCallback):
     """
-    A progress bar with the latest figures. The Trainer's own prints each log as a dictionary, and thousands of lines
-    where no terminal shows them.
+    A progress bar with the latest figures. The Trainer's own prints each log as a dictionary.
 
     Args:
         description (`str`): What stands before the bar.
@@ -36,8 +45,7 @@ class TrainingBar(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        # disable=None: no bar where stderr is no terminal.
-        self.bar = tqdm(total=state.max_steps, desc=self.description, unit="step", leave=False, disable=None)
+        self.bar = tqdm(total=state.max_steps, desc=self.description, unit="step", leave=False)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -58,6 +66,88 @@ class TrainingBar(TrainerCallback):
     ) -> None:
         if self.bar is not None:
             self.bar.close()
+
+
+class TrainingLog(TrainerCallback):
+    """
+    Lines on stdout that show life where no bar does: at the start, at each tenth of the steps or once a minute,
+    whichever comes first, and at the end. Each has the loss and the throughput since the line before, whether the
+    trainer has logged in between or not; the device is waited for once a line.
+
+    Args:
+        trainer ([`CLIPTrainer`]): Whose training it is. The loss is that of the first process.
+        figures (`dict[str, str]`): Names of metrics to show, and what to call them, once they were measured.
+        indent (`str`): What stands before each line.
+        brief (`bool`): Whether to leave out all but the lines of minutes.
+        clock (callable): Seconds.
+    """
+
+    def __init__(
+        self,
+        trainer: CLIPTrainer,
+        figures: dict[str, str],
+        indent: str = "",
+        brief: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.trainer, self.figures, self.indent, self.brief, self.clock = trainer, figures, indent, brief, clock
+        self._begun = self._said = self._measured = clock()
+        self._first_step = 0
+        self._latest: dict[str, float] = {}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.trainer.recent_loss.take()
+        self._begun = self._said = self._measured = self.clock()
+        self._first_step = state.global_step
+        if not self.brief:
+            say(f"{self.indent}step {state.global_step:,} of {state.max_steps:,}")
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        step, steps, now = state.global_step, state.max_steps, self.clock()
+        tenth = not self.brief and 10 * step // steps > 10 * (step - 1) // steps
+        # The last step is told of at the end.
+        if step < steps and (tenth or now - self._said >= _MINUTE):
+            left = (now - self._begun) / (step - self._first_step) * (steps - step)
+            self._say(args, state, now, f"{timedelta(seconds=round(left))} left")
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._latest = {**self._latest, **(kwargs.get("metrics") or {})}
+        # An evaluation is not a part of the training's throughput.
+        self.trainer.recent_loss.take()
+        self._measured = self.clock()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not self.brief:
+            now = self.clock()
+            self._say(args, state, now, f"{timedelta(seconds=round(now - self._begun))} in all")
+
+    def _say(self, args: TrainingArguments, state: TrainerState, now: float, end: str) -> None:
+        loss, rows = self.trainer.recent_loss.take()
+        parts = [end]
+        if rows > 0:
+            rate = rows * args.world_size / max(now - self._measured, 1e-9)
+            parts = [f"loss {loss:.4g}", f"{rate:,.0f} pairs/s", end]
+        parts += [f"{label} {self._latest[name]:.1%}" for name, label in self.figures.items() if name in self._latest]
+        say(f"{self.indent}step {state.global_step:,} of {state.max_steps:,}: {', '.join(parts)}")
+        self._said = self._measured = now
+
+
+def follow(
+    trainer: CLIPTrainer, figures: dict[str, str], bar: bool = True, indent: str = "", brief: bool = False
+) -> None:
+    """Show a trainer's progress: by a bar on a terminal, if one is wanted, else by the lines of [`TrainingLog`]."""
+    if bar and sys.stderr.isatty():
+        trainer.add_callback(TrainingBar(f"{indent}training", figures))
+    else:
+        trainer.add_callback(TrainingLog(trainer, figures, indent, brief))
 
 
 @contextmanager

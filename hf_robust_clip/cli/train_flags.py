@@ -91,6 +91,8 @@ def check_train(args: argparse.Namespace) -> None:
         raise UsageError("--lora-r adapts a trained model; --from-scratch has none")
     if args.resume and args.resume_from_checkpoint is not None:
         raise UsageError("give --resume or --resume-from-checkpoint, not both")
+    if args.overwrite and (args.resume or args.resume_from_checkpoint is not None):
+        raise UsageError("--overwrite starts anew: give it without --resume and --resume-from-checkpoint")
     if args.streaming and args.max_steps <= 0:
         raise UsageError("--streaming needs --max-steps: the length of a stream is not known")
 
@@ -117,6 +119,11 @@ def _add_model_flags(group: Any) -> None:
         "--resume",
         action="store_true",
         help="go on from the newest checkpoint in --output-dir; from the start if there is none",
+    )
+    add(
+        "--overwrite",
+        action="store_true",
+        help="start anew in an --output-dir that holds an earlier run: its model, checkpoints and results are deleted",
     )
 
 

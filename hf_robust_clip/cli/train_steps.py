@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,18 +12,29 @@ from transformers import PrinterCallback, ProgressCallback, set_seed
 
 from ..data.rows import column_values
 from ..data.scratch import build_model, build_processor
-from ..record import jsonable
+from ..record import RUN_FILE, jsonable
 from ..trainers.arguments import CLIPTrainingArguments
 from ..trainers.base import CLIPTrainer
-from ..trainers.checkpoints import newest_checkpoint
+from ..trainers.checkpoints import checkpoints_in, newest_checkpoint
 from ..trainers.cleanclip import CleanCLIPTrainer
+from ..trainers.publishing import sole_training
 from ..trainers.roclip import RoCLIPTrainer
 from ..trainers.safeclip import SafeCLIPTrainer
 from ..versions import versions
+from ..wording import listed
 from .info import DEPENDENCIES
 from .measuring import load_data, load_labelled, load_model, make_evaluators
-from .output import UsageError, format_table, prepare_output_dir, say, usage_errors, write_json
-from .progress import TrainingBar
+from .output import (
+    UsageError,
+    check_output_dir,
+    format_table,
+    prepare_output_dir,
+    say,
+    usage_errors,
+    with_folder,
+    write_json,
+)
+from .progress import follow
 from .train_flags import check_train, training_arguments
 
 TRAINERS: dict[str, type[CLIPTrainer]] = {
@@ -32,6 +44,13 @@ TRAINERS: dict[str, type[CLIPTrainer]] = {
     "safeclip": SafeCLIPTrainer,
 }
 RESULTS = "results.json"
+#: What a run leaves in its folder, beside checkpoints and the card: the model, its processor, adapters, the record.
+LEFT = (
+    *("config.json", "generation_config.json", "model*.safetensors*", "pytorch_model*.bin*", "training_args.bin"),
+    *("adapter_config.json", "adapter_model.*", "preprocessor_config.json", "processor_config.json", "tokenizer.json"),
+    *("tokenizer_config.json", "special_tokens_map.json", "vocab.json", "vocab.txt", "merges.txt", RUN_FILE, RESULTS),
+)
+README = "README.md"
 #: The attention's layers: in CLIP, SigLIP and their kin; in BERT and its kin.
 ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj", "query", "key", "value")
 PROJECTIONS = ("visual_projection", "text_projection")
@@ -47,17 +66,26 @@ def train(args: argparse.Namespace) -> int:
     check_train(args)
     with usage_errors():
         arguments = training_arguments(args.method, args)
-    first = arguments.process_index == 0
     if args.dry_run:
-        if first:
+        if arguments.process_index == 0:
             say(args.parser.dump(args).rstrip())
         return 0
-    checkpoint = _checkpoint(args, arguments)
+    folder = Path(args.output_dir)
+    check_output_dir(folder, files=(RESULTS,))
+    with with_folder(folder, sole_training(arguments, "--output-dir")):
+        return _train(args, arguments, folder)
+
+
+def _train(args: argparse.Namespace, arguments: CLIPTrainingArguments, folder: Path) -> int:
+    """As [`train`], with the folder to itself."""
+    first = arguments.process_index == 0
+    checkpoint = _checkpoint(args, arguments, folder)
     set_seed(arguments.seed)
     trainer = _make_trainer(args, arguments, resumed=checkpoint is not None)
-    folder = Path(args.output_dir)
     if first:
         prepare_output_dir(folder, files=(RESULTS,))
+        if args.overwrite:
+            _remove(_of_earlier_run(folder))
         _announce(args, trainer, checkpoint)
     try:
         metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
@@ -110,20 +138,59 @@ def lora_config(model: Any, r: int) -> Any:
     )
 
 
-def _checkpoint(args: argparse.Namespace, arguments: CLIPTrainingArguments) -> str | None:
-    """The checkpoint to go on from, if any; `UsageError` where an earlier run's would be mixed with this one's."""
-    if arguments.resume_from_checkpoint is not None:
-        if not Path(arguments.resume_from_checkpoint).is_dir():
-            raise UsageError(f"--resume-from-checkpoint: {arguments.resume_from_checkpoint} is not a folder")
-        return arguments.resume_from_checkpoint
-    folder = Path(args.output_dir)
-    newest = newest_checkpoint(folder)
-    if newest is not None and not args.resume:
+def _checkpoint(args: argparse.Namespace, arguments: CLIPTrainingArguments, folder: Path) -> str | None:
+    """The checkpoint to go on from, if any; `UsageError` where something in the folder would be lost, or mixed up."""
+    checkpoint = arguments.resume_from_checkpoint
+    if checkpoint is not None and not Path(checkpoint).is_dir():
+        raise UsageError(f"--resume-from-checkpoint: {checkpoint} is not a folder")
+    if args.resume:
+        checkpoint = newest_checkpoint(folder)
+    if checkpoint is not None and Path(checkpoint).resolve().parent == folder.resolve():
+        return checkpoint
+    if args.model is not None and _holds(folder, Path(args.model)):
         raise UsageError(
-            f"--output-dir: {folder} holds {Path(newest).name} of an earlier run: give another folder, or --resume to "
-            "go on from there"
+            f"--output-dir: {folder} holds --model, {args.model}, which would be replaced: give another folder"
         )
-    return newest
+    if args.overwrite:
+        return None
+    earlier = checkpoints_in(folder)
+    if earlier and not args.resume:
+        newest = max(earlier, key=lambda path: path.stat().st_mtime)
+        raise UsageError(
+            f"--output-dir: {folder} holds {newest.name} of an earlier run: give another folder, --resume to go on "
+            "from there, or --overwrite to start anew"
+        )
+    found = [path.name for path in (*_of_earlier_run(folder), folder / README) if path.is_file()]
+    if found:
+        raise UsageError(
+            f"--output-dir: {folder} holds {listed(found)}, which this run would replace: give another folder, or "
+            "--overwrite"
+        )
+    return checkpoint
+
+
+def _holds(folder: Path, model: Path) -> bool:
+    """Whether a model's files are where a run in this folder writes or deletes some."""
+    folder, model = folder.resolve(), model.resolve()
+    if not model.is_dir() or folder not in (model, *model.parents):
+        return False
+    inside = model.relative_to(folder).parts
+    return not inside or folder / inside[0] in checkpoints_in(folder)
+
+
+def _of_earlier_run(folder: Path) -> list[Path]:
+    """What a run leaves in its folder, but for a card, which a person may have written."""
+    return [*checkpoints_in(folder), *sorted(path for name in LEFT for path in folder.glob(name))]
+
+
+def _remove(paths: list[Path]) -> None:
+    for path in paths:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    if paths:
+        say(f"Deleted of an earlier run: {listed([path.name for path in paths])}")
 
 
 def _make_trainer(args: argparse.Namespace, arguments: CLIPTrainingArguments, resumed: bool) -> CLIPTrainer:
@@ -148,8 +215,8 @@ def _make_trainer(args: argparse.Namespace, arguments: CLIPTrainingArguments, re
     # These print each log as a dictionary.
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
-    if arguments.process_index == 0 and not args.disable_tqdm:
-        trainer.add_callback(TrainingBar("training", _followed(evaluators)))
+    if arguments.process_index == 0:
+        follow(trainer, _followed(evaluators), bar=not args.disable_tqdm)
     return trainer
 
 
@@ -167,8 +234,10 @@ def _start_from(args: argparse.Namespace, arguments: CLIPTrainingArguments, pair
     if not args.from_scratch:
         return load_model("--model", args.model)
     if arguments.caption_column not in pairs.column_names:
-        names = ", ".join(map(repr, pairs.column_names))
-        raise UsageError(f"--caption-column: {arguments.caption_column!r} is not a column; the columns are {names}")
+        raise UsageError(
+            f"--caption-column: {arguments.caption_column!r} is not a column; the columns are "
+            f"{listed(pairs.column_names)}"
+        )
     column = column_values(pairs, arguments.caption_column)
     captions = [[entry] if isinstance(entry, str) else entry for entry in column]
     processor = build_processor([text for entry in captions for text in entry], image_size=args.image_size)
@@ -176,7 +245,7 @@ def _start_from(args: argparse.Namespace, arguments: CLIPTrainingArguments, pair
 
 
 def _followed(evaluators: list[Any]) -> dict[str, str]:
-    """The figures that the progress bar shows: accuracy, and the success of each attack."""
+    """The figures that are shown while it trains: accuracy, and the success of each attack."""
     followed = {"eval_clean_accuracy": "clean"}
     for attack in evaluators[1:]:
         followed[f"eval_{attack.prefix}attack_success_rate"] = f"{attack.prefix.rstrip('_')} ASR"

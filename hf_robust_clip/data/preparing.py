@@ -14,13 +14,13 @@ from typing import Any
 import datasets
 import pyarrow as pa
 import torch
-from filelock import FileLock
 from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from ..kinds import kind, wrong_dataset
+from ..locking import sole_writer
 from ..models import check_processor
 from ..wording import listed, shown
 from .confining import check_path
@@ -41,7 +41,6 @@ from .tokens import StoredTokens
 logger = logging.get_logger(__name__)
 
 IMAGE_FORMATS = ("ppm", "png")
-_LOCK_FILE = ".prepared.lock"
 #: Rows of a record batch: few, since they hold images.
 _GROUP = 64
 
@@ -69,7 +68,8 @@ def prepare_dataset(
 
     The folder is written shard by shard, each under its name only once it is whole. After an interruption, the same
     call goes on where it stopped; once all is done, it returns at once. Of several processes that make the same call,
-    one works while the others wait. The folder loads with `datasets.load_from_disk`, too.
+    one works while the others wait; a folder that a training or another command writes to is refused. The folder loads
+    with `datasets.load_from_disk`, too.
 
     Args:
         dataset (`datasets.Dataset`):
@@ -118,9 +118,8 @@ def prepare_dataset(
         raise ValueError(
             f"folder={shown(str(folder))} is a file; accepted is a new or empty folder, or that of a same call"
         )
-    folder.mkdir(parents=True, exist_ok=True)
     made_from = {**preparation.made_from(), "rows_per_shard": rows_per_shard, "on_bad_row": on_bad_row}
-    with FileLock(folder / _LOCK_FILE):
+    with sole_writer(folder, "folder", "a preparation", wait=True):
         shards = whole_shards(folder, made_from)
         starts = range(0, len(dataset), rows_per_shard)
         names = [shard_name(number, len(starts)) for number in range(len(starts))]

@@ -13,6 +13,7 @@ import pyarrow as pa
 from datasets.fingerprint import Hasher
 
 from ..files import in_one_move, remove_partial, write_text
+from ..locking import LOCK_FILES
 from ..wording import listed, shortened, shown
 from .confining import STATE_FILE, stored_files
 
@@ -41,7 +42,8 @@ def whole_shards(folder: Path, made_from: Mapping[str, Any]) -> dict[str, dict[s
     remove_partial(folder)
     path = folder / RECORD_FILE
     if not path.is_file():
-        foreign = sorted(file.name for file in folder.iterdir() if not file.name.startswith("."))
+        names = sorted(file.name for file in folder.iterdir())
+        foreign = [name for name in names if not name.startswith(".") and name not in LOCK_FILES]
         # Without a record no shard counts, and what an interrupted call left is written over.
         foreign = [name for name in foreign if not (name.startswith("data-") and name.endswith(".arrow"))]
         if foreign:
@@ -54,8 +56,8 @@ def whole_shards(folder: Path, made_from: Mapping[str, Any]) -> dict[str, dict[s
     differences = shortened("; ".join(_differences(record["made_from"], made_from)), 300)
     if differences:
         raise ValueError(
-            f"folder={shown(str(folder))} was prepared otherwise: {differences}. Give another folder, or "
-            "delete this one"
+            f"folder={shown(str(folder))} was prepared otherwise: {differences}. Give another folder, or delete that "
+            "one"
         )
     shards: dict[str, dict[str, Any]] = record["shards"]
     return {
@@ -129,7 +131,7 @@ def _read_record(path: Path) -> dict[str, Any]:
         record = json.loads(path.read_text(encoding="utf-8"))
         wrong = _what_is_wrong(record)
     except (ValueError, RecursionError) as error:
-        wrong = shortened(f"it is no JSON: {error}", 200)
+        wrong = shortened(f"it is not JSON: {error}", 200)
     if wrong is not None:
         raise ValueError(
             f"{shortened(str(path), 200)} cannot be used: {wrong}. Give another folder, or delete that one"
@@ -157,4 +159,4 @@ def _differences(then: Mapping[str, Any], now: Mapping[str, Any], inside: str = 
         if isinstance(before, dict) and isinstance(after, dict):
             yield from _differences(before, after, f"{inside}{name}.")
         elif before != after:
-            yield f"{inside}{name} was {before!r}, and is {after!r}"
+            yield f"{inside}{name} was {shown(before)}, and is {shown(after)}"

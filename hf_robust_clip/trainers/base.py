@@ -58,7 +58,7 @@ from .checks import (
 from .chunking import Batch, chunked_step, scale_of, unused_of
 from .collapse import CollapseWatch
 from .finite import FiniteCheck
-from .means import RunningMeans
+from .means import RecentLoss, RunningMeans
 from .publishing import PublishingTrainer
 from .sharding import shardable
 from .streaming import StreamedTraining
@@ -237,6 +237,8 @@ class CLIPTrainer(PublishingTrainer):
         self._streamed_next: StreamedTraining | None = None
         #: What is logged as a mean; see [`~trainers.means.RunningMeans`].
         self.means = RunningMeans(self.accelerator)
+        #: For whoever tells of the progress, between two logs.
+        self.recent_loss = RecentLoss()
         self._collapse = CollapseWatch()
         self._pairs_since_log = 0
         self._last_log = time.perf_counter()
@@ -390,7 +392,9 @@ class CLIPTrainer(PublishingTrainer):
         pairs = views[self.views[0]]
         self.means.add({**terms, "logit_scale": scale.squeeze(), **self._collapse.measure(pairs)})
         self._note_similarities(pairs, inputs.get(POISONED))
-        return torch.stack(list(terms.values())).sum()
+        loss = torch.stack(list(terms.values())).sum()
+        self.recent_loss.add(loss, pairs.image_embeds.shape[0])
+        return loss
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None

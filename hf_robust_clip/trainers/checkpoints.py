@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -17,6 +18,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from ..files import remove_partial
+from ..wording import shortened
 
 if TYPE_CHECKING:
     from .publishing import PublishingTrainer
@@ -27,8 +29,12 @@ _NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
 #: What a folder's name begins with while it is being written or deleted: nothing takes it for a checkpoint, and a push
 #: leaves it out.
 _STAGED = "_saving-"
-#: What safetensors and torch say of a write that failed, without the system's number.
+#: What safetensors and torch say of a write that failed; only the former with the system's number.
 _OF_THE_DISK = ("os error", "iostream error", "PytorchStreamWriter", "inline_container")
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+_NO_SPACE_TEXTS = tuple(f"os error {number})" for number in _NO_SPACE)
+#: Bytes that are free on a disk that a writer has just filled: less than the least that it asks for.
+_FULL = 1 << 20
 
 
 class CheckpointError(OSError):
@@ -72,13 +78,18 @@ class Staging:
         try:
             yield
         except Exception as error:
+            full = _is_full(error, self.final.parent)  # as long as what was written is there
             if self._trainer.args.should_save:
                 shutil.rmtree(self.folder, ignore_errors=True)
             if not _is_of_the_disk(error):
                 raise
+            reason, room = shortened(str(error), 300), ""
+            if full:
+                reason += f". No space is left: {_free(self.final.parent) // 10**6} MB are free there"
+                room = "with room for another, "
             raise CheckpointError(
-                f"{self.final} could not be written: {error}. {_free(self.final.parent)} MB are free there. Earlier "
-                "checkpoints are whole: with room for another, train(resume_from_checkpoint=True) goes on"
+                f"{self.final} could not be written: {reason}. Earlier checkpoints are whole: "
+                f"{room}train(resume_from_checkpoint=True) goes on"
             ) from error
         finally:
             del state.save_to_json
@@ -106,7 +117,7 @@ class Staging:
         limit = self._trainer.args.save_total_limit
         if limit is None or limit <= 0:
             return []
-        folders = _all_in(self.final.parent)
+        folders = checkpoints_in(self.final.parent)
         best = self._trainer.state.best_model_checkpoint
         kept = {self.final} | ({Path(best)} if best is not None else set())
         removable = sorted((path for path in folders if path not in kept), key=_age)
@@ -128,8 +139,13 @@ def keep_best_alone(trainer: PublishingTrainer, output_dir: Path) -> None:
     best = trainer.state.best_model_checkpoint
     if best is None or trainer.args.save_total_limit != 1 or not trainer.args.should_save:
         return
-    for path in [path for path in _all_in(output_dir) if not path.samefile(best)]:
+    for path in [path for path in checkpoints_in(output_dir) if not path.samefile(best)]:
         shutil.rmtree(_withdrawn(path), ignore_errors=True)
+
+
+def checkpoints_in(output_dir: Path) -> list[Path]:
+    """The folders there that are called checkpoints, whole or not."""
+    return [path for path in output_dir.glob("*") if _NAME.fullmatch(path.name) and path.is_dir()]
 
 
 def newest_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
@@ -142,7 +158,7 @@ def newest_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
     Returns:
         `str` or `None`: Its folder.
     """
-    for path in sorted(_all_in(Path(output_dir)), key=_step, reverse=True):
+    for path in sorted(checkpoints_in(Path(output_dir)), key=_step, reverse=True):
         trouble = trouble_with(path)
         if trouble is None:
             return str(path)
@@ -161,13 +177,30 @@ def trouble_with(checkpoint: Path) -> str | None:
     return None if isinstance(state, dict) else f"its {TRAINER_STATE_NAME} holds no state"
 
 
-def _is_of_the_disk(error: BaseException | None) -> bool:
+def _is_of_the_disk(error: BaseException) -> bool:
     """Whether an error, or what led to it, is the operating system's, under whatever name a library passes it on."""
+    return any(
+        isinstance(found, OSError) or any(words in str(found) for words in _OF_THE_DISK) for found in _chain(error)
+    )
+
+
+def _is_full(error: BaseException, folder: Path) -> bool:
+    """Whether an error, or what led to it, says that no space is left, or leaves that open on a disk that is full."""
+    chain = list(_chain(error))
+    if any(getattr(found, "errno", None) in _NO_SPACE for found in chain):
+        return True
+    texts = " ".join(str(found) for found in chain)
+    if any(words in texts for words in _NO_SPACE_TEXTS):
+        return True
+    numbered = "os error" in texts or any(isinstance(found, OSError) for found in chain)
+    return not numbered and _is_of_the_disk(error) and _free(folder) < _FULL
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, and what led to it."""
     while error is not None:
-        if isinstance(error, OSError) or any(words in str(error) for words in _OF_THE_DISK):
-            return True
+        yield error
         error = error.__cause__ or error.__context__
-    return False
 
 
 def _withdrawn(checkpoint: Path) -> Path:
@@ -186,12 +219,8 @@ def _step(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
-def _all_in(output_dir: Path) -> list[Path]:
-    return [path for path in output_dir.glob("*") if _NAME.fullmatch(path.name) and path.is_dir()]
-
-
 def _free(folder: Path) -> int:
-    return shutil.disk_usage(folder).free // 10**6
+    return shutil.disk_usage(folder).free
 
 
 def _to_disk(path: Path) -> None:

@@ -1,7 +1,8 @@
-"""Means of what is seen between two logs, kept on the device until they are logged."""
+"""Means of what is seen between two logs or looks, kept on the device until then."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -57,3 +58,23 @@ class RunningMeans:
     def clear(self) -> None:
         """Forget everything."""
         self._sums.clear()
+
+
+class RecentLoss:
+    """The loss of this process's batches since it was last asked for, kept on the device until then."""
+
+    def __init__(self) -> None:
+        self._sum: torch.Tensor | None = None
+        self._rows = 0
+
+    def add(self, loss: torch.Tensor, rows: int) -> None:
+        """Take in the loss of a batch, a scalar, and its rows. The gradient is left behind."""
+        weighed = loss.detach().float() * rows
+        self._sum = weighed if self._sum is None else self._sum + weighed
+        self._rows += rows
+
+    def take(self) -> tuple[float, int]:
+        """The mean over the rows, NaN without any, and how many there were; both are forgotten then."""
+        total, rows = self._sum, self._rows
+        self._sum, self._rows = None, 0
+        return (math.nan if total is None else total.item() / rows), rows

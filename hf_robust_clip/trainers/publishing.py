@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from accelerate.utils import broadcast_object_list
 from huggingface_hub import HfApi
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from transformers.utils import logging
+from transformers.utils import CONFIG_NAME, logging
 
 from ..cards import kept_card, license_of, write_card
+from ..locking import FolderInUseError, sole_writer
 from ..models import check_weights
 from ..record import RUN_FILE, RunRecord, describe_dataset
 from ..wording import shortened, shown
@@ -37,6 +40,32 @@ if TYPE_CHECKING:
 logger = logging.get_logger(__name__)
 
 
+@contextmanager
+def sole_training(args: TrainingArguments, argument: str = "output_dir") -> Iterator[None]:
+    """
+    A context in which no other training writes to `args.output_dir`, for all ranks of one: the main process locks.
+
+    Args:
+        args (`TrainingArguments`): Of the training.
+        argument (`str`, defaults to `"output_dir"`): What messages call the folder.
+
+    Raises:
+        [`~locking.FolderInUseError`]: On all ranks, if somebody else writes there.
+    """
+    with ExitStack() as stack:
+        refusal: list[Any] = [None]
+        if args.process_index == 0:
+            try:
+                stack.enter_context(sole_writer(Path(str(args.output_dir)), argument, "a training"))
+            except FolderInUseError as error:
+                refusal = [str(error)]
+        if args.world_size > 1:
+            broadcast_object_list(refusal)
+        if refusal[0] is not None:
+            raise FolderInUseError(refusal[0])
+        yield
+
+
 class PublishingTrainer(Trainer):
     """
     The part of [`CLIPTrainer`] that tells of a run, and keeps what is saved and pushed whole and free of secrets.
@@ -55,6 +84,11 @@ class PublishingTrainer(Trainer):
     _staging: Staging | None = None
     _unwrapped: tuple[Any, Any] | None = None
     _described: tuple[Any, dict[str, Any]] | None = None
+
+    @property
+    def loaded_from(self) -> str:
+        """The folder or Hub id that the model was loaded from; `""` where it was made."""
+        return str(getattr(self.unwrapped_model.config, "_name_or_path", "") or "")
 
     @property
     def unwrapped_model(self) -> Any:
@@ -168,22 +202,30 @@ class PublishingTrainer(Trainer):
         are not.
 
         Raises:
-            `ValueError`: If there is none, or the one that is named is not whole.
+            `ValueError`: If there is none, or the one that is named is not whole; if another process writes to
+                `output_dir` ([`~locking.FolderInUseError`]); without a checkpoint, if `output_dir` is the folder that
+                the model was loaded from, whose files would be replaced.
         """
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = newest_checkpoint(str(self.args.output_dir))
-            if resume_from_checkpoint is None:
-                folder = str(self.args.output_dir)
+        with sole_training(self.args):
+            folder = str(self.args.output_dir)
+            if resume_from_checkpoint is True:
+                resume_from_checkpoint = newest_checkpoint(folder)
+                if resume_from_checkpoint is None:
+                    raise ValueError(
+                        f"resume_from_checkpoint=True, but output_dir={shown(folder)} has no whole checkpoint"
+                    )
+            elif isinstance(resume_from_checkpoint, (str, os.PathLike)):
+                trouble = trouble_with(Path(resume_from_checkpoint))
+                if trouble is not None:
+                    raise ValueError(
+                        f"resume_from_checkpoint={shown(str(resume_from_checkpoint))} is not a checkpoint: {trouble}"
+                    )
+            elif Path(folder, CONFIG_NAME).is_file() and Path(self.loaded_from).resolve() == Path(folder).resolve():
                 raise ValueError(
-                    f"resume_from_checkpoint=True, but output_dir={shown(folder)} has no whole checkpoint"
+                    f"output_dir={shown(folder)} is the folder that the model was loaded from, and would be written "
+                    "over: give another one"
                 )
-        elif isinstance(resume_from_checkpoint, (str, os.PathLike)):
-            trouble = trouble_with(Path(resume_from_checkpoint))
-            if trouble is not None:
-                raise ValueError(
-                    f"resume_from_checkpoint={shown(str(resume_from_checkpoint))} is no checkpoint: {trouble}"
-                )
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+            return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         check_adapter_file(self.unwrapped_model, resume_from_checkpoint)
@@ -217,7 +259,13 @@ class PublishingTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As the Trainer's, with the record of the run beside the model."""
-        super().save_model(output_dir if output_dir is None else self._staged(output_dir), _internal_call)
+        if self._staging is not None:
+            super().save_model(output_dir if output_dir is None else self._staged(output_dir), _internal_call)
+            return
+        folder = Path(output_dir or str(self.args.output_dir))
+        # By the main process alone, which many call it on.
+        with sole_writer(folder, "output_dir", "a training") if self.args.process_index == 0 else nullcontext():
+            super().save_model(output_dir, _internal_call)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(self._staged(output_dir))
@@ -261,12 +309,11 @@ class PublishingTrainer(Trainer):
         """
         if not self.is_world_process_zero():
             return
-        loaded_from = str(getattr(self.unwrapped_model.config, "_name_or_path", "") or "")
         write_card(
             self.record(),
             str(self.args.output_dir),
             language=language,
-            license=license or license_of(loaded_from),
+            license=license or license_of(self.loaded_from),
             tags=tags,
             model_name=model_name or Path(str(self.args.output_dir)).resolve().name,
             base_model=finetuned_from,

@@ -44,7 +44,8 @@ def outcome(tmp_path_factory):
     """A whole demo of a few steps, in a folder that holds a file of the user's and the remains of an earlier run."""
     folder = tmp_path_factory.mktemp("demo")
     (folder / "notes.txt").write_text("mine")
-    (folder / "results.json").write_text("{}")
+    for name in ("results.json", "poison_manifest.json"):
+        (folder / name).write_text("{}")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plots, "DPI", 30)
         return folder, run_demo(folder, seed=1, trigger_name="patch", recipe=TINY, quick=True)
@@ -266,6 +267,16 @@ def test_a_folder_that_cannot_be_written_to_is_named(tmp_path, capsys):
     for defence in ("roclip", "all"):
         error = fails_with_one_line(capsys, ["demo", "--output-dir", str(tmp_path), "--defence", defence])
         assert "roclip is a file" in error
+
+
+@pytest.mark.parametrize("names", [("results.json",), ("poisoned/model.txt",), ("poison_manifest.json", "data/x")])
+def test_what_no_demo_wrote_stays(tmp_path, capsys, names):
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("mine")
+    error = fails_with_one_line(capsys, ["demo", "--output-dir", str(tmp_path)])
+    assert f"holds '{names[0].partition('/')[0]}', which no demo wrote" in error
+    assert all((tmp_path / name).read_text() == "mine" for name in names)
 
 
 def test_a_missing_extra_ends_it_at_the_start(tmp_path, capsys, monkeypatch):

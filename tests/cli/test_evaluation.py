@@ -168,6 +168,19 @@ def test_what_cannot_work_is_wrong_usage(
     assert error.startswith("hf-robust-clip evaluate: error: ") and error.count("\n") == 1 and expected in error
 
 
+def test_results_replace_none_but_results(model: Path, images: Path, tmp_path: Path, capsys: Any) -> None:
+    notes = tmp_path / "notes.json"
+    notes.write_text('{"mine": 1}')
+    source = images if images.is_file() else next(path for path in images.rglob("*") if path.is_file())
+    for path in (notes, model / "config.json", source):
+        before = path.read_bytes()
+        assert main(["evaluate", str(model), "--data", str(images), "--json", str(path)]) == 2
+        assert f"--json: {path} is there" in capsys.readouterr().err and path.read_bytes() == before
+    notes.write_text('{"figures": {}}')
+    assert main(["evaluate", str(model), "--data", str(images), "--json", str(notes)]) == 0
+    assert json.loads(notes.read_text())["images"] > 0
+
+
 def test_folders_that_hold_no_model(images: Path, processor: CLIPProcessor, tmp_path: Path, capsys: Any) -> None:
     for prepare in (lambda: None, lambda: processor.save_pretrained(tmp_path / "empty")):
         (tmp_path / "empty").mkdir(exist_ok=True)

@@ -126,6 +126,16 @@ def test_exit_codes(error: BaseException, code: int, tmp_path: Path, capsys: Any
                 main(wherever)
 
 
+def test_an_error_has_an_end(capsys: Any, monkeypatch: Any) -> None:
+    def fail(args: Any) -> None:
+        raise RuntimeError("first " + "x" * 5000 + " last")
+
+    monkeypatch.setattr(evaluation, "evaluate", fail)
+    assert main(["evaluate", "model", "--data", "images"]) == 1
+    printed = capsys.readouterr().err
+    assert len(printed) < 650 and "first" in printed and printed.endswith(" last\n")
+
+
 def test_mistakes_of_the_package_are_not_hidden(monkeypatch: Any) -> None:
     def fail(args: Any) -> None:
         raise KeyError("bug")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,12 @@ from hf_robust_clip.cli.flags import prompt
 from hf_robust_clip.cli.parsing import ConfigParser
 
 
-def make_parser(**kwargs: Any) -> ConfigParser:
+class Strategy(Enum):
+    NO = "no"
+    STEPS = "steps"
+
+
+def make_parser(modes: Any = ("one", "two"), **kwargs: Any) -> ConfigParser:
     parser = ConfigParser(prog="test", **kwargs)
     parser.add_argument("source", nargs="?")
     parser.add_argument("--learning-rate", "--learning_rate", type=float, default=0.1)
@@ -21,7 +27,7 @@ def make_parser(**kwargs: Any) -> ConfigParser:
     parser.add_argument("--name")
     parser.add_argument("--file", type=Path)
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--mode", choices=("one", "two"), default="one")
+    parser.add_argument("--mode", choices=modes, default="one")
     parser.add_argument("--template", type=prompt, action="append")
     parser.add_argument("--hub_token")
     return parser
@@ -65,6 +71,26 @@ def test_numbers_are_read_as_people_write_them(tmp_path: Path, config: str, valu
     assert parse(tmp_path, config).learning_rate == value
 
 
+@pytest.mark.parametrize("word", ["no", "No", "off", "on", "yes", "true", "007", "1e3", "2024-01-01", "1_000", "1:30"])
+def test_a_string_is_what_is_written(tmp_path: Path, word: str) -> None:
+    """As on the command line, whatever YAML takes it for; in a list as well."""
+    assert parse(tmp_path, f"name: {word}").name == word
+    hints = {"name": dict[str, Any] | str, "template": list[str] | str | None, "mode": Strategy | str}
+    args = parse(tmp_path, f"name: {word}\ntemplate: [{word}, a]\nmode: {word}", hints=hints, modes=None)
+    assert (args.name, args.template, args.mode) == (word, [word, "a"], word)
+    # Where it may be something else as well, it is that.
+    assert parse(tmp_path, "name: no", hints={"name": bool | str}).name is False
+
+
+def test_numbers_within_a_mapping_are_numbers(tmp_path: Path) -> None:
+    hints = {"name": dict[str, Any] | str | None}
+    assert parse(tmp_path, "name: {min_lr: 1e-7, b: -1E+3, c: .5e1}", hints=hints).name == {
+        "min_lr": 1e-7,
+        "b": -1000.0,
+        "c": 5.0,
+    }
+
+
 def test_one_value_stands_for_a_list_of_one(tmp_path: Path) -> None:
     assert parse(tmp_path, {"template": "a {}"}).template == ["a {}"]
 
@@ -82,13 +108,19 @@ def test_one_value_stands_for_a_list_of_one(tmp_path: Path) -> None:
         ({"steps": None}, "steps is None; accepted is an integer"),
         ({"learning_rate": "high"}, "learning_rate is 'high'; accepted is a number"),
         ({"quick": "yes please"}, "quick is 'yes please'; accepted is true or false"),
-        ({"name": 3}, "name is 3; accepted is a string or null"),
-        ({"template": [1]}, "template is [1]; accepted is a list, each of it a string or null"),
+        ({"name": [3]}, "name is [3]; accepted is a string or null"),
+        ({"template": [[1]]}, "template is [[1]]; accepted is a list, each of it a string or null"),
+        ("steps: 010", "steps is '010', which YAML takes for 8"),
+        ("steps: 1:30", "steps is '1:30', which YAML takes for 90"),
+        ("learning_rate: 0x10", "learning_rate is '0x10', which YAML takes for 16"),
+        ("name: null\nmode: null", "mode is None"),
+        ("quick: maybe", "quick is 'maybe'"),
         ({"template": ["none"]}, "template: 'none' must have exactly one {}"),
         ({"mode": "three"}, "mode is 'three'; accepted are one, two"),
         ("- a\n- b\n", "is a list; accepted is a mapping"),
         ("", "is empty; accepted is a mapping"),
         ("a: [", "is no YAML, line"),
+        ("steps: 1\nsteps: 2\n", "a key stands there twice"),
     ],
 )
 def test_what_does_not_fit_is_named(capsys: Any, tmp_path: Path, config: object, expected: str) -> None:
@@ -144,6 +176,6 @@ def test_what_is_dumped_is_read_back_as_the_same(tmp_path: Path) -> None:
 def test_hints_say_more_than_the_flag(capsys: Any, tmp_path: Path) -> None:
     hints = {"name": dict[str, Any] | str | None}
     assert parse(tmp_path, {"name": {"a": 1}}, hints=hints).name == {"a": 1}
-    assert "name is 3; accepted is a mapping or a string or null" in refused(
-        capsys, tmp_path, {"name": 3}, hints=hints
+    assert "name is [3]; accepted is a mapping or a string or null" in refused(
+        capsys, tmp_path, {"name": [3]}, hints=hints
     )

@@ -105,8 +105,11 @@ def test_what_it_did_not_write_stays(source: Path, tmp_path: Path, capsys: Any) 
     # Data of that name without a manifest is somebody else's.
     (output / MANIFEST).unlink()
     assert poison(source, output, "--count", "1") == 2
-    # The data that is read is not written over.
+    # The data that is read is neither written over nor added to.
     assert poison(output / DATA, output, "--count", "1", "--overwrite") == 2
+    capsys.readouterr()
+    assert poison(output, output / "below", "--count", "1") == 2
+    assert "would be a part of it" in capsys.readouterr().err and not (output / "below").exists()
 
 
 @pytest.mark.parametrize(

@@ -42,11 +42,14 @@ def test_the_output_is_what_the_function_makes(
         (["--caption-column", "text"], "caption_column='text' is not a column of dataset"),
         (["--image-column", "photo"], "image_column='photo' is not a column"),
         (["--output-dir", "."], "holds DATA"),
+        (["--output-dir", "model/prepared", "model"], "would be a part of it"),
     ],
 )
 def test_what_cannot_work_is_said(
     arguments: list[str], tmp_path: Path, flags: list[str], message: str, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    if flags[-1] == "model":  # in place of the file
+        arguments[1] = flags.pop()
     assert main([*arguments, "--output-dir", "out", *flags]) == 2
     assert message in capsys.readouterr().err

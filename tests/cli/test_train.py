@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,10 +20,13 @@ import yaml
 from stand_in import WRITE_TOKEN, HubStandIn
 from transformers import AutoModel, AutoProcessor, CLIPModel, CLIPProcessor
 
+from hf_robust_clip import locking
 from hf_robust_clip.cli.main import main
 from hf_robust_clip.cli.train import METHODS
 from hf_robust_clip.cli.train_flags import ARGUMENTS, method_parser, training_arguments
 from hf_robust_clip.cli.train_steps import TRAINERS
+from hf_robust_clip.files import RUN_FILE
+from hf_robust_clip.locking import LOCK_FILE, sole_writer
 from hf_robust_clip.record import RunRecord
 
 METHOD_FLAGS = {
@@ -91,6 +96,9 @@ def test_every_method_trains_and_measures(method: str, folder: Path, tmp_path: P
     assert "before  after" in captured.out and f"{results['after']['clean_accuracy']:.3f}" in captured.out
     # No dictionaries, and no bars where there is no terminal.
     assert "{" not in captured.out and "%|" not in captured.err
+    steps = RunRecord.load(output).steps
+    shown = [line for line in captured.out.splitlines() if line.startswith("step ")]
+    assert shown[0] == f"step 0 of {steps}" and shown[-1].startswith(f"step {steps} of {steps}: loss ")
     # What is measured of the saved model is what training reported last.
     out = tmp_path / "measured.json"
     arguments = [flag.replace("--eval-data", "--data") for flag in measured(folder)]
@@ -172,6 +180,84 @@ def test_an_interrupted_run_goes_on_from_its_newest_checkpoint(folder: Path, tmp
     assert records[0]["before"] == records[1]["before"] and records[0]["after"] == records[1]["after"]
 
 
+def refused(capsys: Any, arguments: list[str]) -> str:
+    capsys.readouterr()
+    assert main(arguments) == 2
+    error = str(capsys.readouterr().err)
+    assert error.count("\n") == 1
+    return error
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "adapter_config.json", "results.json", RUN_FILE, "README.md"])
+def test_what_an_earlier_run_left_is_not_replaced(name: str, folder: Path, tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / name).write_text("mine")
+    for more in ([], ["--resume"]):
+        assert f"holds '{name}'" in refused(capsys, ["train", "clip", *flags(folder, tmp_path, *more)])
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(name, "mine")]
+
+
+def test_what_is_overwritten_is_deleted_first(folder: Path, tmp_path: Path, capsys: Any) -> None:
+    adapters = ("adapter_config.json", "adapter_model.safetensors")  # which loading would prefer to the new model
+    for name in ("notes.txt", "README.md", *adapters):
+        (tmp_path / name).write_text("mine")
+    (tmp_path / "checkpoint-900").mkdir()
+    refused(capsys, ["train", "clip", *flags(folder, tmp_path, "--overwrite", "--resume")])
+    assert main(["train", "clip", *flags(folder, tmp_path, "--overwrite")]) == 0
+    assert "'checkpoint-900', 'adapter_config.json'" in capsys.readouterr().out
+    left = {path.name for path in tmp_path.iterdir()}
+    assert not left & {"checkpoint-900", *adapters, LOCK_FILE} and {"results.json", "model.safetensors"} < left
+    assert (tmp_path / "notes.txt").read_text() == (tmp_path / "README.md").read_text() == "mine"
+
+
+def test_the_model_to_start_from_is_not_replaced(folder: Path, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
+    shutil.copytree(folder / "model", tmp_path / "out" / "checkpoint-1")
+    (tmp_path / "link").symlink_to(tmp_path / "out" / "checkpoint-1")
+    monkeypatch.chdir(tmp_path)
+    for model, output in (
+        ("out/checkpoint-1", "out"),
+        ("link", "out"),
+        ("link", str(tmp_path / "out" / "checkpoint-1")),
+        ("out/checkpoint-1", "out/./checkpoint-1"),
+    ):
+        arguments = ["train", "clip", *flags(folder, Path(output), "--model", model, "--overwrite")]
+        assert f"holds --model, {model}" in refused(capsys, arguments)
+    # Beside and below it there is room.
+    for output in ("out/checkpoint-1/trained", "beside"):
+        assert main(["train", "clip", *flags(folder, Path(output), "--model", "link", "--max_steps", "1")]) == 0
+
+
+@pytest.mark.parametrize("command", ["train", "poison", "demo", "prepare"])
+def test_a_folder_that_another_process_writes_to_is_refused(
+    command: str, folder: Path, tmp_path: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(locking, "_PATIENCE", 0.01)
+    data, model = str(folder / "pairs.parquet"), str(folder / "model")
+    arguments = {
+        "train": ["train", "clip", *flags(folder, tmp_path)],
+        "poison": ["poison", data, "--output-dir", str(tmp_path), "--target", "eight", "--count", "1"],
+        "demo": ["demo", "--output-dir", str(tmp_path)],
+        "prepare": ["prepare", data, "--model", model, "--output-dir", str(tmp_path)],
+    }[command]
+    if command == "poison":
+        arguments += ["--trigger", "patch:size=3"]
+    started, done = threading.Event(), threading.Event()
+
+    def write() -> None:
+        with sole_writer(tmp_path, "folder", "a training"):
+            started.set()
+            done.wait()
+
+    other = threading.Thread(target=write)
+    other.start()
+    started.wait()
+    try:
+        assert f"is being written to by a training: process {os.getpid()}" in refused(capsys, arguments)
+        assert all("in_use" in path.name for path in tmp_path.iterdir())
+    finally:
+        done.set()
+        other.join()
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_every_argument_is_a_flag_and_what_is_printed_is_taken_back(method: str, tmp_path: Path, capsys: Any) -> None:
     parser = method_parser(method, "test")
@@ -193,6 +279,20 @@ def test_every_argument_is_a_flag_and_what_is_printed_is_taken_back(method: str,
     args = parser.parse_args(["--config", str(tmp_path / "config.yaml"), "--learning_rate", "1"])
     arguments = training_arguments(method, args)
     assert arguments.learning_rate == 1 and not arguments.dataloader_drop_last
+
+
+def test_words_of_yaml_are_the_strings_that_the_flags_take(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(
+        "train_data: name/data\noutput_dir: 2024\nsave_strategy: no\neval_strategy: no\nlogging_strategy: no\n"
+        "report_to: none\nrun_name: 2024-01-01\ntarget: 007\nlearning_rate: 1e-5\nuse_cpu: yes\nseed: 1_0\n"
+        "lr_scheduler_type: cosine_with_min_lr\nlr_scheduler_kwargs: {min_lr: 1e-7}\nlabel_column: on\n"
+    )
+    args = method_parser("clip", "test").parse_args(["--config", str(tmp_path / "config.yaml")])
+    arguments = training_arguments("clip", args)
+    assert {arguments.save_strategy, arguments.eval_strategy, arguments.logging_strategy} == {"no"}
+    assert (arguments.run_name, args.target, args.label_column) == ("2024-01-01", "007", "on")
+    assert arguments.lr_scheduler_kwargs == {"min_lr": 1e-7} and arguments.learning_rate == 1e-5
+    assert arguments.output_dir == "2024" and arguments.seed == 10 and arguments.use_cpu and arguments.report_to == []
 
 
 def test_a_file_holds_every_kind_of_argument(tmp_path: Path) -> None:
@@ -280,6 +380,7 @@ def test_two_processes_train_as_one_and_one_of_them_prints_and_pushes(folder: Pa
     record = RunRecord.load(output)
     assert record.environment["processes"] == 2 and record.steps == 2
     assert set(record.before or ()) == set(record.after or ()) != set()
+    assert not [name for name in uploaded if "in_use" in name]
     for name in ("model.safetensors", "robust_clip_run.json", "results.json", "README.md"):
         assert uploaded[name] == (output / name).read_bytes()
     assert WRITE_TOKEN.encode() not in everything and str(tmp_path).encode() not in uploaded["results.json"]

@@ -49,6 +49,7 @@ def test_each_row_trains_or_is_named_or_skipped(case: Case, processor) -> None:
     assert batch["row_index"].tolist() == [0, 2] and batch["bad_rows"].tolist() == [1]
 
 
+@pytest.mark.training
 def test_training_over_all_of_them_lists_those_that_it_skipped(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -75,6 +76,7 @@ def test_training_over_all_of_them_lists_those_that_it_skipped(
     assert ("Unusable rows left out", f"{len(BAD)}: {rows}") in facts(record)
 
 
+@pytest.mark.training
 def test_record_of_a_stream_says_what_its_numbers_are(tmp_path: Path) -> None:
     class Stream(torch.utils.data.IterableDataset):
         def __iter__(self):
@@ -87,6 +89,7 @@ def test_record_of_a_stream_says_what_its_numbers_are(tmp_path: Path) -> None:
     assert skipped["streamed"] and set(skipped["rows"]) <= set(expected) and skipped["count"] > 0
 
 
+@pytest.mark.training
 def test_repeated_rows_train(tmp_path: Path, pairs) -> None:
     trainer = make_trainer(CLIPTrainer, tmp_path, train_dataset=pairs.select([3] * 8 + [5, 5]), max_steps=1)
     trainer.train()

@@ -5,8 +5,11 @@ from __future__ import annotations
 import errno
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +17,7 @@ import torch
 from training import assert_same_bits, digits, is_whole, make_trainer, train_and_resume
 
 from hf_robust_clip import CleanCLIPTrainer, CLIPTrainer, RoCLIPTrainer, SafeCLIPTrainer
+from hf_robust_clip.locking import FolderInUseError
 from hf_robust_clip.trainers.base import STATE_FILE
 from hf_robust_clip.trainers.checkpoints import CheckpointError
 
@@ -225,7 +229,7 @@ def test_newest_whole_checkpoint_is_taken_and_others_are_named(
     assert_same_bits(uninterrupted, trainer)
     for step, reason in ((8, "it has no trainer_state.json, which is written last"), (10, "cannot be read")):
         assert re.search(rf"checkpoint-{step} is not taken to resume from: .*{reason}", caplog.text)
-    with pytest.raises(ValueError, match=r"checkpoint-8' is no checkpoint: it has no trainer_state.json"):
+    with pytest.raises(ValueError, match=r"checkpoint-8' is not a checkpoint: it has no trainer_state.json"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
 
 
@@ -258,6 +262,32 @@ def test_full_disk_leaves_earlier_checkpoints_and_says_so(
     uninterrupted = make_trainer(CLIPTrainer, tmp_path / "whole", **options)
     uninterrupted.train()
     assert_same_bits(uninterrupted, resumed)
+
+
+@pytest.mark.parametrize(
+    "error, free, full",
+    [
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), 10**9, True),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), 10**9, True),
+        (RuntimeError("basic_ios::clear: iostream error"), 0, True),
+        (RuntimeError("basic_ios::clear: iostream error"), 10**9, False),
+        (RuntimeError("I/O error: Permission denied (os error 13)"), 0, False),
+        (OSError(errno.EIO, "Input/output error"), 0, False),
+    ],
+)
+def test_no_space_is_said_only_where_there_is_none(
+    error: Exception, free: int, full: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise error
+
+    trainer = make_trainer(CLIPTrainer, tmp_path, rows=8, max_steps=1, save_strategy="steps", save_steps=1)
+    monkeypatch.setattr(trainer, "_save_rng_state", fail)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**10, 10**10 - free, free))
+    with pytest.raises(CheckpointError) as raised:
+        trainer.train()
+    message = str(raised.value)
+    assert str(error) in message and ("MB are free" in message) == ("with room" in message) == full
 
 
 def test_what_a_killed_save_left_behind_is_removed_and_replaced(whole: Whole, tmp_path: Path) -> None:
@@ -343,3 +373,56 @@ def test_best_alone_is_kept_at_the_end_and_none_torn(tmp_path: Path, monkeypatch
     assert is_whole(tmp_path / "checkpoint-2")
     evaluating_trainer(tmp_path / "again", save_total_limit=1).train()
     assert [path.name for path in (tmp_path / "again").iterdir()] == ["checkpoint-2"]
+
+
+def test_two_trainings_in_one_folder_are_one_too_many(tmp_path: Path) -> None:
+    """In another process; in this one they may follow each other, and one trainer may train twice."""
+    script = (
+        "import sys; from pathlib import Path; from hf_robust_clip.locking import sole_writer\n"
+        "with sole_writer(Path(sys.argv[1]), 'output_dir', 'a training'):\n"
+        "    print('held', flush=True)\n"
+        "    sys.stdin.read()\n"
+    )
+    output_dir = tmp_path / "out"
+    first, second = (make_trainer(CLIPTrainer, output_dir, rows=8, max_steps=1) for _ in range(2))
+    command = [sys.executable, "-c", script, str(output_dir)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None and other.stdout.readline() == "held\n"
+        for write in (first.train, first.save_model):
+            with pytest.raises(FolderInUseError, match=f"is being written to by a training: process {other.pid} "):
+                write()
+        assert [path.name for path in output_dir.iterdir() if "in_use" not in path.name] == []
+        other.communicate()
+    for trainer in (first, second, first):
+        trainer.train()
+        trainer.save_model()
+        assert not list(output_dir.glob("*in_use*"))
+
+
+def test_all_ranks_of_a_training_are_refused_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hf_robust_clip.trainers import publishing
+
+    told: list[Any] = ["out is in use"]
+    monkeypatch.setattr(publishing, "broadcast_object_list", lambda given: given.__setitem__(0, told[0]))
+    another_rank: Any = SimpleNamespace(process_index=1, world_size=2, output_dir=str(tmp_path / "out"))
+    with pytest.raises(FolderInUseError, match="out is in use"), publishing.sole_training(another_rank):
+        pass
+    told[0] = None
+    with publishing.sole_training(another_rank):
+        assert not list(tmp_path.iterdir())
+
+
+def test_the_folder_of_the_model_is_not_written_over(tmp_path: Path) -> None:
+    first = make_trainer(CLIPTrainer, tmp_path / "out", rows=8, max_steps=2, save_strategy="steps", save_steps=1)
+    first.train()
+    first.save_model()
+    (tmp_path / "link").symlink_to(tmp_path / "out")
+    again = make_trainer(CLIPTrainer, tmp_path / "out", rows=8, max_steps=3, model=str(tmp_path / "link"))
+    with pytest.raises(ValueError, match="is the folder that the model was loaded from"):
+        again.train()
+    # To go on from a checkpoint there is another matter, and so is to start from one.
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 3
+    make_trainer(
+        CLIPTrainer, tmp_path / "out", rows=8, max_steps=1, model=str(tmp_path / "out" / "checkpoint-1")
+    ).train()
