@@ -133,7 +133,8 @@ def check_weights(model: nn.Module, found: Mapping[str, Any], source: str) -> No
         faults.append(f"{len(others):,} have another shape ({few(sorted(others))})")
     if unexpected:
         faults.append(f"{len(unexpected):,} others are there ({few(unexpected)})")
-    raise ValueError(f"{where} does not have the weights of {kind}: {', '.join(faults)}.{wrapper_hint(unexpected)}")
+    hint = wrapper_hint(unexpected)
+    raise ValueError(f"{where} does not have the weights of {kind}: {shortened(', '.join(faults), 400)}.{hint}")
 
 
 def load_processor(

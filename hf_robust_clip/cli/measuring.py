@@ -67,7 +67,7 @@ def load_model(flag: str, name: str) -> tuple[Any, Any]:
             check_processor(processor, "the processor")
     except (OSError, SafetensorError) as error:
         if Path(name).exists():
-            raise UsageError(f"{flag}: {name!r} cannot be loaded: {error}") from error
+            raise UsageError(f"{flag}: {shown(name)} cannot be loaded: {error}") from error
         raise
     return model, processor
 
@@ -85,7 +85,7 @@ def load_labelled(args: argparse.Namespace, data: str, split: str, image_column:
             )
     if args.label_column not in dataset.column_names:
         raise UsageError(
-            f"--label-column: {args.label_column!r} is not a column of {shown(source)}; its columns are "
+            f"--label-column: {shown(args.label_column)} is not a column of {shown(source)}; its columns are "
             f"{listed(dataset.column_names)}"
         )
     are_text = not isinstance(dataset.features[args.label_column], datasets.ClassLabel)
@@ -93,13 +93,13 @@ def load_labelled(args: argparse.Namespace, data: str, split: str, image_column:
     feature = dataset.features[args.label_column]
     if not isinstance(feature, datasets.ClassLabel):
         raise UsageError(
-            f"--label-column: {args.label_column!r} of {shown(source)} is {shown(feature)}; accepted are a ClassLabel "
-            "and names of classes (string). Or give --classes"
+            f"--label-column: {shown(args.label_column)} of {shown(source)} is {shown(feature)}; accepted are a "
+            "ClassLabel and names of classes (string). Or give --classes"
         )
     if are_text and all(name.isdecimal() for name in feature.names):
         logger.warning(
-            f"{data}: the classes of {args.label_column!r} are called {listed(feature.names)}, and prompts have these "
-            "names in them; write the names of what is seen where these are numbers of classes"
+            f"{data}: the classes of {shown(args.label_column)} are called {listed(feature.names)}, and prompts have "
+            "these names in them; write the names of what is seen where these are numbers of classes"
         )
     return Labelled(dataset, list(feature.names), image_column, args.label_column)
 
@@ -112,7 +112,7 @@ def make_triggers(texts: Sequence[str] | None, flag: str = "--trigger") -> list[
         with usage_errors(flag):
             trigger = trigger_from_name(name, **fields)
         if not isinstance(trigger, Trigger):
-            raise UsageError(f"{flag}: {text!r} goes on captions; accepted is a trigger on images")
+            raise UsageError(f"{flag}: {shown(text)} goes on captions; accepted is a trigger on images")
         triggers.append(trigger)
     return triggers
 

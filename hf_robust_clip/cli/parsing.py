@@ -11,7 +11,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 
-from ..wording import MOST, shortened, shown
+from ..wording import MOST, listed, shortened, shown
 
 #: Arguments that no configuration file holds.
 _NO_SETTINGS = ("help", "traceback", "config", "dry_run")
@@ -98,7 +98,7 @@ class ConfigParser(Parser):
         missing = [name for name in self.required if values[name] is None]
         if missing:
             names = ["/".join(settings[name].option_strings[:1]) or name.upper() for name in missing]
-            self.error(f"the following arguments are required: {', '.join(names)}")
+            self.error("the following arguments are required: " + shortened(", ".join(names), 300))
         return argparse.Namespace(**values, parser=self), extras
 
     def resolved(self, args: argparse.Namespace) -> dict[str, Any]:
@@ -132,7 +132,7 @@ class ConfigParser(Parser):
     def _checked(self, path: Path, key: Any, value: Any, text: Any, settings: Mapping[str, argparse.Action]) -> Any:
         if key not in settings:
             nearest = difflib.get_close_matches(str(key), settings, n=1, cutoff=0.0)[0]
-            self.error(f"--config: {path}: unknown key {shown(str(key))}; did you mean {nearest!r}?")
+            self.error(f"--config: {path}: unknown key {shown(str(key))}; did you mean {shown(nearest)}?")
         action = settings[key]
         hint = self.hints.get(key, _hint(action))
         value = _as_written(hint, value, text)
@@ -150,9 +150,7 @@ class ConfigParser(Parser):
         if value is None:
             return None
         if action.choices is not None and value not in action.choices:
-            self.error(
-                f"--config: {path}: {key} is {shown(value)}; accepted are {', '.join(map(str, action.choices))}"
-            )
+            self.error(f"--config: {path}: {key} is {shown(value)}; accepted are {listed(list(action.choices))}")
         if float in _alternatives(hint) and isinstance(value, str) and str not in _alternatives(hint):
             return float(value)
         if key not in self.hints and callable(action.type) and action.type not in (int, float):

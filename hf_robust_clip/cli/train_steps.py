@@ -21,7 +21,7 @@ from ..trainers.publishing import sole_training
 from ..trainers.roclip import RoCLIPTrainer
 from ..trainers.safeclip import SafeCLIPTrainer
 from ..versions import versions
-from ..wording import listed
+from ..wording import listed, shown
 from .info import DEPENDENCIES
 from .measuring import load_data, load_labelled, load_model, make_evaluators
 from .output import (
@@ -235,7 +235,7 @@ def _start_from(args: argparse.Namespace, arguments: CLIPTrainingArguments, pair
         return load_model("--model", args.model)
     if arguments.caption_column not in pairs.column_names:
         raise UsageError(
-            f"--caption-column: {arguments.caption_column!r} is not a column; the columns are "
+            f"--caption-column: {shown(arguments.caption_column)} is not a column; the columns are "
             f"{listed(pairs.column_names)}"
         )
     column = column_values(pairs, arguments.caption_column)

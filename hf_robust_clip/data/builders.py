@@ -19,7 +19,7 @@ from datasets.table import table_cast
 from datasets.utils.file_utils import xopen
 
 from .. import __version__
-from ..wording import listed
+from ..wording import listed, shown
 from .confining import check_path, check_pointer
 from .tables import BATCH_ROWS, READERS, table_kind, text_of
 
@@ -168,7 +168,7 @@ def read_table(path: str, **options: Any) -> Iterator[pa.Table]:
     elif kind in READERS:
         yield from READERS[kind](path, **options)
     else:
-        raise ValueError(f"{path} is not a table; accepted are {', '.join((*READERS, '.parquet'))}")
+        raise ValueError(f"{path} is not a table; accepted are {listed([*READERS, '.parquet'])}")
 
 
 def read_caption(path: str) -> str | None:
@@ -200,7 +200,7 @@ def named_images(file: str, table: pa.Table) -> list[str | None]:
     column = next((name for name in table.column_names if _column_of_images(name) != name), None)
     if column is None:
         raise ValueError(
-            f"{file} lies with images and has no column {FILE_NAME!r} with their paths; its columns are "
+            f"{file} lies with images and has no column {shown(FILE_NAME)} with their paths; its columns are "
             f"{listed(table.column_names)}"
         )
     folder = os.path.dirname(file)

@@ -144,7 +144,7 @@ def card_of(folder: Path) -> dict[str, Any]:
 def check_path(path: str) -> str:
     """Refuse a path that fsspec, which opens data files, takes for a chain of several."""
     if "::" in path:
-        raise ValueError(f"{path!r} has '::' in it, which parts several files in one name; give it another name")
+        raise ValueError(f"{shown(path)} has '::' in it, which parts several files in one name; give it another name")
     return path
 
 

@@ -14,7 +14,7 @@ from transformers.utils import logging
 from ..augment.images import to_float
 from ..models import caption_padding, inference, longest_caption, text_config, text_positions
 from ..seeding import forked_rng
-from ..wording import said, shown
+from ..wording import listed, said, shown
 from .collator import CLIPDataCollator
 from .rows import BadRowError, IndexedDataset, decode_row
 
@@ -165,7 +165,7 @@ def _try(model: Any, pixels: torch.Tensor, tokens: dict[str, torch.Tensor], whol
         else:
             reason = (
                 f"{type(model).__name__}{_adapters(model)} fails on an image of {_times(makes)} and a caption of "
-                f"{tokens['input_ids'].shape[1]} tokens ({', '.join(tokens)})"
+                f"{tokens['input_ids'].shape[1]} tokens ({listed(tokens)})"
             )
         raise ValueError(f"{reason}: {said(error, 250)}") from error
 

@@ -68,8 +68,8 @@ def load_pairs(source: str, split: str = "train", image_column: str = "image") -
         dataset = _made(folder.builder(), split)
         if len(dataset) != folder.rows.get(split, len(dataset)):
             raise ValueError(
-                f"{shown(source)} has {len(dataset):,} rows of the split {split!r}, and its card says that they are "
-                f"{folder.rows[split]:,}; files are missing, or the card is of other files"
+                f"{shown(source)} has {len(dataset):,} rows of the split {shown(split)}, and its card says that they "
+                f"are {folder.rows[split]:,}; files are missing, or the card is of other files"
             )
         _tell_left_out(folder, dataset.column_names)
         parts = _by_folder(folder, split, dataset, _made)
@@ -130,7 +130,9 @@ def _place(source: str) -> Path | None:
         check_path(str(path))
         return path
     if source in _PACKAGED_DATASETS_MODULES:  # of which `datasets` reads the files in the working directory
-        raise ValueError(f"source={source!r} is neither a file nor a folder; accepted are those, and ids on the Hub")
+        raise ValueError(
+            f"source={shown(source)} is neither a file nor a folder; accepted are those, and ids on the Hub"
+        )
     return None
 
 
@@ -194,8 +196,8 @@ def _by_folder(
     groups = [(start, list(group)) for start, group in groupby(chosen, key=os.path.dirname)]
     if len(groups) > 1 and split not in files:
         raise ValueError(
-            f"split={split!r}: the files of {shown(str(folder.path))} lie in several folders, from which their paths "
-            f"are taken; accepted are its splits {listed(files)}"
+            f"split={shown(split)}: the files of {shown(str(folder.path))} lie in several folders, from which their "
+            f"paths are taken; accepted are its splits {listed(files)}"
         )
     for start, group in groups:
         part = read(folder.builder({split: group}, dataset.features), split) if len(groups) > 1 else dataset
@@ -204,13 +206,13 @@ def _by_folder(
 
 def _check_split(split: str, splits: Collection[str], source: str) -> None:
     if split not in splits:
-        raise ValueError(f"split={split!r} is not in {shown(source)}; its splits are {listed(list(splits))}")
+        raise ValueError(f"split={shown(split)} is not in {shown(source)}; its splits are {listed(list(splits))}")
 
 
 def _check_column(names: Sequence[str], image_column: str, source: str) -> None:
     if image_column not in names:
         raise ValueError(
-            f"image_column={image_column!r} is not a column of {shown(source)}; its columns are {listed(names)}"
+            f"image_column={shown(image_column)} is not a column of {shown(source)}; its columns are {listed(names)}"
         )
 
 
@@ -259,7 +261,7 @@ def label_by_captions(
         raise ValueError("classes is empty; it needs at least one class, with the words that name it")
     if caption_column not in dataset.column_names:
         raise ValueError(
-            f"caption_column={caption_column!r} is not a column of dataset; its columns are "
+            f"caption_column={shown(caption_column)} is not a column of dataset; its columns are "
             f"{listed(dataset.column_names)}"
         )
     if votes is None:
@@ -282,7 +284,9 @@ def label_by_captions(
         needed = f"{votes} captions that name" if votes > 1 else "a caption that names"
         raise ValueError(f"no row of dataset has {needed} one of the classes {listed(names)}")
     if label_column in dataset.column_names:
-        logger.warning(f"the column {label_column!r} of dataset is replaced by the classes that its captions name")
+        logger.warning(
+            f"the column {shown(label_column)} of dataset is replaced by the classes that its captions name"
+        )
         dataset = dataset.remove_columns(label_column)
     return _with_labels(dataset.select(rows), label_column, labels, names)
 

@@ -131,7 +131,7 @@ def _csv_rows(path: str, reader: Any, header: Sequence[str], delimiter: str) -> 
                 if width and len(row) != width:
                     raise ValueError(
                         f"{path}, line {line} has {len(row)} fields where the header has {width}; accepted are as "
-                        f"many, parted by {delimiter!r}. A field with that in it goes in double quotes"
+                        f"many, parted by {shown(delimiter)}. A field with that in it goes in double quotes"
                     )
                 yield line, row
             line = reader.line_num + 1
@@ -158,8 +158,8 @@ def _delimiter(path: str, file: Any) -> str:
         if len(header) > 1:
             if any("\t" in name for name in header):
                 raise ValueError(
-                    f"{path}: its header has both {delimiter!r} and tabs in it; call it .tsv if its fields are parted "
-                    "by tabs"
+                    f"{path}: its header has both {shown(delimiter)} and tabs in it; call it .tsv if its fields are "
+                    "parted by tabs"
                 )
             return delimiter
     return ","
@@ -182,7 +182,7 @@ def _csv_column(path: str, name: str, cells: Sequence[str], lines: Sequence[int]
     flags = []
     for cell, line in zip(cells, lines, strict=True):
         if cell.lower() not in _FLAGS:
-            raise ValueError(f"{path}, line {line}: {name!r} is {shown(cell)}; accepted are true, false, 1 and 0")
+            raise ValueError(f"{path}, line {line}: {shown(name)} is {shown(cell)}; accepted are true, false, 1 and 0")
         flags.append(_FLAGS[cell.lower()])
     return pa.array(flags, pa.bool_())
 
@@ -250,5 +250,5 @@ def _json_column(where: str, name: str, values: Sequence[Any], features: dataset
         return pa.array(values, kind)
     except (ValueError, TypeError, OverflowError, pa.ArrowException) as error:
         raise ValueError(
-            f"{where}, column {name!r}: {shortened(str(error), 200)}; the first rows have {features[name]} there"
+            f"{where}, column {shown(name)}: {shortened(str(error), 200)}; the first rows have {features[name]} there"
         ) from error

@@ -43,7 +43,7 @@ def read_labels(
     numbers = {str(i): i for i in range(len(class_names))} | {name: i for i, name in enumerate(class_names)}
     labels = []
     for row, value in enumerate(read_column(dataset, label_column)):
-        label = _number(value, numbers)
+        label = _number(value, numbers, len(class_names))
         if label is None:
             raise _not_a_class(f"row {row}{where}, column {shown(label_column)}: ", value, class_names)
         labels.append(label)
@@ -66,7 +66,7 @@ def check_class_names(class_names: Any) -> list[str]:
 
 def class_number(value: Any, class_names: Sequence[str], argument: str) -> int:
     """The number of a class that is given by its name or its number; `ValueError` if it is neither."""
-    number = _number(value, {name: number for number, name in enumerate(class_names)})
+    number = _number(value, {name: number for number, name in enumerate(class_names)}, len(class_names))
     if number is None:
         raise _not_a_class(f"{argument}=", value, class_names)
     return number
@@ -94,12 +94,12 @@ def read_captions(dataset: Any, image_column: str, caption_column: str) -> list[
     return captions
 
 
-def _number(value: Any, numbers: Mapping[str, int]) -> int | None:
-    """The number that a label or a name stands for; `None` if it is of no class."""
+def _number(value: Any, numbers: Mapping[str, int], classes: int) -> int | None:
+    """The number that a label or a name stands for; `None` if it is of none of so many classes."""
     number: Any = numbers.get(value) if isinstance(value, str) else value
     # Scalars of numpy and torch have an item().
     number = number.item() if hasattr(number, "item") and getattr(number, "ndim", 1) == 0 else number
-    is_number = isinstance(number, int) and not isinstance(number, bool) and 0 <= number < len(numbers)
+    is_number = isinstance(number, int) and not isinstance(number, bool) and 0 <= number < classes
     return number if is_number else None
 
 

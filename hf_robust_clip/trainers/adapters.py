@@ -17,7 +17,7 @@ from transformers.utils import logging
 from ..models import check_weights
 from ..seeding import forked_rng
 from ..weight_names import PEFT_PREFIX
-from ..wording import said
+from ..wording import said, shown
 
 if TYPE_CHECKING:
     from .arguments import CLIPTrainingArguments
@@ -52,7 +52,7 @@ def add_adapters(model: Any, peft_config: Any, seed: int) -> Any:
     for name in getattr(peft_config, "modules_to_save", None) or ():
         if name.rpartition(".")[2] not in modules:
             raise ValueError(
-                f"peft_config has {name!r} in modules_to_save, but {type(model).__name__} has no such module"
+                f"peft_config has {shown(name)} in modules_to_save, but {type(model).__name__} has no such module"
                 + (": logit_scale is trained and saved without it" if name == "logit_scale" else "")
             )
     # The Trainer sets the seed later, too late for the adapters' first weights.
@@ -85,7 +85,7 @@ def check_adapters(model: Any, args: CLIPTrainingArguments) -> None:
     strategy = HubStrategy(args.hub_strategy)
     if args.push_to_hub and strategy != HubStrategy.END:
         raise ValueError(
-            f"merge_adapters=True with hub_strategy={strategy.value!r}: checkpoints hold adapters, to be resumed "
+            f"merge_adapters=True with hub_strategy={shown(strategy.value)}: checkpoints hold adapters, to be resumed "
             "from, so that the repository would get both; set hub_strategy='end'"
         )
     if args.fsdp or args.deepspeed:

@@ -116,7 +116,7 @@ def test_one_value_stands_for_a_list_of_one(tmp_path: Path) -> None:
         ("name: null\nmode: null", "mode is None"),
         ("quick: maybe", "quick is 'maybe'"),
         ({"template": ["none"]}, "template: 'none' must have exactly one {}"),
-        ({"mode": "three"}, "mode is 'three'; accepted are one, two"),
+        ({"mode": "three"}, "mode is 'three'; accepted are 'one', 'two'"),
         ("- a\n- b\n", "is a list; accepted is a mapping"),
         ("", "is empty; accepted is a mapping"),
         ("a: [", "is no YAML, line"),
