@@ -73,6 +73,12 @@ def names_images(feature: Any) -> bool:
     return getattr(feature, "dtype", None) in _STRINGS or (isinstance(feature, Mapping) and "path" in feature)
 
 
+def opens_images(dataset: datasets.Dataset, column: str) -> bool:
+    """Whether a column of `datasets.Image` has rows whose image is a file, and not in the dataset."""
+    chunks = [chunk for chunk in dataset.data.column(column).chunks if pa.types.is_struct(chunk.type)]
+    return any(chunk.field("bytes").null_count > chunk.field("path").null_count for chunk in chunks)
+
+
 def confine_column(
     dataset: datasets.Dataset, column: str, bounds: Bounds, source: str, first: int = 0
 ) -> datasets.Dataset:

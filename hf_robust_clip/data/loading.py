@@ -27,6 +27,7 @@ from .confining import (
     confine_column,
     confine_row,
     names_images,
+    opens_images,
 )
 from .folders import Folder, may_hold_captions
 from .rows import column_values
@@ -79,7 +80,9 @@ def load_pairs(source: str, split: str = "train", image_column: str = "image") -
     _check_column(dataset.column_names, image_column, source)
     feature = dataset.features[image_column]
     if isinstance(feature, datasets.Image):
-        return dataset
+        if path is None or not opens_images(dataset, image_column):
+            return dataset
+        feature = {"bytes": None, "path": None}
     if names_images(feature):
         confined, first = [], 0
         for part, bounds in parts:
@@ -109,7 +112,11 @@ def stream_pairs(source: str, split: str = "train", image_column: str = "image")
     # Some files on the Hub tell their columns and types only as they are read.
     if stream.features is not None:
         _check_column(stream.column_names, image_column, source)
-        if not names_images(stream.features[image_column]):
+        feature = stream.features[image_column]
+        if isinstance(feature, datasets.Image) and path is not None and folder.kind in ("parquet", "arrow"):
+            # A row may name a file in place of holding an image.
+            parts = ((part.cast_column(image_column, datasets.Image(decode=False)), bounds) for part, bounds in parts)
+        elif not names_images(feature):
             return stream
     confined = [
         part.map(

@@ -10,6 +10,7 @@ from typing import Any
 
 import datasets
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from hf_robust_clip.data import loading
@@ -64,7 +65,20 @@ def saved(name: str, folder: Path) -> Path:
     return folder
 
 
+def declared(name: str, folder: Path) -> Path:
+    """Paths that a Parquet file calls images."""
+    schema = datasets.Features({"image": datasets.Image(), "caption": datasets.Value("string")}).arrow_schema
+    rows = {"image": [{"path": name, "bytes": None}], "caption": ["a"]}
+    pq.write_table(pa.table(rows, schema=schema), folder / "train.parquet")
+    return folder
+
+
+def declared_in_a_file(name: str, folder: Path) -> Path:
+    return declared(name, folder) / "train.parquet"
+
+
 FORMS: tuple[Callable[[str, Path], Path], ...] = (csv, jsonl, struct, struct_in_a_file, parquet, saved)
+FORMS += (declared, declared_in_a_file)
 
 
 @pytest.mark.parametrize("form", FORMS)
