@@ -35,6 +35,9 @@ from .tables import READERS
 
 logger = logging.get_logger(__name__)
 
+#: Kinds of files that say themselves which of their columns are images, and may name files there.
+_DECLARING = ("parquet", "arrow")
+
 
 def load_pairs(source: str, split: str = "train", image_column: str = "image") -> datasets.Dataset:
     """
@@ -58,6 +61,7 @@ def load_pairs(source: str, split: str = "train", image_column: str = "image") -
             or names an image or a file of data outside of its folder.
     """
     path = _place(source)
+    declares = path is not None  # that a column is of images, whatever it names
     if path is None:
         dataset = datasets.load_dataset(source, split=split)  # nosec B615 # the user's choice
         parts: Iterable[tuple[Any, Bounds]] = [(dataset, Bounds(None))]
@@ -66,6 +70,7 @@ def load_pairs(source: str, split: str = "train", image_column: str = "image") -
         parts = [(dataset, Bounds(path))]
     elif path.is_dir():
         folder = _folder(path, split)
+        declares = folder.kind in _DECLARING
         dataset = _made(folder.builder(), split)
         if len(dataset) != folder.rows.get(split, len(dataset)):
             raise ValueError(
@@ -80,7 +85,7 @@ def load_pairs(source: str, split: str = "train", image_column: str = "image") -
     _check_column(dataset.column_names, image_column, source)
     feature = dataset.features[image_column]
     if isinstance(feature, datasets.Image):
-        if path is None or not opens_images(dataset, image_column):
+        if not declares or not opens_images(dataset, image_column):
             return dataset
         feature = {"bytes": None, "path": None}
     if names_images(feature):
@@ -113,7 +118,7 @@ def stream_pairs(source: str, split: str = "train", image_column: str = "image")
     if stream.features is not None:
         _check_column(stream.column_names, image_column, source)
         feature = stream.features[image_column]
-        if isinstance(feature, datasets.Image) and path is not None and folder.kind in ("parquet", "arrow"):
+        if isinstance(feature, datasets.Image) and path is not None and folder.kind in _DECLARING:
             # A row may name a file in place of holding an image.
             parts = ((part.cast_column(image_column, datasets.Image(decode=False)), bounds) for part, bounds in parts)
         elif not names_images(feature):
