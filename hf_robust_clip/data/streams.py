@@ -126,6 +126,10 @@ class Stream(torch.utils.data.IterableDataset[StreamBatch | None]):
     def set_epoch(self, epoch: int) -> None:
         """Which pass the next iteration is, from 0, in worker processes too."""
         self._epoch.fill_(epoch)
+        if isinstance(self.dataset, datasets.IterableDataset):
+            # Here and not in the workers, which share its number: two that add to it at once make it another's
+            # (datasets 5.2, `IterableDataset.set_epoch`).
+            self.dataset.set_epoch(epoch)
 
     def resume(self, epoch: int | None, places: Sequence[Place]) -> None:
         """Have that pass begin at these places of its workers, and every other at its start."""
@@ -136,7 +140,7 @@ class Stream(torch.utils.data.IterableDataset[StreamBatch | None]):
         number = 0 if worker is None else worker.id
         start = self._places.get(number) if epoch == self._resumed_epoch else None
         start = start or Place(number, 0, 0, None)
-        if hasattr(self.dataset, "set_epoch"):
+        if hasattr(self.dataset, "set_epoch") and not isinstance(self.dataset, datasets.IterableDataset):
             self.dataset.set_epoch(epoch)
         for _ in range(start.batches):
             yield None
