@@ -1,4 +1,4 @@
-"""A first-in first-out pool of earlier features with an exact nearest-neighbour look-up, for RoCLIP and SafeCLIP."""
+"""A first-in first-out pool of earlier features with a nearest-neighbour look-up, for RoCLIP and SafeCLIP."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .kinds import kind
-from .lookup import Search, full_precision_products
+from .lookup import full_precision_products, nearest_slots
 from .wording import listed, shown
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
@@ -22,18 +22,18 @@ class FeaturePool(nn.Module):
     RoCLIP (Yang, Gao, Mirzasoleiman, NeurIPS 2023, arXiv 2303.06854, section 4) and SafeCLIP (ICML 2024, arXiv
     2310.05862, section 4.1).
 
-    The look-up is exact: it returns what brute force over the stored values in float64 returns, and of equals the one
-    that entered first. Similarities are computed in float32 (float64 if the queries or the pool are), with autocast,
-    TF32 and bfloat16 products switched off; every entry within their proven rounding error of the best is scored
-    again in float64. On a device, the look-up waits for it a few times a chunk; nothing else here does, but loading.
+    The look-up compares a query with every entry, in float32 (float64 if the queries or the pool are), with autocast,
+    TF32 and bfloat16 products switched off; of equal products, the entry that entered first is taken. Entries whose
+    products differ by less than the rounding of float32 count as equal or in either order. Nothing waits for the
+    device, but loading.
 
-    A pool of P entries takes `P * (dim * itemsize + 20)` bytes: 2.07 GB for 1,000,000 x 512 in float32, 1.04 GB in
-    bfloat16. A look-up takes, whatever P, up to `2 * LOOKUP_BYTES` (128 MiB) and a few copies of the queries; with a
-    `chunk_size` of your own, `LOOKUP_BYTES` and about `itemsize * chunk_size * (B + dim) * 1.5`.
+    A pool of P entries takes `P * (dim * itemsize + 16)` bytes: 2.06 GB for 1,000,000 x 512 in float32, 1.04 GB in
+    bfloat16. A look-up takes, whatever P, about `LOOKUP_BYTES` (8 MiB on a CPU, else 64 MiB) and a few copies of the
+    queries; with a `chunk_size` of your own, `itemsize * chunk_size * (B + dim)`.
 
     Pools that must be the same on every rank are given the same features in the same order: gather them first
     (`distributed.gather_features`). Casting the module (`.half()`, `.to(torch.bfloat16)`) leaves the pool's dtype
-    alone; moving it to another device, which must know float64, moves it. Features and queries must be finite:
+    alone; moving it to another device moves it. Features and queries must be finite:
     otherwise some filled slot is returned, not necessarily the nearest.
 
     Args:
@@ -48,7 +48,6 @@ class FeaturePool(nn.Module):
 
     features: torch.Tensor
     keys: torch.Tensor
-    norms: torch.Tensor
     entered: torch.Tensor
     cursor: torch.Tensor
     fill: torch.Tensor
@@ -70,7 +69,6 @@ class FeaturePool(nn.Module):
         self.size, self.dim, self.chunk_size = size, dim, chunk_size
         self.register_buffer("features", torch.zeros(size, dim, dtype=dtype))
         self.register_buffer("keys", torch.full((size,), -1))
-        self.register_buffer("norms", torch.zeros(size))  # what bounds the rounding error of a similarity
         self.register_buffer("entered", torch.zeros(size, dtype=torch.int64))  # number of the enqueue call
         self.register_buffer("cursor", torch.tensor(0))
         self.register_buffer("fill", torch.tensor(0))
@@ -117,7 +115,6 @@ class FeaturePool(nn.Module):
         values = {
             "features": kept,
             "keys": keys[-self.size :],
-            "norms": torch.linalg.vector_norm(kept, dim=1, dtype=torch.promote_types(kept.dtype, torch.float32)),
             "entered": torch.full((kept.shape[0],), self._calls),
         }
         before_end = min(kept.shape[0], self.size - self._cursor)
@@ -176,8 +173,7 @@ class FeaturePool(nn.Module):
         if self._fill == 0:
             raise ValueError("the pool is empty: enqueue features before looking any up")
         with torch.autocast(queries.device.type, enabled=False), full_precision_products():
-            entries = self.features[: self._fill]
-            return Search(entries, self.norms, self._oldest, self.chunk_size, queries.detach()).run()
+            return nearest_slots(self.features[: self._fill], self._oldest, queries.detach(), self.chunk_size)
 
     def extra_repr(self) -> str:
         return f"size={self.size}, dim={self.dim}, dtype={self.features.dtype}, filled={self._fill}"

@@ -19,7 +19,6 @@ from .arguments import SafeCLIPTrainingArguments
 from .base import CLIPTrainer, Embeddings
 from .checks import check_negatives
 from .chunking import Batch
-from .kept_scores import forget_scores
 from .pools import FeaturePools, pool_length
 from .scoring import score_pairs
 from .split import SplitHistory
@@ -174,10 +173,6 @@ class SafeCLIPTrainer(CLIPTrainer):
         self._sampler.set_split(self.splits.safe)
         steps_done = self.state.global_step % self._steps_per_epoch if starting else 0
         self._batch_of_epoch = steps_done * self.args.gradient_accumulation_steps
-
-    def on_train_end(self) -> None:
-        super().on_train_end()
-        forget_scores(self.args)
 
     def check_batches(self, batch_size: int) -> None:
         # Of the batches of a step, one alone may be safe, or risky.

@@ -1,9 +1,8 @@
-"""A pass over all pairs that gives the similarity of each, and goes on where it was interrupted."""
+"""A pass over all pairs that gives the similarity of each."""
 
 from __future__ import annotations
 
 import itertools
-import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -16,7 +15,6 @@ from ..data.collator import ORIGINAL
 from ..data.rows import BAD_ROWS, POISONED, ROW_INDEX, IndexedDataset
 from ..distributed import gather_features
 from ..seeding import derive_seed, forked_rng
-from .kept_scores import SCORE, KeptScores
 
 if TYPE_CHECKING:
     from .base import CLIPTrainer
@@ -25,8 +23,9 @@ if TYPE_CHECKING:
 _SCORING = 1
 #: Batches whose scores wait on the device, so that scoring rarely waits for it.
 _WAITING = 64
-#: Seconds between the moments at which the scores so far are written down.
-_SAVE_SECONDS = 60.0
+#: A pair's similarity, NaN where the row cannot be used; and whether it is poisoned: 1, 0, -1 where it is not known,
+#: -2 where the row cannot be used.
+_SCORE = np.dtype([("similarity", "<f4"), ("flag", "i1")])
 #: Scores that the ranks exchange at a time.
 _EXCHANGED = 1 << 22
 
@@ -47,9 +46,8 @@ def score_pairs(trainer: CLIPTrainer, epoch: int, augmented: bool = False) -> Pa
     Score every pair of the trainer's `train_dataset` with the model as it is.
 
     Without gradients, at the evaluation batch size, each rank a contiguous share of the rows. Of several captions a
-    row is scored on the one that training draws in this epoch. A pass of more than a minute writes its scores into
-    `output_dir` as it goes: the same pass of a resumed training goes on from there. Takes 5 bytes a row of its share
-    on each rank, and as many of all rows on the first.
+    row is scored on the one that training draws in this epoch. Takes 5 bytes a row of its share on each rank, and as
+    many of all rows on the first.
 
     Args:
         trainer ([`CLIPTrainer`]): With a map-style `train_dataset`. Torch's global generators are left as they are.
@@ -66,18 +64,16 @@ def score_pairs(trainer: CLIPTrainer, epoch: int, augmented: bool = False) -> Pa
     dataset = IndexedDataset(trainer.train_dataset, *columns, on_bad_row, trainer.data_collator.least_side)
     rows = len(dataset)
     share = -(-rows // args.world_size)
-    scores = np.empty(share, dtype=SCORE)
+    scores = np.empty(share, dtype=_SCORE)
     # Sharded parameters come together only in the wrapped model's forward pass.
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     model: Any = trainer.model_wrapped if sharded else trainer.unwrapped_model
-    kept = KeptScores(trainer, model, epoch, augmented)
-    done = kept.restore(scores)
     first = args.process_index * share
-    own = range(min(first + done, rows), min(first + share, rows))
+    own = range(min(first, rows), min(first + share, rows))
     loader: DataLoader[Any] = DataLoader(
         dataset,
         # As many on every rank, since those of sharded parameters encode in step.
-        sampler=itertools.chain(own, itertools.repeat(rows - 1, share - done - len(own))),
+        sampler=itertools.chain(own, itertools.repeat(rows - 1, share - len(own))),
         batch_size=args.eval_batch_size,
         collate_fn=trainer.data_collator.with_views(("scored",) if augmented else (ORIGINAL,)),
         generator=torch.Generator(),  # its own, or the workers' seed would be drawn from the global one
@@ -86,22 +82,16 @@ def score_pairs(trainer: CLIPTrainer, epoch: int, augmented: bool = False) -> Pa
     was_training = model.training
     model.eval()
     waiting: list[torch.Tensor] = []  # (B, 3) each, on the device
-    saved = time.monotonic()
+    done = 0
     try:
         # Sharded parameters that come together in inference mode could not be trained on.
         with torch.no_grad() if sharded else torch.inference_mode():
-            for number, batch in enumerate(loader, start=done // args.eval_batch_size):
+            for number, batch in enumerate(loader):
                 key = derive_seed(args.seed, epoch, number, args.process_index, _SCORING)
                 waiting.append(_score_batch(trainer, model, batch, key if augmented else None))
-                due = time.monotonic() - saved >= _SAVE_SECONDS
-                if due or len(waiting) == _WAITING:
+                if len(waiting) == _WAITING:
                     done = _note(scores, waiting, first, rows, done)
-                if due:
-                    kept.save(scores, done)
-                    saved = time.monotonic()
-            done = _note(scores, waiting, first, rows, done)
-            if kept.written:
-                kept.save(scores, done)  # for a training that is interrupted before its next checkpoint
+            _note(scores, waiting, first, rows, done)
     finally:
         model.train(was_training)
     return _put_together(scores, rows, args)

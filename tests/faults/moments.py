@@ -16,7 +16,6 @@ from transformers import TrainerState
 
 from hf_robust_clip import CLIPDataCollator, CLIPTrainer
 from hf_robust_clip.trainers import scoring
-from hf_robust_clip.trainers.kept_scores import KeptScores
 
 #: Seconds after which a training that nobody kills at its moment gives up.
 _PATIENCE = 60.0
@@ -126,10 +125,9 @@ MOMENTS: dict[str, Callable[[Moment], None]] = {
     "by chance": lambda moment: moment.of(moment.trainer, "training_step", held=False),
     "losing a worker": lambda moment: moment.of(moment.trainer, "training_step", when=_kill_worker),
     "scoring": _scoring,
-    "writing scores": lambda moment: moment.of(KeptScores, "save"),
     "losing a worker while scoring": _losing_while_scoring,
 }
 #: Those of SafeCLIP alone.
-SCORING = ("scoring", "writing scores", "losing a worker while scoring")
+SCORING = ("scoring", "losing a worker while scoring")
 #: Those at which it is a worker of the data loader that is killed, and the training is to end by itself.
 LOSSES = ("losing a worker", "losing a worker while scoring")

@@ -22,7 +22,6 @@ from training import ARGUMENTS, digits, make_trainer, outcome
 
 from hf_robust_clip import CLIPTrainer, RoCLIPTrainer, SafeCLIPTrainer
 from hf_robust_clip.data.digits import digit_processor
-from hf_robust_clip.trainers import scoring
 
 TRAINERS = {cls.__name__: cls for cls in ARGUMENTS}
 #: Four steps an epoch, and a checkpoint after each, of which two stay. RoCLIP matches in epoch 1, with pools full
@@ -45,7 +44,7 @@ class Order:
     Args:
         trainer (`str`): The name of its class.
         output_dir (`str`): Of the training.
-        results (`str`): A folder for what is told of it: `output.txt`, `scored.txt`, and `outcome.pt` if it ends.
+        results (`str`): A folder for what is told of it: `output.txt`, and `outcome.pt` if it ends.
         moment (`str`, *optional*): From `MOMENTS`. `None`: it is to end.
         step (`int`): Before which the moment does not begin.
         workers (`int`): Of its data loader.
@@ -74,8 +73,6 @@ def train(order: Order, channel: int) -> None:
         options["max_steps"] = STREAMED_STEPS
     output_dir, results = Path(order.output_dir), Path(order.results)
     trainer = make_trainer(TRAINERS[order.trainer], output_dir, dataloader_num_workers=order.workers, **options)
-    scoring._SAVE_SECONDS = 0.0  # so that there are scores to go on from
-    count_scored(results / "scored.txt")
     if order.moment is not None:
         moment = Moment(trainer, lambda: announce(channel), order.step)
         MOMENTS[order.moment](moment)
@@ -87,18 +84,6 @@ def train(order: Order, channel: int) -> None:
 
 def announce(channel: int) -> None:
     os.write(channel, b"begun\n")
-
-
-def count_scored(path: Path) -> None:
-    """Write a character to a file for each batch that is scored."""
-    score = scoring._score_batch
-
-    def counted(*args: Any) -> Any:
-        with path.open("a") as file:
-            file.write(".")
-        return score(*args)
-
-    scoring._score_batch = counted
 
 
 def fork(order: Order) -> None:

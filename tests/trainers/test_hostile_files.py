@@ -10,17 +10,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from training import make_trainer
 
-from hf_robust_clip import CLIPTrainer, SafeCLIPTrainer
+from hf_robust_clip import CLIPTrainer
 from hf_robust_clip.data.loading import load_pairs
 from hf_robust_clip.data.preparing import prepare_dataset
 from hf_robust_clip.models import load_dual_encoder, load_processor
 from hf_robust_clip.record import RunRecord
-from hf_robust_clip.trainers.kept_scores import SCORE, KeptScores
 
 
 class Bomb:
@@ -109,17 +107,6 @@ def test_resuming_without_safetensors_runs_nothing(checkpoint: Path, marker: Pat
     (planted / "pytorch_model.bin").write_bytes(by_torch(Bomb(marker)))
     with pytest.raises(Exception, match="eights"):
         make_trainer(CLIPTrainer, tmp_path / "out", rows=16).train(resume_from_checkpoint=str(planted))
-    assert not marker.exists()
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_kept_scores_are_none_of_ours(form: Callable[[Bomb], bytes], marker: Path, tmp_path: Path) -> None:
-    trainer = make_trainer(SafeCLIPTrainer, tmp_path, rows=16)
-    folder = tmp_path / "scoring"
-    folder.mkdir()
-    for ending in ("json", "bin"):
-        (folder / f"rank-00000.{ending}").write_bytes(form(Bomb(marker)))
-    assert KeptScores(trainer, trainer.model, 0, augmented=False).restore(np.zeros(16, SCORE)) == 0
     assert not marker.exists()
 
 

@@ -14,8 +14,6 @@ from training import digits, make_trainer
 
 from hf_robust_clip import SafeCLIPTrainer
 from hf_robust_clip.data.digits import digit_processor
-from hf_robust_clip.trainers import scoring
-from hf_robust_clip.trainers.kept_scores import forget_scores
 from hf_robust_clip.trainers.scoring import score_pairs
 
 ROWS = 19
@@ -120,86 +118,3 @@ def test_half_precision_scores_are_close(tmp_path: Path) -> None:
     one, two = (score_pairs(trainer, epoch=0).similarities for trainer in (full, half))
     np.testing.assert_allclose(one, two, atol=0.02)
     assert not np.array_equal(one, two)
-
-
-# ---- Interrupted ----
-
-
-class Interrupted(Exception):
-    """Stands for the end of the process."""
-
-
-@pytest.fixture
-def interrupted(trainer: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A trainer whose scoring was interrupted after two batches of four rows, and that counts those after."""
-    trainer.args.per_device_eval_batch_size = 4
-    monkeypatch.setattr(scoring, "_SAVE_SECONDS", 0.0)
-    trainer.encoded = 0
-    whole = scoring._score_batch
-
-    def score_two(*args: Any) -> Any:
-        if trainer.encoded == 2:
-            raise Interrupted
-        trainer.encoded += 1
-        return whole(*args)
-
-    monkeypatch.setattr(scoring, "_score_batch", score_two)
-    with pytest.raises(Interrupted):
-        score_pairs(trainer, epoch=2, augmented=True)
-
-    def count(*args: Any) -> Any:
-        trainer.encoded += 1
-        return whole(*args)
-
-    trainer.encoded = 0
-    monkeypatch.setattr(scoring, "_score_batch", count)
-    return trainer
-
-
-def test_interrupted_pass_goes_on_where_it_was(interrupted: Any, tmp_path: Path) -> None:
-    scores = score_pairs(interrupted, epoch=2, augmented=True)
-    assert interrupted.encoded == 3
-    fresh = make_trainer(SafeCLIPTrainer, tmp_path / "fresh", rows=ROWS, per_device_eval_batch_size=4)
-    assert np.array_equal(scores.similarities, score_pairs(fresh, epoch=2, augmented=True).similarities)
-    # What was scored before the next checkpoint need not be scored again either.
-    interrupted.encoded = 0
-    assert np.array_equal(score_pairs(interrupted, epoch=2, augmented=True).similarities, scores.similarities)
-    assert interrupted.encoded == 0
-
-
-@pytest.mark.parametrize("change", ["weights", "epoch", "step", "views", "batch", "captions", "torn", "empty"])
-def test_scores_of_another_pass_are_computed_anew(change: str, interrupted: Any, tmp_path: Path) -> None:
-    epoch, augmented = 2, True
-    (file,) = (tmp_path / "_scoring").glob("*.bin")
-    if change == "weights":
-        with torch.no_grad():
-            next(interrupted.model.parameters()).add_(1e-6)
-    elif change == "epoch":
-        epoch = 3
-    elif change == "step":
-        interrupted.state.global_step += 1
-    elif change == "views":
-        augmented = False
-    elif change == "captions":
-        interrupted.args.max_length = 4
-    elif change == "batch":
-        interrupted.args.per_device_eval_batch_size = 5
-    else:
-        file.write_bytes(file.read_bytes()[:17] if change == "torn" else b"")
-    scores = score_pairs(interrupted, epoch=epoch, augmented=augmented)
-    assert interrupted.encoded == (4 if change == "batch" else 5)
-    forget_scores(interrupted.args)
-    fresh = score_pairs(interrupted, epoch=epoch, augmented=augmented)
-    assert np.array_equal(fresh.similarities, scores.similarities)
-
-
-def test_short_pass_leaves_no_files(trainer: Any, tmp_path: Path) -> None:
-    score_pairs(trainer, epoch=2)
-    assert not (tmp_path / "_scoring").exists()
-
-
-def test_files_are_gone_when_training_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scoring, "_SAVE_SECONDS", 0.0)
-    trainer = make_trainer(SafeCLIPTrainer, tmp_path, warmup_unimodal_epochs=0, warmup_cross_epochs=0, max_steps=1)
-    trainer.train()
-    assert not (tmp_path / "_scoring").exists()
