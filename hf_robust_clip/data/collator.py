@@ -213,3 +213,14 @@ class CLIPDataCollator:
         if view == ORIGINAL or self.text_augmentation is None:
             return caption
         return self.text_augmentation(caption, derive_seed(key, self.views.index(view)))
+
+
+class RowsOnHost:
+    """As another collator, but the numbers of the rows are an array, which no loader moves to a device."""
+
+    def __init__(self, collator: CLIPDataCollator) -> None:
+        self.collator = collator
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        batch: dict[str, Any] = self.collator(rows)
+        return {**batch, ROW_INDEX: batch[ROW_INDEX].numpy()} if ROW_INDEX in batch else batch

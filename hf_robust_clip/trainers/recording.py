@@ -66,7 +66,7 @@ def record_of(trainer: CLIPTrainer) -> RunRecord:
         planned_steps=state.max_steps,
         course=course,
         log=thinned([entry for entry in state.log_history if "loss" in entry]),
-        details=trainer.run_details(),
+        details=trainer.defence.notes(),
         method=next(cls.__name__ for cls in type(trainer).__mro__ if _is_ours(cls)),
         augmentation={
             "images": _describe_augmentation(trainer.image_augmentation),

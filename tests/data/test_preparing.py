@@ -105,7 +105,8 @@ def assert_equal(ones, others) -> None:
     for one, other in zip(ones, others, strict=True):
         assert one.keys() == other.keys()
         for name in one:
-            assert one[name].dtype == other[name].dtype and torch.equal(one[name], other[name]), name
+            one_value, other_value = torch.as_tensor(one[name]), torch.as_tensor(other[name])
+            assert one_value.dtype == other_value.dtype and torch.equal(one_value, other_value), name
 
 
 def numbered(caption: str, seed: int) -> str:
