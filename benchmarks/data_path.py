@@ -130,7 +130,6 @@ def stages(batch: int, folder: Path) -> dict[str, Callable[[], Any]]:
     large = dataset_of([few[number % 4] for number in range(batch)])
     plain = CLIPDataCollator(processor)
     drafting = CLIPDataCollator(processor, draft_decoding=True)
-    storing = CLIPDataCollator(processor, stored_tokens=True)
 
     def one_view(dataset: datasets.Dataset, collator: CLIPDataCollator = plain) -> Callable[[], Any]:
         indexed = IndexedDataset(dataset, "image", "caption")
@@ -147,7 +146,6 @@ def stages(batch: int, folder: Path) -> dict[str, Callable[[], Any]]:
         "the same with PIL": lambda: [to_bytes(augment_with_pil(image, draw)) for image in small],
         "one view, from JPEG files": one_view(source),
         "one view, prepared as ppm": one_view(prepared["ppm"]),
-        "one view, prepared as ppm, with its tokens": one_view(prepared["ppm"], storing),
         "one view, prepared as png": one_view(prepared["png"]),
         "one view, from large JPEG files": one_view(large),
         "one view, from large JPEG files, drafted": one_view(large, drafting),
@@ -200,9 +198,6 @@ def main() -> None:
         "augment_on_cpu_over_pil": ratio("augmenting images, on a CPU", "the same with PIL"),
         "ppm_over_jpeg": ratio("one view, prepared as ppm", "one view, from JPEG files"),
         "png_over_jpeg": ratio("one view, prepared as png", "one view, from JPEG files"),
-        "stored_tokens_over_tokenizing": ratio(
-            "one view, prepared as ppm, with its tokens", "one view, prepared as ppm"
-        ),
         "drafted_over_whole": ratio("one view, from large JPEG files, drafted", "one view, from large JPEG files"),
     }
     print("| | CPU, ms a pair |\n|---|---|")

@@ -39,7 +39,6 @@ _PLUMBING = (
     "stop_on_non_finite",
     "on_bad_row",
     "draft_decoding",
-    "stored_tokens",
     "adversarial_phrase",
 )
 #: Names of augmentations, which may have been given as objects: `augmentation` says what was used.

@@ -15,7 +15,7 @@ from ..seeding import derive_seed
 from ..wording import shown
 from .images import ImagePreprocessor
 from .rows import BAD_ROWS, POISONED, ROW_INDEX, decode_row
-from .tokens import TOKENS_PREFIX, StoredTokens, tokenise
+from .tokens import tokenise
 
 ORIGINAL = "original"
 #: How much larger than the model's size a drafted image stays. With 2 the pixels of photos of 2,000 to 4,000 pixels
@@ -30,11 +30,9 @@ class CLIPDataCollator:
 
     Each image is decoded once, converted to RGB, and resized and cropped by the model's own image processor; the
     pixels stay uint8, and the trainer makes and normalises the image views on the device. The text views are drawn
-    here and tokenised in one call, view after view; with `stored_tokens`, captions whose tokens [`prepare_dataset`]
-    stored with the dataset, for this tokenizer and `max_length`, are not tokenised again. What is drawn depends on
-    (seed, epoch, row), so it is the same with any number of workers and after resuming. Rows without a number
-    (iterable datasets) are keyed by their content. The names of special tokens in a caption are text
-    ([`~data.tokens.tokenise`]).
+    here and tokenised in one call, view after view. What is drawn depends on (seed, epoch, row), so it is the same
+    with any number of workers and after resuming. Rows without a number (iterable datasets) are keyed by their
+    content. The names of special tokens in a caption are text ([`~data.tokens.tokenise`]).
 
     Args:
         processor (`transformers.ProcessorMixin`):
@@ -58,8 +56,6 @@ class CLIPDataCollator:
         draft_decoding (`bool`, defaults to `False`):
             Whether large JPEGs are decoded at 1/2, 1/4 or 1/8 of their size, as long as they stay at least twice as
             large as the image processor makes them. It saves time and changes pixels a little: [`least_side`].
-        stored_tokens (`bool`, defaults to `False`):
-            Whether to take the tokens that [`prepare_dataset`] stored, instead of tokenising their captions.
 
     Example:
 
@@ -82,7 +78,6 @@ class CLIPDataCollator:
         padding: bool | str = True,
         seed: int = 0,
         draft_decoding: bool = False,
-        stored_tokens: bool = False,
     ) -> None:
         check_processor(processor, "processor")
         accepted = "one or more different names, such as ('original',)"
@@ -101,7 +96,6 @@ class CLIPDataCollator:
         self.padding = padding
         self.seed = seed
         self.draft_decoding = draft_decoding
-        self.stored_tokens = stored_tokens
         if draft_decoding and self.preprocess.resized_side is None:
             found = {name: getattr(processor.image_processor, name, None) for name in ("do_resize", "size")}
             raise ValueError(
@@ -109,7 +103,6 @@ class CLIPDataCollator:
                 f"shortest_edge, but {type(processor.image_processor).__name__} has {found}"
             )
         self._first_caption_only = False
-        self._found_tokens: StoredTokens | None = None
         # In shared memory, so that worker processes that live on through the epochs see the number change.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
@@ -166,7 +159,15 @@ class CLIPDataCollator:
         texts = [
             self._view(caption, key, view) for view in self.views for caption, key in zip(captions, keys, strict=True)
         ]
-        batch = {"pixel_values": pixels, **self._tokens(texts, decoded * len(self.views))}
+        tokens = tokenise(
+            self.tokenizer,
+            texts,
+            padding=self.padding,
+            truncation=True,
+            max_length=self.max_length,
+            return_tensors="pt",
+        )
+        batch = {"pixel_values": pixels, **tokens}
         if all(ROW_INDEX in row for row in decoded):
             batch[ROW_INDEX] = torch.tensor([row[ROW_INDEX] for row in decoded])
         if all(isinstance(row.get(POISONED), bool) for row in decoded):
@@ -175,25 +176,6 @@ class CLIPDataCollator:
         if bad:
             batch[BAD_ROWS] = torch.tensor(bad)
         return batch
-
-    def _tokens(self, texts: list[str], rows: Sequence[Mapping[str, Any]]) -> Mapping[str, torch.Tensor]:
-        """The tokens of all texts, each of the row at its place: as stored where they are, else of one call."""
-        stored = None
-        if self.stored_tokens and any(column.startswith(TOKENS_PREFIX) for column in rows[0]):
-            if self._found_tokens is None:
-                self._found_tokens = StoredTokens(self.tokenizer, self.max_length)
-            stored = self._found_tokens(texts, rows, self.padding)
-        if stored is not None:
-            return stored
-        tokens: Mapping[str, torch.Tensor] = tokenise(
-            self.tokenizer,
-            texts,
-            padding=self.padding,
-            truncation=True,
-            max_length=self.max_length,
-            return_tensors="pt",
-        )
-        return tokens
 
     def _key(self, row: Mapping[str, Any], pixels: torch.Tensor, epoch: int) -> int:
         number = row.get(ROW_INDEX)

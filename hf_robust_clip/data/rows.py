@@ -15,7 +15,6 @@ from ..attacks.rows import ENCODED_IMAGE_DTYPES, POISONED, holds_captions
 from ..imaging import decode_image
 from ..kinds import is_rows, kind, wrong_dataset
 from ..wording import listed, shortened, shown
-from .tokens import TOKENS_PREFIX
 
 OnBadRow = Literal["raise", "skip"]
 ON_BAD_ROW: tuple[OnBadRow, ...] = ("raise", "skip")
@@ -102,8 +101,8 @@ def _check_mapping(row: Any) -> None:
 
 def undecoded(dataset: Any, image_column: str, caption_column: str) -> Any:
     """
-    The same `datasets` dataset with only the columns that training reads, stored tokens among them, unformatted, and
-    its images left as encoded bytes.
+    The same `datasets` dataset with only the columns that training reads, unformatted, and its images left as encoded
+    bytes.
 
     Other kinds of dataset, and those with a transform of their own, come back as they are.
     """
@@ -112,7 +111,6 @@ def undecoded(dataset: Any, image_column: str, caption_column: str) -> Any:
     if has_transform(dataset):
         return dataset
     wanted = [name for name in dict.fromkeys((image_column, caption_column, POISONED)) if name in dataset.features]
-    wanted += [name for name in dataset.features if name.startswith(TOKENS_PREFIX) and name not in wanted]
     # A format ("torch", "numpy") would decode the images, and leave captions and flags in types of its own.
     dataset = dataset.with_format(None).select_columns(wanted)
     # `datasets` decodes a whole batch at once and its error does not say which row failed, so rows decode here.

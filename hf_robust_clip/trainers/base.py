@@ -189,7 +189,6 @@ class CLIPTrainer(PublishingTrainer):
                 padding=caption_padding(encoder),
                 seed=args.data_seed if args.data_seed is not None else args.seed,
                 draft_decoding=args.draft_decoding,
-                stored_tokens=args.stored_tokens,
             )
         if peft_config is not None:
             encoder = add_adapters(encoder, peft_config, args.seed)
