@@ -38,7 +38,6 @@ _PLUMBING = (
     "merge_adapters",
     "stop_on_non_finite",
     "on_bad_row",
-    "draft_decoding",
     "adversarial_phrase",
 )
 #: Names of augmentations, which may have been given as objects: `augmentation` says what was used.

@@ -18,10 +18,6 @@ from .rows import BAD_ROWS, POISONED, ROW_INDEX, decode_row
 from .tokens import tokenise
 
 ORIGINAL = "original"
-#: How much larger than the model's size a drafted image stays. With 2 the pixels of photos of 2,000 to 4,000 pixels
-#: differed by 0.6 of 255 in the mean and by 6 at most (49 to 50 dB), with 1 by 2 and 19 (38 to 40 dB), in a half and a
-#: third of the time.
-_DRAFT_MARGIN = 2
 
 
 class CLIPDataCollator:
@@ -53,9 +49,6 @@ class CLIPDataCollator:
             (what SigLIP was trained with).
         seed (`int`, defaults to 0):
             Seed of the text views.
-        draft_decoding (`bool`, defaults to `False`):
-            Whether large JPEGs are decoded at 1/2, 1/4 or 1/8 of their size, as long as they stay at least twice as
-            large as the image processor makes them. It saves time and changes pixels a little: [`least_side`].
 
     Example:
 
@@ -77,7 +70,6 @@ class CLIPDataCollator:
         max_length: int | None = None,
         padding: bool | str = True,
         seed: int = 0,
-        draft_decoding: bool = False,
     ) -> None:
         check_processor(processor, "processor")
         accepted = "one or more different names, such as ('original',)"
@@ -95,25 +87,9 @@ class CLIPDataCollator:
         self.max_length = max_length
         self.padding = padding
         self.seed = seed
-        self.draft_decoding = draft_decoding
-        if draft_decoding and self.preprocess.resized_side is None:
-            found = {name: getattr(processor.image_processor, name, None) for name in ("do_resize", "size")}
-            raise ValueError(
-                "draft_decoding=True needs an image processor that resizes to a height and a width, or to a "
-                f"shortest_edge, but {type(processor.image_processor).__name__} has {found}"
-            )
         self._first_caption_only = False
         # In shared memory, so that worker processes that live on through the epochs see the number change.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-
-    @property
-    def least_side(self) -> int | None:
-        """
-        The `least_side` of [`~imaging.decode_image`]: with `draft_decoding` twice what images are resized to, else
-        `None`.
-        """
-        side = self.preprocess.resized_side
-        return _DRAFT_MARGIN * side if self.draft_decoding and side is not None else None
 
     def set_epoch(self, epoch: int) -> None:
         """Draw what belongs to this epoch (from 0) from now on, in worker processes too."""
@@ -150,8 +126,7 @@ class CLIPDataCollator:
         Raises:
             [`~data.rows.BadRowError`]: If a column is missing, an image does not decode or a caption is no string.
         """
-        columns = (self.image_column, self.caption_column)
-        decoded = [decode_row(row, *columns, self.least_side) for row in rows]
+        decoded = [decode_row(row, self.image_column, self.caption_column) for row in rows]
         pixels = self.preprocess([row[self.image_column] for row in decoded])
         epoch = int(self._epoch)
         keys = [self._key(row, pixels[i], epoch) for i, row in enumerate(decoded)]

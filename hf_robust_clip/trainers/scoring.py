@@ -60,8 +60,7 @@ def score_pairs(trainer: CLIPTrainer, epoch: int, augmented: bool = False) -> Pa
     args = trainer.args
     on_bad_row: Any = args.on_bad_row
     columns = (args.image_column, args.caption_column)
-    # Rows are scored on the pixels that they are trained on.
-    dataset = IndexedDataset(trainer.train_dataset, *columns, on_bad_row, trainer.data_collator.least_side)
+    dataset = IndexedDataset(trainer.train_dataset, *columns, on_bad_row)
     rows = len(dataset)
     share = -(-rows // args.world_size)
     scores = np.empty(share, dtype=_SCORE)
