@@ -63,8 +63,7 @@ class Bounds:
 
 def names_images(dataset: datasets.Dataset, column: str) -> bool:
     """Whether a column of `datasets.Image` has rows whose image is a file, and not in the dataset."""
-    chunks = dataset.data.column(column).chunks
-    return any(chunk.field("bytes").null_count > chunk.field("path").null_count for chunk in chunks)
+    return any(_named(chunk).null_count < len(chunk) for chunk in dataset.data.column(column).chunks)
 
 
 def confine_column(
@@ -85,8 +84,7 @@ def confine_column(
     where, chunks = f"of {shown(source)}, column {column!r}", []
     for chunk in dataset.data.column(column).chunks:
         held, paths = (pc.struct_field(chunk, name) for name in ("bytes", "path"))
-        named = pc.if_else(pc.is_null(held), paths, None)  # beside bytes a path is only a name
-        found = [bounds.path(name, f"row {row} {where}") for row, name in enumerate(named.to_pylist(), first)]
+        found = [bounds.path(name, f"row {row} {where}") for row, name in enumerate(_named(chunk).to_pylist(), first)]
         check_pointer(next(filter(None, found), ""))  # one stands for all: Git LFS leaves pointers of a kind of file
         first += len(chunk)
         confined = pc.coalesce(pa.array(found, pa.string()), paths)
@@ -106,6 +104,11 @@ def confine_row(row: Mapping[str, Any], column: str, bounds: Bounds, source: str
     if value is None or value["bytes"] is not None:
         return {column: value}
     return {column: {**value, "path": bounds.path(value["path"], f"a row of {shown(source)}, column {column!r}")}}
+
+
+def _named(chunk: Any) -> Any:
+    """The paths of the images of a chunk that are files; beside bytes a path is only a name."""
+    return pc.if_else(pc.is_null(pc.struct_field(chunk, "bytes")), pc.struct_field(chunk, "path"), None)
 
 
 def card_of(folder: Path) -> dict[str, Any]:
