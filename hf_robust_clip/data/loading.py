@@ -33,6 +33,9 @@ from .tables import READERS
 
 logger = logging.get_logger(__name__)
 
+#: Kinds of folders whose images are files of it, or members of its archives.
+_OWN_IMAGES = ("imagefolder", "webdataset")
+
 
 def load_pairs(source: str, split: str = "train", image_column: str = "image") -> datasets.Dataset:
     """
@@ -71,7 +74,7 @@ def load_pairs(source: str, split: str = "train", image_column: str = "image") -
                 f"are {folder.rows[split]:,}; files are missing, or the card is of other files"
             )
         _tell_left_out(folder, dataset.column_names)
-        if folder.kind != "imagefolder":  # whose images are files of the folder
+        if folder.kind not in _OWN_IMAGES:
             parts = _by_folder(folder, split, dataset, _made)
     else:
         dataset = _made(_file_builder(path), "train")
@@ -111,7 +114,7 @@ def stream_pairs(source: str, split: str = "train", image_column: str = "image")
     stream = _streamed(folder.builder(), split)
     _tell_left_out(folder, stream.column_names)
     _check_column(stream.column_names, image_column, source)
-    if folder.kind == "imagefolder":
+    if folder.kind in _OWN_IMAGES:
         return stream
     images: Any = datasets.Image()
     features = datasets.Features({**stream.features, image_column: images})
