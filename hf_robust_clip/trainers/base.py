@@ -191,8 +191,6 @@ class CLIPTrainer(PublishingTrainer):
                 max_length=args.max_length or longest_caption(encoder, processing_class.tokenizer),
                 padding=caption_padding(encoder),
                 seed=args.data_seed if args.data_seed is not None else args.seed,
-                draft_decoding=args.draft_decoding,
-                stored_tokens=args.stored_tokens,
             )
         if peft_config is not None:
             encoder = add_adapters(encoder, peft_config, args.seed)
@@ -526,7 +524,7 @@ class CLIPTrainer(PublishingTrainer):
             return self._streamed_next.loader
         if isinstance(dataset, torch.utils.data.IterableDataset):
             return self._stream_of_rank(dataset, batch_size)
-        dataset = IndexedDataset(dataset, *columns, on_bad_row, self.data_collator.least_side)
+        dataset = IndexedDataset(dataset, *columns, on_bad_row)
         batch_sampler = None
         if kwargs.get("is_training"):
             seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
@@ -570,7 +568,6 @@ class CLIPTrainer(PublishingTrainer):
             batch_size,
             least_rows=1,
             on_bad_row=args.on_bad_row,  # type: ignore[arg-type]  # checked by the arguments
-            least_side=self.data_collator.least_side,
             rank=args.process_index,
             world_size=args.world_size,
         )

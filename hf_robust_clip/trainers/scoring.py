@@ -61,7 +61,7 @@ def score_pairs(
         [`~defences.base.PairScores`]: On the first rank; `None` on the others.
     """
     on_bad_row: Any = args.on_bad_row
-    dataset = IndexedDataset(dataset, args.image_column, args.caption_column, on_bad_row, collator.least_side)
+    dataset = IndexedDataset(dataset, args.image_column, args.caption_column, on_bad_row)
     rows = len(dataset)
     share = -(-rows // args.world_size)
     scores = np.empty(share, dtype=_SCORE)

@@ -74,7 +74,6 @@ class StreamedTraining:
             # A last batch of one row has no negatives.
             least_rows=batch_size if args.dataloader_drop_last else min(2, batch_size),
             on_bad_row=on_bad_row,
-            least_side=collator.least_side,
             rank=args.process_index,
             world_size=args.world_size,
         )

@@ -349,10 +349,6 @@ def test_evaluators_that_report_the_same_name_are_refused(tmp_path: Path) -> Non
             "caption_column is 'caption' in args, but 'text' in data_collator",
         ),
         (
-            {"data_collator": CLIPDataCollator(digit_processor(), draft_decoding=True)},
-            "draft_decoding is False in args, but True in data_collator",
-        ),
-        (
             {"data_collator": CLIPDataCollator(digit_processor(), views=("original", "augmented"))},
             "data_collator has no text_augmentation",
         ),
