@@ -18,6 +18,7 @@ _PUBLIC = {
     "CleanCLIPTrainer": "trainers.cleanclip",
     "CleanCLIPTrainingArguments": "trainers.arguments",
     "Embeddings": "trainers.base",
+    "Evaluator": "evaluation.base",
     "FeaturePool": "pool",
     "ImageAugmentation": "augment.images",
     "LinearProbeEvaluator": "evaluation.linear_probe",
@@ -71,6 +72,7 @@ if TYPE_CHECKING:
     from .data.loading import load_pairs as load_pairs
     from .data.preparing import prepare_dataset as prepare_dataset
     from .evaluation.attack_success import AttackSuccessEvaluator as AttackSuccessEvaluator
+    from .evaluation.base import Evaluator as Evaluator
     from .evaluation.linear_probe import LinearProbeEvaluator as LinearProbeEvaluator
     from .evaluation.poison_success import PoisonSuccessEvaluator as PoisonSuccessEvaluator
     from .evaluation.retrieval import RetrievalEvaluator as RetrievalEvaluator

@@ -72,6 +72,16 @@ def class_number(value: Any, class_names: Sequence[str], argument: str) -> int:
     return number
 
 
+def attacked_class(target: str | int, class_names: Sequence[str], labels: torch.Tensor) -> int:
+    """The number of the class that an attack steers images to; `ValueError` where every image is of it already."""
+    number = class_number(target, class_names, "target")
+    if bool((labels == number).all()):
+        raise ValueError(
+            f"every image of dataset is of the target class {shown(target)}; an attack has nothing to steer"
+        )
+    return number
+
+
 def read_captions(dataset: Any, image_column: str, caption_column: str) -> list[list[str]]:
     """
     Captions of a dataset, as a list for each row.

@@ -49,6 +49,7 @@ from .checks import (
     check_collator,
     check_negatives,
     check_trained,
+    decide_best_metric,
     explained,
     load_to_train,
     resolve_image_augmentation,
@@ -169,6 +170,7 @@ class CLIPTrainer(PublishingTrainer):
         for evaluator in evaluators:
             if hasattr(evaluator, "check"):
                 evaluator.check(processing_class)
+        decide_best_metric(args, evaluators)
         if all(getattr(type(self), name) is getattr(CLIPTrainer, name) for name in _EVALUATION):
             check_best_metric(args, evaluators, eval_dataset)
         self.image_augmentation = resolve_image_augmentation(image_augmentation, args)
