@@ -18,7 +18,7 @@ PACKAGE = Path(hf_robust_clip.__file__).parent
 FLOORS: tuple[frozenset[str], ...] = (
     frozenset(
         {"losses", "distributed", "pool", "lookup", "mixture", "imaging", "seeding", "augment", "files", "settings"}
-        | {"versions", "weight_names", "wording", "kinds", "locking"}
+        | {"versions", "weight_names", "wording", "kinds", "locking", "columns"}
     ),
     frozenset({"attacks"}),
     frozenset({"models", "data", "evaluation"}),

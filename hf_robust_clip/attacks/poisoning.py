@@ -16,16 +16,14 @@ from datasets import Dataset, IterableDataset, concatenate_datasets
 from numpy.typing import NDArray
 from PIL import Image
 
+from ..columns import check_pairs, naming
 from ..kinds import kind, wrong_dataset
-from ..wording import listed, shown
+from ..wording import shown
 from .manifests import check_dataset_part
 from .rows import (
     build_rows,
     captions_fingerprint,
-    check_columns,
-    check_features,
     decode_target,
-    naming,
     prepare,
     read_captions,
     read_images,
@@ -161,14 +159,9 @@ def _check_dataset(
 ) -> Dataset:
     if not isinstance(dataset, Dataset):
         raise wrong_dataset("dataset", dataset, "a datasets.Dataset (poison_stream poisons streams as they are read)")
-    check_columns(image_column, caption_column)
-    for name, column in (("image", image_column), ("caption", caption_column), ("label", label_column)):
-        if column is not None and column not in dataset.column_names:
-            there = listed(dataset.column_names)
-            raise ValueError(f"{name}_column={shown(column)} is no column of the dataset; there are {there}")
-    if len(dataset) == 0:
-        raise ValueError("dataset is empty; accepted is a dataset with at least one row")
-    check_features(dataset.features, image_column, caption_column)
+    columns = {"image_column": image_column, "caption_column": caption_column}
+    columns |= {} if label_column is None else {"label_column": label_column}
+    check_pairs(dataset.with_format(None), columns, arrays=False)
     return dataset
 
 

@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ..kinds import kind, text_list
+from ..columns import naming
+from ..kinds import check_encodable, kind, text_list
 from ..wording import shown
-from .fields import check_int, check_text
-from .rows import naming
+from .fields import check_int
 from .text_triggers import WordTrigger
 from .triggers import Trigger
 
@@ -98,7 +98,7 @@ class PoisonSpec:
             raise ValueError(f"mode={shown(self.mode)}; accepted are {', '.join(MODES)}")
         if not isinstance(self.target, str) or not self.target.strip():
             raise ValueError(f"target={shown(self.target)}; accepted is the name of a class")
-        check_text("target", self.target)
+        check_encodable("target", self.target)
         if (self.count is None) == (self.rate is None):
             raise ValueError(f"count={self.count} and rate={self.rate}; exactly one of them must be given")
         for name, minimum in (("count", 1), ("seed", 0), ("image_size", 1), ("source_index", 0)):
@@ -153,7 +153,6 @@ class PoisonSpec:
                     raise ValueError(f"templates: {shown(template)}; accepted is {accepted}")
             elif template.count("{}") != 1:
                 raise ValueError(f"templates: {shown(template)}; accepted is a string with exactly one {{}}")
-            check_text("templates", template)
 
 
 def targeted_specs(

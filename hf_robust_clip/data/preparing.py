@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
+from ..columns import ROW_INDEX, captions_of, has_transform
 from ..kinds import kind, wrong_dataset
 from ..locking import sole_writer
 from ..models import check_processor
@@ -27,13 +28,11 @@ from .confining import check_path
 from .images import ImagePreprocessor
 from .rows import (
     ON_BAD_ROW,
-    ROW_INDEX,
     BadRowError,
     IndexedDataset,
     OnBadRow,
     check_dataset,
     decode_row,
-    has_transform,
 )
 from .shards import RECORD_FILE, finish, is_finished, shard_name, whole_shards, write_record, write_shard
 from .tokens import StoredTokens
@@ -231,8 +230,7 @@ class _Preparation(torch.utils.data.Dataset[Any]):
                 continue
             kept.append(row[ROW_INDEX])
             images.append({"bytes": self._encoded(decoded[self.columns[0]]), "path": None})
-            caption = decoded[self.columns[1]]
-            captions.append([caption] if isinstance(caption, str) else list(caption))
+            captions.append(captions_of(decoded[self.columns[1]]))
         new: dict[str, list[Any]] = {self.columns[0]: images}
         if self.tokens.column is not None:
             flat = [caption for several in captions for caption in several]

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..columns import has_transform
 from ..data.images import ImagePreprocessor
-from ..data.rows import has_transform, undecoded
+from ..data.rows import undecoded
 from ..imaging import decode_image
 from ..models import check_processor
 from ..wording import shortened, shown

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from ..data.rows import check_columns
+from ..columns import check_columns
 from ..wording import shown
 from .base import Better, Evaluator
 from .columns import check_class_names, class_number

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from scipy.sparse import csr_array
 
-from ..attacks.rows import naming
+from ..columns import naming
 from ..wording import shown
 from .base import Better, TriggerEvaluator
 from .columns import read_captions

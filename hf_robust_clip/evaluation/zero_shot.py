@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ..attacks.fields import check_text
 from ..kinds import text_list
 from ..wording import listed
 from .base import Better, Evaluator
@@ -112,10 +111,8 @@ def class_embeddings(embedder: Embedder, class_names: Sequence[str], templates: 
 def check_templates(templates: Sequence[str]) -> list[str]:
     """The templates as a list; `ValueError` unless there is one and each has exactly one `{}`."""
     accepted = "one or more texts, each with one '{}' for the class name"
-    checked = [templates] if isinstance(templates, str) else text_list("templates", templates, accepted)
+    checked = text_list("templates", [templates] if isinstance(templates, str) else templates, accepted)
     wrong = [template for template in checked if template.count("{}") != 1]
     if not checked or wrong:
         raise ValueError(f"templates must be {accepted}, but has {listed(wrong)}")
-    for template in checked:
-        check_text("templates", template)
     return checked

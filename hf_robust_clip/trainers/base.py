@@ -21,15 +21,10 @@ from transformers.utils import logging
 
 from ..augment.images import ImageNormalization, to_float
 from ..callbacks import TrainerHooks
+from ..columns import BAD_ROWS, POISONED, ROW_INDEX
 from ..data.collator import ORIGINAL, CLIPDataCollator
 from ..data.fitting import check_fit
-from ..data.rows import (
-    BAD_ROWS,
-    POISONED,
-    ROW_INDEX,
-    IndexedDataset,
-    check_dataset,
-)
+from ..data.rows import IndexedDataset, check_dataset
 from ..data.streams import PLACE, Stream, StreamCollator
 from ..evaluation.embedding import Embedder
 from ..evaluation.running import evaluator_list, run_evaluators

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 
-from ..data.rows import POISONED, ROW_INDEX
+from ..columns import POISONED, ROW_INDEX
 from ..seeding import derive_seed, forked_rng
 
 if TYPE_CHECKING:

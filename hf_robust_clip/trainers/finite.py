@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..data.rows import ROW_INDEX
+from ..columns import ROW_INDEX
 from ..files import write_text
 from ..wording import listed, shortened
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from transformers.utils import logging
 
-from ..attacks.rows import naming
-from ..data.rows import POISONED, ROW_INDEX, column_values, poison_flags
+from ..columns import POISONED, ROW_INDEX, captions_of, naming
+from ..data.rows import column_values, poison_flags
 from ..losses import Matching, clip_loss, roclip_loss
 from ..pool import FeaturePool
 from ..wording import shown
@@ -181,7 +180,7 @@ class RoCLIPTrainer(CLIPTrainer):
         if rows is not None and self.args.adversarial_phrase is not None:
             names = naming(self.args.adversarial_phrase)
             captions = column_values(dataset, self.args.caption_column)
-            rows |= np.array([_any_names(caption, names) for caption in captions])
+            rows |= np.array([any(map(names, captions_of(value))) for value in captions])
         return rows
 
 
@@ -199,8 +198,3 @@ class _Lookup:
         self.slots = self.pool.nearest_slots(queries)
         self.matches = self.pool.features[self.slots].to(queries.dtype)
         return self.matches
-
-
-def _any_names(caption: Any, names: Callable[[str], bool]) -> bool:
-    captions = [caption] if isinstance(caption, str) else caption or ()
-    return any(isinstance(text, str) and names(text) for text in captions)

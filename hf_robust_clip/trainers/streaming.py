@@ -14,7 +14,7 @@ from accelerate.data_loader import DataLoaderShard
 from accelerate.utils import gather_object
 from transformers.utils import logging
 
-from ..data.rows import BAD_ROWS
+from ..columns import BAD_ROWS
 from ..data.streams import Place, Stream, StreamCollator
 from ..files import write_text
 from ..wording import shown
