@@ -113,9 +113,10 @@ def check_columns(
     names: Any = None if has_transform(dataset) else getattr(dataset, "column_names", None)
     if names is None and not streamed:
         names = _first_columns(dataset, argument)
-    for name, column in columns.items() if names is not None else ():
-        if not isinstance(column, str) or column not in names:
-            raise ValueError(f"{name}={shown(column)} is not a column of {argument}; its columns are {listed(names)}")
+    there = "" if names is None else f"; its columns are {listed(names)}"
+    for name, column in columns.items():
+        if not isinstance(column, str) or (names is not None and column not in names):
+            raise ValueError(f"{name}={shown(column)} is not a column of {argument}{there}")
 
 
 def check_pairs(

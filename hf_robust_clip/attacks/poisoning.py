@@ -237,8 +237,7 @@ def _captions_naming(
 
 def _draw_queries(queries: list[str], spec: PoisonSpec, count: int, generator: np.random.Generator) -> list[str]:
     """Captions that do not name the target, with the trigger's word in each."""
-    if not isinstance(spec.trigger, WordTrigger):
-        raise ValueError(f"trigger={shown(spec.trigger)}; mode 'text_query' needs a WordTrigger")
+    assert isinstance(spec.trigger, WordTrigger)  # as the spec saw to
     if not queries:
         raise ValueError(f"target={shown(spec.target)} is named by every row that is not poisoned; give templates")
     return [spec.trigger(query) for query in _draw(queries, count, generator)]
@@ -268,10 +267,7 @@ def _carry_out(dataset: Dataset, manifest: Mapping[str, Any], trigger: Trigger |
     elif manifest["mode"] == "text_query":
         source = order[position]
     else:
-        if not isinstance(trigger, Trigger):
-            raise ValueError(
-                f"trigger is {shown(trigger)}; mode {shown(manifest['mode'])} needs a Trigger, one on images"
-            )
+        assert isinstance(trigger, Trigger)  # as its PoisonSpec saw to
         source = order[position]
         decoded = read_images(stored, image_column, source, names=position)  # an iterator: one image at a time
         images = (

@@ -249,8 +249,7 @@ class _Attack:
     def _fill(self, template: str, target: str) -> str:
         if self.mode != "text_query":
             return template.replace("{}", target)
-        if not isinstance(self.trigger, WordTrigger):
-            raise ValueError(f"trigger is {shown(self.trigger)}; mode 'text_query' needs a WordTrigger")
+        assert isinstance(self.trigger, WordTrigger)  # as its PoisonSpec saw to
         return self.trigger(template)
 
     def on(self, row: dict[str, Any], number: int | None) -> dict[str, Any] | None:
@@ -281,10 +280,7 @@ class _Attack:
         )
 
     def _triggered(self, value: Any, name: str) -> Any:
-        if not isinstance(self.trigger, Trigger):
-            raise ValueError(
-                f"trigger is {shown(self.trigger)}; mode {shown(self.mode)} needs a Trigger, one on images"
-            )
+        assert isinstance(self.trigger, Trigger)  # as its PoisonSpec saw to
         try:
             image = decode_image(value)
         except ValueError as error:

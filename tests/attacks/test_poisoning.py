@@ -419,12 +419,23 @@ def test_replay_refuses_what_it_was_not_made_for():
             replay_manifest(pairs(), broken)
     with pytest.raises(ValueError, match=r"'indices' missing"):
         replay_manifest(pairs(), {key: value for key, value in manifest.items() if key != "indices"})
+    for entry, found in (
+        ({"rate": 0, "trigger": {"name": "word"}}, "mode 'backdoor' needs a Trigger"),
+        ({"image": "bm8="}, "target_image cannot be read"),
+        ({"image": "?"}, "base64"),
+        ({"captions": [3] * 6}, "must be 6 captions.*but has 3"),
+        ({"indices": [0] * 6}, r"indices=\[0, 0, 0, 0, ...\]; accepted is at least one row number, all different"),
+        ({"source_index": 30}, "source_index=30.*at most 29"),
+        ({"templates": ["none"]}, "templates: 'none'"),
+    ):
+        with pytest.raises(ValueError, match=f"manifest: .*{found}"):
+            replay_manifest(pairs(), manifest | entry)
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"mode": "clean_label"}, "mode='clean_label'.*backdoor, label_consistent, targeted"),
+        ({"mode": "clean_label"}, "mode='clean_label'.*'backdoor', 'label_consistent', 'targeted'"),
         ({"count": None}, "exactly one"),
         ({"rate": 0.1}, "exactly one"),
         ({"count": 0}, "count=0.*at least 1"),
@@ -436,7 +447,7 @@ def test_replay_refuses_what_it_was_not_made_for():
         ({"target": 3}, "target=3"),
         ({"seed": -1}, "seed=-1"),
         ({"image_size": 0}, "image_size=0"),
-        ({"image_size": 2049}, "image_size=2049; accepted is at most 2048"),
+        ({"image_size": 2049}, "image_size=2049; accepted is .* at most 2048"),
         ({"target": "d\ud800g"}, r"target: 'd\\ud800g' cannot be encoded"),
         ({"templates": ["a {}", "\ud800 {}"]}, r"templates: '\\ud800 \{\}' cannot be encoded"),
         ({"templates": "a {}"}, "templates must be a list of at least one template, but is 'a {}'"),
