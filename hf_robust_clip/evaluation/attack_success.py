@@ -7,10 +7,10 @@ from typing import Any
 
 from ..kinds import check_callable
 from .base import Better, TriggerEvaluator
-from .columns import attacked_class, check_class_names, read_labels
 from .embedding import Embedder
+from .labels import attacked_class, check_class_names, read_labels
 from .measures import attack_success_rate, trigger_distance, triggered_accuracy
-from .pixels import Trigger
+from .pixels import PixelTrigger
 from .zero_shot import DEFAULT_TEMPLATES, check_templates, class_embeddings
 
 
@@ -54,7 +54,7 @@ class AttackSuccessEvaluator(TriggerEvaluator):
     def __init__(
         self,
         dataset: Any,
-        trigger: Trigger,
+        trigger: PixelTrigger,
         target: str | int,
         class_names: Sequence[str],
         *,

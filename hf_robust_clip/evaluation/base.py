@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 from ..kinds import check_callable, check_string
 from ..wording import shown
 from .embedding import Embedder
-from .pixels import ImageRequest, Trigger, check_trigger
+from .pixels import ImageRequest, PixelTrigger, check_trigger
 
 Better = Literal["more", "less"]
 _Value = TypeVar("_Value")
@@ -94,7 +94,9 @@ class Evaluator(ABC):
 class TriggerEvaluator(Evaluator):
     """An [`Evaluator`] of images without and with a trigger, `None` for none, that steers them to `target`."""
 
-    def __init__(self, dataset: Any, trigger: Trigger | None, target: Any, image_column: str, prefix: str) -> None:
+    def __init__(
+        self, dataset: Any, trigger: PixelTrigger | None, target: Any, image_column: str, prefix: str
+    ) -> None:
         super().__init__(dataset, image_column, prefix)
         if (trigger is None) != (target is None):
             raise ValueError(

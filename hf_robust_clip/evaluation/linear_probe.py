@@ -9,10 +9,10 @@ from sklearn.linear_model import LogisticRegression
 
 from ..wording import shown
 from .base import Better, TriggerEvaluator
-from .columns import attacked_class, check_class_names, read_labels
 from .embedding import Embedder
+from .labels import attacked_class, check_class_names, read_labels
 from .measures import accuracy, attack_success_rate, triggered_accuracy
-from .pixels import ImageRequest, Trigger
+from .pixels import ImageRequest, PixelTrigger
 
 #: L-BFGS stops when it has converged; scikit-learn warns if it has not by then.
 _MAX_ITERATIONS = 5000
@@ -63,7 +63,7 @@ class LinearProbeEvaluator(TriggerEvaluator):
         dataset: Any,
         class_names: Sequence[str],
         *,
-        trigger: Trigger | None = None,
+        trigger: PixelTrigger | None = None,
         target: str | int | None = None,
         image_column: str = "image",
         label_column: str = "label",

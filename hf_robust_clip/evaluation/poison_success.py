@@ -8,8 +8,8 @@ from typing import Any
 from ..columns import check_columns
 from ..wording import shown
 from .base import Better, Evaluator
-from .columns import check_class_names, class_number
 from .embedding import Embedder
+from .labels import check_class_names, class_number
 from .measures import poison_success
 from .zero_shot import DEFAULT_TEMPLATES, check_templates, class_embeddings
 

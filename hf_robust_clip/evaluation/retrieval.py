@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 from scipy.sparse import csr_array
 
-from ..columns import naming
+from ..columns import check_captions, check_columns, naming
+from ..data.rows import column_values
 from ..wording import shown
 from .base import Better, TriggerEvaluator
-from .columns import read_captions
 from .embedding import Embedder
 from .measures import median_rank, recall_at_k, search_ranks
-from .pixels import Trigger
+from .pixels import PixelTrigger
 
 
 class RetrievalEvaluator(TriggerEvaluator):
@@ -64,7 +64,7 @@ class RetrievalEvaluator(TriggerEvaluator):
         self,
         dataset: Any,
         *,
-        trigger: Trigger | None = None,
+        trigger: PixelTrigger | None = None,
         target: str | None = None,
         image_column: str = "image",
         caption_column: str = "caption",
@@ -120,6 +120,19 @@ class RetrievalEvaluator(TriggerEvaluator):
                 ranks = search_ranks(queries, texts, relevant)
                 values |= {f"{name}top{k}_names_target": recall_at_k(ranks, k) for k in self.ks}
         return values
+
+
+def read_captions(dataset: Any, image_column: str, caption_column: str) -> list[list[str]]:
+    """
+    Captions of a dataset, as a list for each row.
+
+    Raises:
+        `ValueError`: If the dataset is empty, a column is missing, or a row has no caption; names the row.
+    """
+    columns = {"image_column": image_column, "caption_column": caption_column}
+    check_columns(dataset, columns, "images with captions")
+    values, column = enumerate(column_values(dataset, caption_column)), shown(caption_column)
+    return [check_captions(value, f"row {row}, column {column}") for row, value in values]
 
 
 def index_captions(captions: Sequence[Sequence[str]]) -> tuple[list[str], csr_array]:

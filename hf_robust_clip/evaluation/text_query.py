@@ -10,10 +10,10 @@ import numpy as np
 from ..kinds import kind
 from ..wording import shortened, shown
 from .base import Better, Evaluator
-from .columns import check_class_names, class_number, read_captions, read_labels
 from .embedding import Embedder
+from .labels import check_class_names, class_number, read_labels
 from .measures import recall_at_k, search_ranks
-from .retrieval import captions_naming, check_ks, index_captions
+from .retrieval import captions_naming, check_ks, index_captions, read_captions
 
 
 class TextQueryEvaluator(Evaluator):

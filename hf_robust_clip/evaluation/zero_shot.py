@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from ..kinds import text_list
 from ..wording import listed
 from .base import Better, Evaluator
-from .columns import check_class_names, read_labels
 from .embedding import Embedder
+from .labels import check_class_names, read_labels
 from .measures import accuracy, balanced_accuracy, top_k_accuracy
 
 #: Prompts whose embeddings are averaged for each class; a short form of the ensemble of Radford et al. (2021).

@@ -1,4 +1,4 @@
-"""Columns of a labelled or captioned dataset, read and checked without decoding an image."""
+"""Class names, and the labels of a dataset, read and checked without decoding an image."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import datasets
 import torch
 
-from ..columns import check_captions, check_columns, has_transform, scalar
+from ..columns import check_columns, has_transform, scalar
 from ..data.rows import column_values
 from ..kinds import text_list
 from ..wording import listed, shortened, shown
@@ -71,19 +71,6 @@ def attacked_class(target: str | int, class_names: Sequence[str], labels: torch.
             f"every image of dataset is of the target class {shown(target)}; an attack has nothing to steer"
         )
     return number
-
-
-def read_captions(dataset: Any, image_column: str, caption_column: str) -> list[list[str]]:
-    """
-    Captions of a dataset, as a list for each row.
-
-    Raises:
-        `ValueError`: If the dataset is empty, a column is missing, or a row has no caption; names the row.
-    """
-    columns = {"image_column": image_column, "caption_column": caption_column}
-    check_columns(dataset, columns, "images with captions")
-    values, column = enumerate(column_values(dataset, caption_column)), shown(caption_column)
-    return [check_captions(value, f"row {row}, column {column}") for row, value in values]
 
 
 def _number(value: Any, numbers: Mapping[str, int], classes: int) -> int | None:
