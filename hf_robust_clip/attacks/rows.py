@@ -58,7 +58,15 @@ def rows_labelled(dataset: Dataset, target: str, label_column: str | None) -> ND
     if label_column is None:
         return np.zeros(len(dataset), dtype=bool)
     is_target = labelling(dataset.features[label_column], target, label_column)
-    return np.array([is_target(label) for label in _column(dataset, label_column)], dtype=bool)
+    labels = list(_column(dataset, label_column))
+    found = np.array([is_target(label) for label in labels], dtype=bool)
+    # As of a table, in which all cells are text: no row would count as one of the target.
+    if not found.any() and labels and all(isinstance(label, str) and label.isdecimal() for label in labels):
+        raise ValueError(
+            f"target={shown(target)}, but {shown(label_column)} holds numbers of classes: give one of them as the "
+            "target, or a label column with the names of the classes"
+        )
+    return found
 
 
 def labelling(feature: Any, target: str, label_column: str) -> Callable[[Any], bool]:

@@ -653,6 +653,8 @@ def test_dataset_errors():
         poison_dataset(missing, spec)
     with pytest.raises(ValueError, match=r"'yak' is no class of 'label'.*balloon"):
         poison_dataset(dataset, PoisonSpec(PATCH, "yak", count=3), label_column="label")
+    with pytest.raises(ValueError, match=r"'dog', but 'label' holds numbers of classes"):
+        poison_dataset(dataset.cast_column("label", Value("string")), spec, label_column="label")
     with pytest.raises(ValueError, match=r"'dog', but 'label' holds integers"):
         poison_dataset(dataset.cast_column("label", Value("int32")), spec, label_column="label")
     with pytest.raises(ValueError, match=r"accepted is ClassLabel, string or integer"):
