@@ -25,7 +25,8 @@ from datasets import Image as ImageFeature
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from hf_robust_clip.attacks.poisoning import PoisonSpec, poison_dataset, replay_manifest, targeted_specs
+from hf_robust_clip.attacks.poisoning import poison_dataset, replay_manifest
+from hf_robust_clip.attacks.spec import PoisonSpec, targeted_specs
 from hf_robust_clip.attacks.streaming import poison_stream
 from hf_robust_clip.attacks.text_triggers import WordTrigger
 from hf_robust_clip.attacks.triggers import BlendedTrigger, PatchTrigger, Trigger
