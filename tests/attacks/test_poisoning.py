@@ -9,13 +9,8 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
 from datasets import Image as ImageFeature
 from PIL import Image, ImageOps
 
-from hf_robust_clip.attacks.poisoning import (
-    DEFAULT_TEMPLATES,
-    PoisonSpec,
-    poison_dataset,
-    replay_manifest,
-    targeted_specs,
-)
+from hf_robust_clip.attacks.poisoning import poison_dataset, replay_manifest
+from hf_robust_clip.attacks.spec import DEFAULT_TEMPLATES, PoisonSpec, targeted_specs
 from hf_robust_clip.attacks.text_triggers import WordTrigger
 from hf_robust_clip.attacks.triggers import BlendedTrigger, PatchTrigger, SinusoidTrigger, WarpTrigger
 from hf_robust_clip.columns import naming
