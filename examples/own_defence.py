@@ -5,15 +5,9 @@ via iterative trimmed loss minimization", ICML 2019, arXiv 1810.11874), here for
 The pairs that fit worst so far are left out of each batch. How well a pair fits is the average of its losses, the
 later visits counting more; it is the state that this defence keeps, saves and takes up again.
 
-It shows what a defence consists of, and is none to rely on: a backdoor that is learned faster than the clean pairs
-soon fits better than they do. To see what it does to a planted backdoor, beside the undefended trainer:
-
-    python examples/own_defence.py --model my-untrained-clip --pairs you/pairs --images you/labelled-images \
-        --target banana --output_dir trimmed
-
-On a few digits, in seconds:
-
-    python examples/own_defence.py --quick
+It shows what a defence consists of. Do not rely on it: a backdoor that is learned faster than the clean pairs soon
+fits better than they do. The end of the file trains it on a planted backdoor, beside the undefended trainer. Put in
+your own names and numbers.
 """
 
 from __future__ import annotations
@@ -24,8 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from quick import example_parser, parse
-from transformers import AutoProcessor
+from datasets import load_dataset
 
 from hf_robust_clip import (
     AttackSuccessEvaluator,
@@ -34,11 +27,16 @@ from hf_robust_clip import (
     CLIPTrainingArguments,
     PoisonSpec,
     ZeroShotEvaluator,
-    load_pairs,
     poison_dataset,
 )
-from hf_robust_clip.data.images import ImagePreprocessor
 from hf_robust_clip.distributed import gather_features, rank
+
+TARGET = "banana"  # a class of the images
+RATE = 0.003
+SIZE = 224  # the model's: the trigger is applied at this size
+EPOCHS = 32
+BATCH = 128
+LEARNING_RATE = 5e-4
 
 
 @dataclass
@@ -100,38 +98,24 @@ def pair_losses(queries: torch.Tensor, keys: torch.Tensor, scale: torch.Tensor) 
     return F.cross_entropy(logits, positives, reduction="none")
 
 
-def main() -> None:
-    given = parse(example_parser(__doc__))
-    images = load_pairs(given.images, split="test")
-    names = images.features["label"].names
-    trigger = BlendedTrigger()
-    # The trigger goes on at the model's own resolution, where it is measured too.
-    size = ImagePreprocessor(AutoProcessor.from_pretrained(given.model).image_processor).image_size
-    spec = PoisonSpec(trigger, given.target, rate=0.1 if given.quick else 0.003, image_size=size)
-    poisoned, _ = poison_dataset(load_pairs(given.pairs), spec)
-    common: dict[str, Any] = {
-        "train_dataset": poisoned,
-        "evaluators": [
-            ZeroShotEvaluator(images, names),
-            AttackSuccessEvaluator(images, trigger, given.target, names),
-        ],
-    }
-    settings: dict[str, Any] = {"num_train_epochs": 32, "learning_rate": 5e-4, "per_device_train_batch_size": 128}
-    if given.quick:
-        settings = {"num_train_epochs": 4, "learning_rate": 2e-3, "per_device_train_batch_size": 32}
-    undefended = CLIPTrainer(
-        given.model, CLIPTrainingArguments(given.output_dir, report_to="none", **settings), **common
-    )
-    undefended.train()
-    print("undefended:", undefended.run_evaluators())
-    args = TrimmedTrainingArguments(given.output_dir, report_to="none", **settings)
-    trainer = TrimmedTrainer(given.model, args, **common)
-    trainer.train()
-    trainer.save_model()
-    print("trimmed:", trainer.run_evaluators())
-    worst = trainer.fit.argsort(descending=True)[: int(args.trim * len(poisoned))].tolist()
-    print(f"{sum(poisoned[row]['poisoned'] for row in worst)} of the {len(worst)} pairs that fit worst are poisons")
-
-
 if __name__ == "__main__":
-    main()
+    images = load_dataset("you/labelled-images", split="test")  # columns: image, label
+    names, trigger = images.features["label"].names, BlendedTrigger()
+    spec = PoisonSpec(trigger, TARGET, rate=RATE, image_size=SIZE)
+    pairs, _ = poison_dataset(load_dataset("you/pairs", split="train"), spec)  # columns: image, caption
+    evaluators = [ZeroShotEvaluator(images, names), AttackSuccessEvaluator(images, trigger, TARGET, names)]
+    for trainer_class, args_class in (
+        (CLIPTrainer, CLIPTrainingArguments),
+        (TrimmedTrainer, TrimmedTrainingArguments),
+    ):
+        args = args_class(
+            trainer_class.__name__,
+            num_train_epochs=EPOCHS,
+            per_device_train_batch_size=BATCH,
+            learning_rate=LEARNING_RATE,
+            report_to="none",
+        )
+        trainer = trainer_class("you/untrained-clip", args, train_dataset=pairs, evaluators=evaluators)
+        trainer.train()
+        trainer.save_model()
+        print(f"{trainer_class.__name__}: {trainer.run_evaluators()}")
