@@ -57,6 +57,7 @@ def small(arguments, epochs):
     return build
 
 
+CLIPSmallArguments = small(hf_robust_clip.CLIPTrainingArguments, 2)
 CleanCLIPSmallArguments = small(hf_robust_clip.CleanCLIPTrainingArguments, 2)
 RoCLIPSmallArguments = small(hf_robust_clip.RoCLIPTrainingArguments, 4)
 SafeCLIPSmallArguments = small(hf_robust_clip.SafeCLIPTrainingArguments, 8)
