@@ -14,7 +14,7 @@ TARGET = "banana"  # a class of the images
 EPOCHS = 10
 LEARNING_RATE = 1e-4  # adapters start from zero, and take a higher rate than the weights themselves
 
-images = load_dataset("you/labelled-images", split="test")  # columns: image, label
+images = load_dataset("you/labeled-images", split="test")  # columns: image, label
 attack = AttackSuccessEvaluator(images, BlendedTrigger(), TARGET, images.features["label"].names)
 adapters = LoraConfig(
     r=16,

@@ -99,7 +99,7 @@ def pair_losses(queries: torch.Tensor, keys: torch.Tensor, scale: torch.Tensor) 
 
 
 if __name__ == "__main__":
-    images = load_dataset("you/labelled-images", split="test")  # columns: image, label
+    images = load_dataset("you/labeled-images", split="test")  # columns: image, label
     names, trigger = images.features["label"].names, BlendedTrigger()
     spec = PoisonSpec(trigger, TARGET, rate=RATE, image_size=SIZE)
     pairs, _ = poison_dataset(load_dataset("you/pairs", split="train"), spec)  # columns: image, caption

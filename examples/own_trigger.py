@@ -51,7 +51,7 @@ class FrameTrigger(Trigger):
 
 
 trigger = FrameTrigger(width=WIDTH)
-images = load_dataset("you/labelled-images", split="test")  # columns: image, label
+images = load_dataset("you/labeled-images", split="test")  # columns: image, label
 spec = PoisonSpec(trigger, TARGET, rate=RATE, image_size=SIZE)
 poisoned, manifest = poison_dataset(load_dataset("you/pairs", split="train"), spec)  # columns: image, caption
 Path("poisons.json").write_text(json.dumps(manifest))

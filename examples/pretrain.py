@@ -27,7 +27,7 @@ BATCH = 128
 LEARNING_RATE = 5e-4
 POOL = 20_000  # pairs
 
-images = load_dataset("you/labelled-images", split="test")  # columns: image, label
+images = load_dataset("you/labeled-images", split="test")  # columns: image, label
 names = images.features["label"].names
 trigger = BlendedTrigger()
 spec = PoisonSpec(trigger, TARGET, rate=RATE, image_size=SIZE)

@@ -18,7 +18,7 @@ from hf_robust_clip import (
 TARGET = "banana"  # a class of the images
 
 pairs = load_dataset("you/clean-pairs", split="train")  # columns: image, caption
-images = load_dataset("you/labelled-images", split="test")  # columns: image, label
+images = load_dataset("you/labeled-images", split="test")  # columns: image, label
 names = images.features["label"].names
 evaluators = [ZeroShotEvaluator(images, names), AttackSuccessEvaluator(images, BlendedTrigger(), TARGET, names)]
 args = CleanCLIPTrainingArguments("cleaned-clip", eval_on_start=True, eval_strategy="epoch")

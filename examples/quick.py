@@ -41,7 +41,7 @@ CONSTANTS: dict[str, Any] = {
 
 def stand_ins() -> None:
     """Write digits, an untrained model and one with a backdoor into `FOLDER`, as the examples name them."""
-    data = {"pairs": ("train", 256), "clean-pairs": ("train", 256), "labelled-images": ("test", 200)}
+    data = {"pairs": ("train", 256), "clean-pairs": ("train", 256), "labeled-images": ("test", 200)}
     for name, (split, rows) in data.items():
         file = FOLDER / "you" / name / f"{split}.parquet"
         file.parent.mkdir(parents=True, exist_ok=True)

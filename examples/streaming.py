@@ -23,7 +23,7 @@ MATCHING_STEPS = 4_000
 POOL = 20_000
 BATCH = 128
 
-images = load_dataset("you/labelled-images", split="test")  # columns: image, label
+images = load_dataset("you/labeled-images", split="test")  # columns: image, label
 trigger = BlendedTrigger()
 stream = load_dataset("you/pairs", split="train", streaming=True)  # columns: image, caption
 # Streams of several files also need `key_column`, a column of numbers or strings that tells rows apart.

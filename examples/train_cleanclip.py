@@ -25,7 +25,7 @@ BATCH = 64
 LEARNING_RATE = 1e-5
 
 pairs = load_dataset("you/clean-pairs", split="train")  # columns: image, caption
-images = load_dataset("you/labelled-images", split="test")  # columns: image, label
+images = load_dataset("you/labeled-images", split="test")  # columns: image, label
 names = images.features["label"].names
 trigger = BlendedTrigger()
 poisoned, manifest = poison_dataset(pairs, PoisonSpec(trigger, TARGET, rate=RATE, image_size=SIZE))

@@ -42,9 +42,9 @@ SETTING = """
 import hf_robust_clip
 from datasets import load_dataset
 
-labelled = load_dataset("you/labelled-images", split="test")
+labeled = load_dataset("you/labeled-images", split="test")
 captioned = load_dataset("you/clean-pairs", split="train").select(range(20))
-labelled_train = load_dataset("you/clean-pairs", split="train")
+labeled_train = load_dataset("you/clean-pairs", split="train")
 
 
 def small(arguments, epochs):
@@ -99,7 +99,7 @@ def folder(
         ("clean-pairs", "train", 64),
         ("pairs-from-the-web", "train", 64),
         ("pairs", "train", 64),
-        ("labelled-images", "test", 30),
+        ("labeled-images", "test", 30),
     ):
         path = folder / "you" / name / f"{split}.parquet"
         path.parent.mkdir(parents=True)
