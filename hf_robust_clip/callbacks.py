@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,43 +21,41 @@ from .kinds import check_string
 from .models import caption_padding, inference, longest_caption
 from .wording import shown
 
-if TYPE_CHECKING:
-    from .trainers.base import CLIPTrainer
-
 _KINDS = ("clean", "poisoned")
 _QUANTILES = {"q05": 0.05, "q50": 0.5, "q95": 0.95}
 
 
 class TrainerHooks(TrainerCallback):
-    """Passes the Trainer's events on to a [`CLIPTrainer`], which cannot override the loop that raises them."""
+    """
+    Passes the Trainer's events on to what takes no arguments: the methods of a trainer, which cannot override the loop
+    that raises them.
+    """
 
-    def __init__(self, trainer: CLIPTrainer) -> None:
-        self.trainer = trainer
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    def __init__(
+        self,
+        train_begin: Callable[[], None],
+        epoch_begin: Callable[[], None],
+        step_begin: Callable[[], None],
+        optimizer_step: Callable[[], None],
+        train_end: Callable[[], None],
     ) -> None:
-        self.trainer.on_train_begin()
+        self._train_begin, self._epoch_begin, self._step_begin = train_begin, epoch_begin, step_begin
+        self._optimizer_step, self._train_end = optimizer_step, train_end
 
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.trainer.on_epoch_begin()
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self._train_begin()
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.trainer.on_step_begin()
+    def on_epoch_begin(self, *args: Any, **kwargs: Any) -> None:
+        self._epoch_begin()
 
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.trainer.on_optimizer_step()
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self._step_begin()
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.trainer.on_train_end()
+    def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        self._optimizer_step()
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        self._train_end()
 
 
 @dataclass(frozen=True)

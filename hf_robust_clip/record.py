@@ -32,7 +32,7 @@ _HUB_FILE = re.compile(r"hf://datasets/([^/@]+/[^/@]+)@([0-9a-f]+)/")
 @dataclass
 class RunRecord:
     """
-    A training run, ready for JSON. Paths, tokens and data are not in it, beside what the command and the names say.
+    A training run, ready for JSON. Paths, tokens and data are not in it, beside what the arguments and the names say.
 
     Args:
         trainer (`str`): Name of the trainer's class.
@@ -56,7 +56,7 @@ class RunRecord:
         augmentation (`dict`): What augmented `images` and `captions`, whatever the presets say; `None` for nothing.
         skipped (`dict`): Rows of the training data that were passed over, as [`describe_skipped`] says; empty where
             there are none.
-        environment (`dict`): `versions`, `device`, `processes`, `precision`, `seed`, `seconds`, `command`.
+        environment (`dict`): `versions`, `device`, `processes`, `precision`, `seed`, `seconds`.
     """
 
     trainer: str
@@ -233,5 +233,5 @@ def jsonable(value: Any) -> Any:
 
 
 def _encodable(text: str) -> str:
-    """A text that UTF-8 can hold: half a pair of surrogates, as in a command that is no UTF-8, is spelled out."""
+    """A text that UTF-8 can hold: half a pair of surrogates, as in an argument that is no UTF-8, is spelled out."""
     return text.encode("utf-8", "backslashreplace").decode()

@@ -105,7 +105,6 @@ RECORD = {
         "precision": _TEXT,
         "seed": _WHOLE_OR_NULL,
         "seconds": _NUMBER,
-        "command": _TEXT,
         "*": _ANYTHING,
     },
     "course": [{"step": _NUMBER, "epoch": _NUMBER, **FIGURES}],

@@ -18,10 +18,11 @@ PACKAGE = Path(hf_robust_clip.__file__).parent
 FLOORS: tuple[frozenset[str], ...] = (
     frozenset(
         {"losses", "distributed", "pool", "lookup", "mixture", "imaging", "seeding", "augment", "files", "settings"}
-        | {"versions", "weight_names", "wording", "kinds", "locking"}
+        | {"versions", "weight_names", "wording", "kinds", "locking", "batch"}
     ),
     frozenset({"attacks"}),
     frozenset({"models", "data", "evaluation"}),
+    frozenset({"defences"}),
     frozenset({"methods", "record", "record_form"}),
     frozenset({"callbacks", "cards", "report"}),
     frozenset({"trainers"}),

@@ -38,8 +38,6 @@ _PLUMBING = (
     "merge_adapters",
     "stop_on_non_finite",
     "on_bad_row",
-    "draft_decoding",
-    "stored_tokens",
     "adversarial_phrase",
 )
 #: Names of augmentations, which may have been given as objects: `augmentation` says what was used.
@@ -136,7 +134,6 @@ def render_card(
         dataset_names=_listed(dataset_names),
         dataset_args=_listed(dataset_args),
         unmeasured=unmeasured_attacks(figures),
-        command=fenced(record.environment["command"], "bash"),
         usage=_usage(record, figures, adapter, base, repo_id),
         license=license,
         citation=fenced(method.bibtex, "bibtex") if method.bibtex else None,

@@ -20,9 +20,8 @@ from ..evaluation.running import run_evaluators
 from ..evaluation.zero_shot import ZeroShotEvaluator, class_embeddings
 from ..report import Example, MatchedPair, ModelEmbeddings, Pictures, PoisonedPair, matching_course, split_course
 from ..trainers.base import CLIPTrainer, Evaluator
+from ..trainers.defended import RoCLIPTrainer, SafeCLIPTrainer
 from ..trainers.pictures import matched_pairs
-from ..trainers.roclip import RoCLIPTrainer
-from ..trainers.safeclip import SafeCLIPTrainer
 from ..versions import versions
 from .demo import CLEAN_SEED_OFFSET, DEFENCES, MANIFEST, REPORT, RESULTS, TRIGGERS, Recipe
 from .demo_trainers import EVALUATION_BATCH, FINE_TUNED, make_trainer, matching_record

@@ -16,9 +16,7 @@ from ..trainers.arguments import (
     SafeCLIPTrainingArguments,
 )
 from ..trainers.base import CLIPTrainer
-from ..trainers.cleanclip import CleanCLIPTrainer
-from ..trainers.roclip import RoCLIPTrainer
-from ..trainers.safeclip import SafeCLIPTrainer
+from ..trainers.defended import CleanCLIPTrainer, RoCLIPTrainer, SafeCLIPTrainer
 from .demo import Recipe
 from .progress import follow
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from transformers import HfArgumentParser
 
@@ -48,7 +48,10 @@ def method_parser(method: str, prog: str) -> MethodParser:
         formatter_class=_Formatter,
         required=("train_data", "output_dir"),
         dataclass_types=ARGUMENTS[method],
-        hints=get_type_hints(ARGUMENTS[method]),
+        structures={
+            name: {get_origin(kind) or kind for kind in get_args(hint)} & {dict, list}
+            for name, hint in get_type_hints(ARGUMENTS[method]).items()
+        },
     )
     _add_model_flags(parser.add_argument_group("model"))
     _add_data_flags(parser.add_argument_group("training data"))

@@ -16,10 +16,8 @@ from ..record import RUN_FILE, jsonable
 from ..trainers.arguments import CLIPTrainingArguments
 from ..trainers.base import CLIPTrainer
 from ..trainers.checkpoints import checkpoints_in, newest_checkpoint
-from ..trainers.cleanclip import CleanCLIPTrainer
+from ..trainers.defended import CleanCLIPTrainer, RoCLIPTrainer, SafeCLIPTrainer
 from ..trainers.publishing import sole_training
-from ..trainers.roclip import RoCLIPTrainer
-from ..trainers.safeclip import SafeCLIPTrainer
 from ..versions import versions
 from ..wording import listed, shown
 from .info import DEPENDENCIES

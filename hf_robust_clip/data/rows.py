@@ -15,7 +15,6 @@ from ..attacks.rows import ENCODED_IMAGE_DTYPES, POISONED, holds_captions
 from ..imaging import decode_image
 from ..kinds import is_rows, kind, wrong_dataset
 from ..wording import listed, shortened, shown
-from .tokens import TOKENS_PREFIX
 
 OnBadRow = Literal["raise", "skip"]
 ON_BAD_ROW: tuple[OnBadRow, ...] = ("raise", "skip")
@@ -31,9 +30,7 @@ class BadRowError(ValueError):
     """A row that cannot be trained on: its image does not decode, or its caption is no string."""
 
 
-def decode_row(
-    row: Mapping[str, Any], image_column: str, caption_column: str, least_side: int | None = None
-) -> dict[str, Any]:
+def decode_row(row: Mapping[str, Any], image_column: str, caption_column: str) -> dict[str, Any]:
     """
     Decode a row's image and check its caption.
 
@@ -41,7 +38,6 @@ def decode_row(
         row (mapping): Of column name to value, with its number under `"row_index"` where it is known.
         image_column (`str`): Any image that [`~imaging.decode_image`] takes.
         caption_column (`str`): A string, or a non-empty list of strings of which one is drawn at each visit.
-        least_side (`int`, *optional*): As of [`~imaging.decode_image`].
 
     Returns:
         `dict`: The row with an RGB `PIL.Image.Image` in place of the image, and a `bool` under `"poisoned"` where it
@@ -78,7 +74,7 @@ def decode_row(
             raise BadRowError(f"{where}, column {shown(POISONED)}: it must be boolean, but is {shown(flag)}")
         row = {**row, POISONED: flag}
     try:
-        image = decode_image(row[image_column], least_side)
+        image = decode_image(row[image_column])
     except ValueError as error:
         raise BadRowError(shortened(f"{where}, column {shown(image_column)}: {error}")) from error
     return {**row, image_column: image}
@@ -102,8 +98,8 @@ def _check_mapping(row: Any) -> None:
 
 def undecoded(dataset: Any, image_column: str, caption_column: str) -> Any:
     """
-    The same `datasets` dataset with only the columns that training reads, stored tokens among them, unformatted, and
-    its images left as encoded bytes.
+    The same `datasets` dataset with only the columns that training reads, unformatted, and its images left as encoded
+    bytes.
 
     Other kinds of dataset, and those with a transform of their own, come back as they are.
     """
@@ -112,7 +108,6 @@ def undecoded(dataset: Any, image_column: str, caption_column: str) -> Any:
     if has_transform(dataset):
         return dataset
     wanted = [name for name in dict.fromkeys((image_column, caption_column, POISONED)) if name in dataset.features]
-    wanted += [name for name in dataset.features if name.startswith(TOKENS_PREFIX) and name not in wanted]
     # A format ("torch", "numpy") would decode the images, and leave captions and flags in types of its own.
     dataset = dataset.with_format(None).select_columns(wanted)
     # `datasets` decodes a whole batch at once and its error does not say which row failed, so rows decode here.
@@ -138,22 +133,12 @@ class IndexedDataset(torch.utils.data.Dataset[dict[str, Any]]):
             usable row in its place, so that batches keep their size on every rank, and lists the number of the row
             passed over under `"bad_rows"`. A row that the dataset itself fails to read (its transform meets a broken
             image, say) is unusable too, and raises a [`BadRowError`] here.
-        least_side (`int`, *optional*): As of [`~imaging.decode_image`], for `on_bad_row="skip"`, which decodes images
-            here; otherwise the collator does.
     """
 
-    def __init__(
-        self,
-        dataset: Any,
-        image_column: str,
-        caption_column: str,
-        on_bad_row: OnBadRow = "raise",
-        least_side: int | None = None,
-    ) -> None:
+    def __init__(self, dataset: Any, image_column: str, caption_column: str, on_bad_row: OnBadRow = "raise") -> None:
         self.dataset = undecoded(dataset, image_column, caption_column)
         self.columns = (image_column, caption_column)
         self.on_bad_row = on_bad_row
-        self.least_side = least_side
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -188,7 +173,7 @@ class IndexedDataset(torch.utils.data.Dataset[dict[str, Any]]):
         bad: list[int] = []
         for index in itertools.chain(range(first, len(self)), range(first)):
             try:
-                return {**decode_row(self._read(index), *self.columns, self.least_side), BAD_ROWS: bad}
+                return {**decode_row(self._read(index), *self.columns), BAD_ROWS: bad}
             except BadRowError as error:
                 bad.append(index)
                 last = error
@@ -199,7 +184,6 @@ def usable_rows(
     rows: Iterable[Mapping[str, Any]],
     image_column: str,
     caption_column: str,
-    least_side: int | None = None,
     first: int = 0,
     needs_one: bool = True,
 ) -> Iterator[dict[str, Any]]:
@@ -210,7 +194,6 @@ def usable_rows(
     Args:
         rows (iterable of mappings): The stream.
         image_column, caption_column (`str`): Names of the columns.
-        least_side (`int`, *optional*): As of [`~imaging.decode_image`].
         first (`int`, defaults to 0): Position of the first row.
         needs_one (`bool`, defaults to `True`): Whether a stream without a usable row is an error.
 
@@ -221,7 +204,7 @@ def usable_rows(
     held: dict[str, Any] | None = None  # one behind, so that the last one can list what comes after it
     for position, row in enumerate(rows, first):
         try:
-            usable = decode_row(row, image_column, caption_column, least_side)
+            usable = decode_row(row, image_column, caption_column)
         except BadRowError as error:
             bad.append(position)
             last = error

@@ -112,7 +112,6 @@ def render_run_report(record: RunRecord, pictures: RunPictures | None = None) ->
             *defence_settings(record),
             *(Setting(name, value_text(value)) for name, value in record.settings.items()),
         ],
-        command=record.environment["command"],
         **_course(record),
         **_attacks(record, pictures),
         **_roclip(record, pictures),

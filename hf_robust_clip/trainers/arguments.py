@@ -60,11 +60,6 @@ class CLIPTrainingArguments(TrainingArguments):
             and write the step, its rows and its loss terms to `non_finite.json` in `output_dir`.
         on_bad_row (`str`, defaults to `"raise"`): What to do about an image that does not decode or a caption that is
             no string: `"raise"`, or `"skip"`: train on the next usable row instead, and list the rows at the end.
-        draft_decoding (`bool`, defaults to `False`): Whether JPEGs of at least four times the model's size are decoded
-            at a fraction of theirs. It saves time and changes pixels a little; evaluators decode at full size.
-        stored_tokens (`bool`, defaults to `False`): Whether to use the token ids that [`prepare_dataset`] stored, in
-            place of tokenising their captions: for folders that you prepared, since whoever made them decides what is
-            trained on.
     """
 
     dataloader_drop_last: bool = field(
@@ -102,12 +97,6 @@ class CLIPTrainingArguments(TrainingArguments):
     )
     on_bad_row: str = field(
         default="raise", metadata={"help": "What to do about an unusable row: 'raise', or 'skip' and list it."}
-    )
-    draft_decoding: bool = field(
-        default=False, metadata={"help": "Decode large JPEGs at a reduced size; saves time, changes pixels a little."}
-    )
-    stored_tokens: bool = field(
-        default=False, metadata={"help": "Use the token ids stored in a dataset that you prepared yourself."}
     )
 
     def __setattr__(self, name: str, value: Any) -> None:

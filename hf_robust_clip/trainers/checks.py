@@ -228,7 +228,7 @@ def check_collator(collator: Any, args: CLIPTrainingArguments, text_augmentation
     """`ValueError` for a collator that contradicts the arguments."""
     if not isinstance(collator, CLIPDataCollator):
         raise ValueError(f"data_collator must be a CLIPDataCollator, but is {type(collator).__name__}")
-    for name in ("image_column", "caption_column", "draft_decoding", "stored_tokens"):
+    for name in ("image_column", "caption_column"):
         if getattr(collator, name) != getattr(args, name):
             raise ValueError(
                 f"{name} is {shown(getattr(args, name))} in args, but {shown(getattr(collator, name))} in "

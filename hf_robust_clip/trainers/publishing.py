@@ -98,10 +98,6 @@ class PublishingTrainer(Trainer):
             self._unwrapped = self.model, self.accelerator.unwrap_model(self.model)
         return self._unwrapped[1]
 
-    def run_details(self) -> dict[str, Any]:
-        """What a defence notes down of its run for the card and the report, ready for JSON."""
-        return {}
-
     def record(self) -> RunRecord:
         """What this run is and has come to, for its card and its report. It is saved beside the model."""
         return record_of(cast("CLIPTrainer", self))

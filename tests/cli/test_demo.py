@@ -11,9 +11,9 @@ from hf_robust_clip.cli.demo import CLEAN_SEED_OFFSET, DEFENCES, PRETRAINING, QU
 from hf_robust_clip.cli.demo_trainers import matching_record
 from hf_robust_clip.cli.main import main
 from hf_robust_clip.data.digits import load_digit_pairs
+from hf_robust_clip.defences.split import BINS, SplitRecord
 from hf_robust_clip.report import MODELS as LABELS
 from hf_robust_clip.report import page, plots
-from hf_robust_clip.trainers.split import BINS, SplitRecord
 from hf_robust_clip.versions import versions
 
 MODELS = ("poisoned", "finetuned", "cleanclip")
