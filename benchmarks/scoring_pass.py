@@ -37,8 +37,9 @@ from step_cost import make_rows
 from torch.utils.data import DataLoader
 
 from hf_robust_clip.augment.images import to_float
+from hf_robust_clip.columns import ROW_INDEX
 from hf_robust_clip.data.collator import ORIGINAL, CLIPDataCollator
-from hf_robust_clip.data.rows import ROW_INDEX, IndexedDataset
+from hf_robust_clip.data.rows import IndexedDataset
 from hf_robust_clip.data.scratch import build_model, build_processor
 
 IMAGE_SIZE = 64

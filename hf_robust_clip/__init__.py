@@ -19,6 +19,7 @@ _PUBLIC = {
     "CleanCLIPTrainingArguments": "trainers.arguments",
     "Defence": "defences.base",
     "Embeddings": "batch",
+    "Evaluator": "evaluation.base",
     "FeaturePool": "pool",
     "ImageAugmentation": "augment.images",
     "LinearProbeEvaluator": "evaluation.linear_probe",
@@ -74,6 +75,7 @@ if TYPE_CHECKING:
     from .data.preparing import prepare_dataset as prepare_dataset
     from .defences.base import Defence as Defence
     from .evaluation.attack_success import AttackSuccessEvaluator as AttackSuccessEvaluator
+    from .evaluation.base import Evaluator as Evaluator
     from .evaluation.linear_probe import LinearProbeEvaluator as LinearProbeEvaluator
     from .evaluation.poison_success import PoisonSuccessEvaluator as PoisonSuccessEvaluator
     from .evaluation.retrieval import RetrievalEvaluator as RetrievalEvaluator

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .augment.images import ImageNormalization
+from .columns import BAD_ROWS, POISONED, ROW_INDEX, check_columns, check_flag
 from .data.collator import CLIPDataCollator
-from .data.rows import BAD_ROWS, POISONED, ROW_INDEX, IndexedDataset, check_columns
-from .evaluation.columns import read_column
+from .data.rows import IndexedDataset, column_values
 from .kinds import check_string
 from .models import caption_padding, inference, longest_caption
 from .wording import shown
@@ -138,7 +138,8 @@ class PairSimilarityCallback(TrainerCallback):
         self.image_column = image_column
         self.caption_column = caption_column
         self.prefix = check_string("prefix", prefix)
-        flags = _flags(dataset, poisoned_column)
+        values, column = enumerate(column_values(dataset, poisoned_column)), shown(poisoned_column)
+        flags = np.array([check_flag(value, f"row {row}, column {column}") for row, value in values])
         rng = np.random.default_rng(seed)
         self._rows = {
             kind: np.sort(rng.permutation(np.flatnonzero(flags == poisoned))[:max_pairs]).tolist()
@@ -214,16 +215,6 @@ class PairSimilarityCallback(TrainerCallback):
                 text_embeds = F.normalize(outputs.text_embeds.float(), dim=-1)
                 found.append((image_embeds * text_embeds).sum(dim=-1).cpu()[usable])
         return torch.cat(found).double().numpy()
-
-
-def _flags(dataset: Any, column: str) -> NDArray[np.bool_]:
-    flags = []
-    for row, value in enumerate(read_column(dataset, column)):
-        flag = value.item() if hasattr(value, "item") and getattr(value, "ndim", 1) == 0 else value
-        if not isinstance(flag, bool):
-            raise ValueError(f"row {row}, column {shown(column)}: it must be boolean, but is {shown(value)}")
-        flags.append(flag)
-    return np.array(flags, dtype=bool)
 
 
 def _names(prefix: str) -> dict[str, str]:

@@ -14,7 +14,6 @@ import datasets
 import numpy as np
 import pytest
 import torch
-import training
 from huggingface_hub import ModelCard
 from peft import PeftConfig
 from safetensors.torch import load_file
@@ -22,6 +21,7 @@ from stand_in import HubStandIn, run_script
 from transformers import AutoModel, AutoProcessor, CLIPModel
 
 from hf_robust_clip import PoisonSpec, poison_dataset, replay_manifest
+from hf_robust_clip.batch import Batch, Embeddings
 from hf_robust_clip.evaluation.embedding import Embedder
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -183,55 +183,31 @@ def test_own_trigger_is_planted_and_measured(
     assert first == second
 
 
-def test_own_defence_runs_beside_the_undefended_trainer(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    run("own_defence")
-    assert printed(capsys.readouterr().out).keys() == {"CLIPTrainer", "TrimmedTrainer"}
-    assert_loads("TrimmedTrainer")
+def test_own_defence_runs_beside_its_control(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    trained = run("own_defence")
+    assert printed(capsys.readouterr().out).keys() == {"augmentation", "trimmed"}
+    assert_loads("trimmed")
+    assert trained["trainer"].defence.fit.isfinite().all()
 
 
-@pytest.fixture
-def own_defence(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The example as a module, known to the tests' own trainers."""
+def test_own_defence_learns_from_the_pairs_that_fit_best(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(EXAMPLES)
-    module = importlib.import_module("own_defence")
-    monkeypatch.setitem(training.ARGUMENTS, module.TrimmedTrainer, module.TrimmedTrainingArguments)
-    monkeypatch.setitem(training.SHORT, module.TrimmedTrainer, {"trim": 0.25, "trim_start_epoch": 1})
-    return module
-
-
-@pytest.mark.parametrize("step", [11, 16])
-def test_own_defence_resumed_equals_uninterrupted(step: int, own_defence: Any, tmp_path: Path) -> None:
-    whole, resumed = training.train_and_resume(own_defence.TrimmedTrainer, tmp_path, step)
-    training.assert_same_bits(whole, resumed)
-    assert not whole.fit.isnan().any()
-
-
-def test_own_defence_learns_from_the_pairs_that_fit_best(own_defence: Any, tmp_path: Path) -> None:
-    trainer = training.make_trainer(own_defence.TrimmedTrainer, tmp_path, trim_start_epoch=0)
-    trainer.reset_training_state()
-    sides = [torch.nn.functional.normalize(torch.randn(8, 16), dim=-1).requires_grad_() for _ in range(4)]
-    views = {"original": tuple(sides[:2]), "augmented": tuple(sides[2:])}
+    defence = importlib.import_module("own_defence").Trimmed(64, trim=0.25, start_epoch=0)
+    sides = [torch.nn.functional.normalize(torch.randn(8, 16), dim=-1) for _ in range(4)]
+    views = {"original": Embeddings(*sides[:2]), "augmented": Embeddings(*sides[2:])}
     rows = torch.arange(40, 48)
-    loss = trainer.loss_components(views, torch.tensor(10.0), {"row_index": rows})["trimmed_loss"]
-    image_losses = own_defence.pair_losses(sides[0], sides[3], torch.tensor(10.0))
-    losses = 0.5 * (image_losses + own_defence.pair_losses(sides[1], sides[2], torch.tensor(10.0)))
+    loss = defence(views, torch.tensor(10.0), Batch({"input_ids": rows}, rows=rows))["trimmed_loss"]
+    first, second = (10.0 * sides[i] @ sides[j].T for i, j in ((0, 3), (1, 2)))
+    losses = 0.5 * sum(
+        torch.nn.functional.cross_entropy(x, torch.arange(8), reduction="none") for x in (first, second)
+    )
     torch.testing.assert_close(loss, losses.sort().values[:6].mean())
-    torch.testing.assert_close(trainer.fit[rows], losses.detach())
-    assert trainer.fit.isnan().sum() == 64 - 8
-    with pytest.raises(ValueError, match="trim must be in"):
-        own_defence.TrimmedTrainingArguments(str(tmp_path), trim=1.0)
+    torch.testing.assert_close(defence.fit[rows], losses)
+    assert defence.fit.isnan().sum() == 64 - 8
 
 
-def test_own_defence_is_forty_lines_of_code() -> None:
+def test_own_defence_is_short() -> None:
     text = (EXAMPLES / "own_defence.py").read_text()
-    parts = [node for node in ast.parse(text).body if isinstance(node, ast.ClassDef | ast.FunctionDef)]
-    assert [node.name for node in parts] == ["TrimmedTrainingArguments", "TrimmedTrainer", "pair_losses"]
-    count = 0
-    for node in parts:
-        code = set(range(node.lineno - len(node.decorator_list), (node.end_lineno or 0) + 1))
-        for inner in ast.walk(node):
-            if isinstance(inner, ast.Expr) and isinstance(inner.value, ast.Constant):  # a docstring
-                code -= set(range(inner.lineno, (inner.end_lineno or 0) + 1))
-        lines = [text.splitlines()[number - 1].strip() for number in code]
-        count += sum(line != "" and not line.startswith("#") for line in lines)
-    assert count <= 40
+    (defence,) = [node for node in ast.parse(text).body if isinstance(node, ast.ClassDef)]
+    lines = text.splitlines()[defence.lineno - 1 : defence.end_lineno]
+    assert len([line for line in lines if line.strip() and '"""' not in line]) <= 20

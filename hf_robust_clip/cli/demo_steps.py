@@ -11,8 +11,8 @@ from datasets import Dataset
 from transformers import CLIPModel
 
 from ..attacks.poisoning import PoisonSpec, poison_dataset
-from ..attacks.rows import naming
 from ..attacks.triggers import Trigger, trigger_from_name
+from ..columns import naming
 from ..data.digits import CAPTION_TEMPLATES, CLASS_NAMES, digit_model, digit_processor, load_digit_pairs
 from ..evaluation.attack_success import AttackSuccessEvaluator
 from ..evaluation.embedding import Embedder

@@ -14,10 +14,9 @@ from ..trainers.arguments import (
     RoCLIPTrainingArguments,
     SafeCLIPTrainingArguments,
 )
-from .flags import add_measuring_flags, check_measuring, check_source, check_whole, spelled
+from .flags import METHODS, add_measuring_flags, check_measuring, check_source, check_whole, spelled
 from .output import UsageError
 from .parsing import ConfigParser
-from .train import METHODS
 
 ARGUMENTS: dict[str, type[CLIPTrainingArguments]] = {
     "clip": CLIPTrainingArguments,

@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 
+from ..columns import BAD_ROWS, POISONED, ROW_INDEX, captions_of
 from ..kinds import check_callable, text_list
 from ..models import check_processor
 from ..seeding import derive_seed
 from ..wording import shown
 from .images import ImagePreprocessor
-from .rows import BAD_ROWS, POISONED, ROW_INDEX, decode_row
+from .rows import decode_row
 from .tokens import tokenise
 
 ORIGINAL = "original"
@@ -155,16 +156,13 @@ class CLIPDataCollator:
     def _key(self, row: Mapping[str, Any], pixels: torch.Tensor, epoch: int) -> int:
         number = row.get(ROW_INDEX)
         if number is None:
-            captions = row[self.caption_column]
-            text = captions if isinstance(captions, str) else "\n".join(captions)
+            text = "\n".join(captions_of(row[self.caption_column]))
             number = zlib.crc32(text.encode("utf-8", "surrogatepass"), zlib.crc32(pixels.numpy().tobytes()))
         return derive_seed(self.seed, epoch, int(number))
 
     def _caption(self, row: Mapping[str, Any], key: int) -> str:
-        captions = row[self.caption_column]
-        if isinstance(captions, str):
-            return captions
-        return str(captions[0 if self._first_caption_only else derive_seed(key, -1) % len(captions)])
+        captions = captions_of(row[self.caption_column])
+        return captions[0 if self._first_caption_only else derive_seed(key, -1) % len(captions)]
 
     def _view(self, caption: str, key: int, view: str) -> str:
         if view == ORIGINAL or self.text_augmentation is None:

@@ -14,7 +14,7 @@ from datasets.exceptions import DatasetGenerationError
 from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 from transformers.utils import logging
 
-from ..attacks.rows import naming
+from ..columns import captions_of, check_columns, naming
 from ..wording import listed, shown
 from .builders import make_builder
 from .confining import (
@@ -269,20 +269,16 @@ def label_by_captions(
     """
     if not classes:
         raise ValueError("classes is empty; it needs at least one class, with the words that name it")
-    if caption_column not in dataset.column_names:
-        raise ValueError(
-            f"caption_column={shown(caption_column)} is not a column of dataset; its columns are "
-            f"{listed(dataset.column_names)}"
-        )
+    check_columns(dataset, {"caption_column": caption_column}, "rows with captions")
     if votes is None:
-        most = max((len(_captions(value)) for value in column_values(dataset, caption_column)), default=0)
+        most = max((len(captions_of(value)) for value in column_values(dataset, caption_column)), default=0)
         votes = max(1, min(3, most))
     names = list(classes)
     tests = [[naming(word) for word in words] for words in classes.values()]
     rows, labels = [], []
     for row, value in enumerate(column_values(dataset, caption_column)):
         counts = [0] * len(names)
-        for caption in _captions(value):
+        for caption in captions_of(value):
             named = [i for i, words in enumerate(tests) if any(is_named(caption) for is_named in words)]
             if len(named) == 1:
                 counts[named[0]] += 1
@@ -312,11 +308,6 @@ def encode_labels(dataset: datasets.Dataset, label_column: str) -> datasets.Data
     numbers = {name: number for number, name in enumerate(names)}
     labels = [numbers.get(name) for name in column_values(dataset, label_column)]
     return _with_labels(dataset.remove_columns(label_column), label_column, labels, names)
-
-
-def _captions(value: Any) -> list[str]:
-    captions = value if isinstance(value, list) else [value]
-    return [caption for caption in captions if caption is not None]
 
 
 def _with_labels(

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
+from ..columns import ROW_INDEX, has_transform
 from ..kinds import kind, wrong_dataset
 from ..locking import sole_writer
 from ..models import check_processor
@@ -26,13 +27,11 @@ from .confining import check_path
 from .images import ImagePreprocessor
 from .rows import (
     ON_BAD_ROW,
-    ROW_INDEX,
     BadRowError,
     IndexedDataset,
     OnBadRow,
     check_dataset,
     decode_row,
-    has_transform,
 )
 from .shards import RECORD_FILE, finish, is_finished, shard_name, whole_shards, write_record, write_shard
 

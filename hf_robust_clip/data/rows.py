@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -11,17 +10,23 @@ import datasets
 import numpy as np
 import torch
 
-from ..attacks.rows import ENCODED_IMAGE_DTYPES, POISONED, holds_captions
+from ..columns import (
+    BAD_ROWS,
+    POISONED,
+    ROW_INDEX,
+    check_captions,
+    check_flag,
+    check_pairs,
+    has_transform,
+    is_fault_of_row,
+)
 from ..imaging import decode_image
-from ..kinds import is_rows, kind, wrong_dataset
+from ..kinds import kind
 from ..wording import listed, shortened, shown
 
 OnBadRow = Literal["raise", "skip"]
 ON_BAD_ROW: tuple[OnBadRow, ...] = ("raise", "skip")
 
-#: Keys added to a row: its number in the dataset, and the numbers of unusable rows that it stands in for.
-ROW_INDEX = "row_index"
-BAD_ROWS = "bad_rows"
 #: Rows of a column that are read at a time.
 _SLICE = 10_000
 
@@ -51,28 +56,12 @@ def decode_row(row: Mapping[str, Any], image_column: str, caption_column: str) -
     for column in (image_column, caption_column):
         if column not in row:
             raise BadRowError(f"{where}: there is no column {shown(column)}; its columns are {listed(row)}")
-    caption = row[caption_column]
-    accepted = isinstance(caption, str) or (
-        isinstance(caption, (list, tuple)) and len(caption) > 0 and all(isinstance(item, str) for item in caption)
-    )
-    if not accepted:
-        raise BadRowError(
-            f"{where}, column {shown(caption_column)}: a caption must be a string, or a non-empty list of strings, "
-            f"but is {shown(caption)} ({type(caption).__name__})"
-        )
     try:
-        "".join(caption).encode()
-    except UnicodeEncodeError as error:
-        # A lone surrogate: no tokenizer takes one, and its error does not name the row.
-        raise BadRowError(
-            f"{where}, column {shown(caption_column)}: {shown(caption)} cannot be encoded: {error.reason}"
-        ) from error
-    flag = row.get(POISONED)
-    if flag is not None:
-        flag = flag.item() if isinstance(flag, (np.ndarray, np.generic, torch.Tensor)) and flag.ndim == 0 else flag
-        if not isinstance(flag, bool):
-            raise BadRowError(f"{where}, column {shown(POISONED)}: it must be boolean, but is {shown(flag)}")
-        row = {**row, POISONED: flag}
+        check_captions(row[caption_column], f"{where}, column {shown(caption_column)}")
+        if row.get(POISONED) is not None:
+            row = {**row, POISONED: check_flag(row[POISONED], f"{where}, column {shown(POISONED)}")}
+    except ValueError as error:
+        raise BadRowError(str(error)) from error
     try:
         image = decode_image(row[image_column])
     except ValueError as error:
@@ -114,11 +103,6 @@ def undecoded(dataset: Any, image_column: str, caption_column: str) -> Any:
     if isinstance(dataset.features.get(image_column), datasets.Image):
         dataset = dataset.cast_column(image_column, datasets.Image(decode=False))
     return dataset
-
-
-def has_transform(dataset: Any) -> bool:
-    """Whether a `datasets.Dataset` makes its rows with a function of the user's (`with_transform`)."""
-    return isinstance(dataset, datasets.Dataset) and dataset.format["type"] == "custom"
 
 
 class IndexedDataset(torch.utils.data.Dataset[dict[str, Any]]):
@@ -165,7 +149,7 @@ class IndexedDataset(torch.utils.data.Dataset[dict[str, Any]]):
         try:
             return {**given(self.dataset[index]), ROW_INDEX: index}
         except Exception as error:
-            if not _is_the_rows_fault(error):
+            if not is_fault_of_row(error):
                 raise
             raise BadRowError(shortened(f"row {index} cannot be read: {type(error).__name__}: {error}")) from error
 
@@ -233,54 +217,16 @@ def check_dataset(
     Raises:
         `ValueError`: Naming the argument, what was found and what is accepted.
     """
-    check_columns(
-        dataset,
-        {"image_column": image_column, "caption_column": caption_column},
-        "rows with an image and a caption",
-        argument,
-        streams=True,
-    )
-    # Of a dataset with a transform only the rows tell what there is.
-    features = None if has_transform(dataset) else getattr(dataset, "features", None)
-    if features is not None:
-        _check_features(features, image_column, caption_column, argument)
-    if on_bad_row == "raise" and isinstance(dataset, datasets.Dataset) and features is not None:
+    check_pairs(dataset, {"image_column": image_column, "caption_column": caption_column}, argument, streams=True)
+    if on_bad_row == "raise" and isinstance(dataset, datasets.Dataset) and not has_transform(dataset):
         _check_nulls(dataset, caption_column, argument)
 
 
-def check_columns(
-    dataset: Any, columns: Mapping[str, str], needs: str, argument: str = "dataset", streams: bool = False
-) -> None:
-    """
-    Refuse what is not a dataset of rows, or is empty, or lacks a column.
-
-    Args:
-        dataset (`datasets.Dataset` or sequence of mappings): What to check.
-        columns (mapping): Of the argument that names a column to the column.
-        needs (`str`): What is needed of it, for the message on an empty dataset.
-        argument (`str`): What the caller calls the dataset.
-        streams (`bool`, defaults to `False`): Whether an iterable dataset is accepted as well.
-
-    Raises:
-        `ValueError`: Naming the argument, what was found and what is accepted.
-    """
-    streamed = streams and isinstance(dataset, torch.utils.data.IterableDataset)
-    if not streamed and not is_rows(dataset):
-        accepted = "a dataset whose rows are mappings of column names, with a length"
-        raise wrong_dataset(argument, dataset, f"{accepted}, or an iterable dataset" if streams else accepted)
-    if hasattr(dataset, "__len__") and len(dataset) == 0:
-        raise ValueError(f"{argument} is empty; it needs {needs}")
-    # Of a dataset with a transform only the rows tell what there is.
-    names: Any = None if has_transform(dataset) else getattr(dataset, "column_names", None)
-    if names is None and not streamed:
-        names = _first_columns(dataset, argument)
-    for name, column in columns.items() if names is not None else ():
-        if not isinstance(column, str) or column not in names:
-            raise ValueError(f"{name}={shown(column)} is not a column of {argument}; its columns are {listed(names)}")
-
-
-def column_values(dataset: datasets.Dataset, column: str) -> Iterator[Any]:
-    """The values of a column, row by row, without those of other columns. A format does not apply."""
+def column_values(dataset: Any, column: str) -> Iterator[Any]:
+    """The values of a column, row by row; of a `datasets.Dataset` without those of other columns, and unformatted."""
+    if not isinstance(dataset, datasets.Dataset) or has_transform(dataset):
+        yield from (dataset[row][column] for row in range(len(dataset)))
+        return
     values = dataset.with_format(None)[column]
     # In slices: row by row takes a hundred times as long.
     for start in range(0, len(dataset), _SLICE):
@@ -294,15 +240,6 @@ def poison_flags(dataset: Any) -> np.ndarray | None:
     return np.array([bool(flag) for flag in column_values(dataset, POISONED)])
 
 
-def _is_the_rows_fault(error: Exception) -> bool:
-    """Whether a dataset met a broken row, and no mistake in its own code, which must not pass for many broken rows."""
-    if isinstance(error, (ValueError, OSError, SyntaxError, EOFError)):
-        return True
-    # A tampered image has Pillow raise DecompressionBombError, RuntimeError, AttributeError and more.
-    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
-    return any(frame.f_globals.get("__name__", "").startswith("PIL.") for frame in frames)
-
-
 def _check_nulls(dataset: datasets.Dataset, caption_column: str, argument: str) -> None:
     # Arrow counts nulls for free; which row of a selection holds one takes a look at the column.
     if dataset.data.column(caption_column).null_count:
@@ -312,35 +249,3 @@ def _check_nulls(dataset: datasets.Dataset, caption_column: str, argument: str) 
                     f"row {row} of {argument}, column {shown(caption_column)}: a caption must be a string, but is "
                     "None; remove the row, or set on_bad_row='skip'"
                 )
-
-
-def _first_columns(dataset: Any, argument: str) -> list[str] | None:
-    try:
-        first = dataset[0]
-    except Exception as error:
-        if not _is_the_rows_fault(error):
-            raise
-        return None  # for on_bad_row to deal with
-    if not isinstance(first, Mapping):
-        raise ValueError(
-            f"the rows of {argument} must be mappings of column names to values, but row 0 is {kind(first)}"
-        )
-    return list(first)
-
-
-def _check_features(features: datasets.Features, image_column: str, caption_column: str, argument: str) -> None:
-    image = features[image_column]
-    if isinstance(image, datasets.ClassLabel) or (
-        isinstance(image, datasets.Value) and image.dtype not in ENCODED_IMAGE_DTYPES
-    ):
-        raise ValueError(
-            f"image_column={shown(image_column)} of {argument} must hold images, their bytes, paths or arrays, but "
-            f"holds {image}"
-        )
-    if not holds_captions(features[caption_column]):
-        raise ValueError(
-            f"caption_column={shown(caption_column)} of {argument} must hold strings or lists of strings, but holds "
-            f"{shown(features[caption_column])}"
-        )
-    if POISONED in features and getattr(features[POISONED], "dtype", None) != "bool":
-        raise ValueError(f"column {shown(POISONED)} of {argument} must be boolean, but is {shown(features[POISONED])}")

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from transformers.utils import logging
 
-from ..attacks.rows import naming
 from ..batch import Batch, Embeddings
+from ..columns import captions_of, naming
 from ..data.rows import column_values, poison_flags
 from ..losses import Matching, clip_loss, roclip_loss
 from ..pool import FeaturePool
@@ -148,7 +147,7 @@ def adversarial_rows(dataset: Any, caption_column: str, phrase: str | None) -> n
     rows = poison_flags(dataset)
     if rows is not None and phrase is not None:
         names = naming(phrase)
-        rows |= np.array([_any_names(caption, names) for caption in column_values(dataset, caption_column)])
+        rows |= np.array([any(map(names, captions_of(value))) for value in column_values(dataset, caption_column)])
     return rows
 
 
@@ -166,8 +165,3 @@ class _Lookup:
         self.slots = self.pool.nearest_slots(queries)
         self.matches = self.pool.features[self.slots].to(queries.dtype)
         return self.matches
-
-
-def _any_names(caption: Any, names: Callable[[str], bool]) -> bool:
-    captions = [caption] if isinstance(caption, str) else caption or ()
-    return any(isinstance(text, str) and names(text) for text in captions)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from ..attacks.rows import naming
+from ..columns import naming
 from .course_plots import draw_matching, draw_splits, draw_splits_course
 from .findings import TITLES, findings, models_of, results_table
 from .html import picture, templates

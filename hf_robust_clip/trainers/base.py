@@ -24,15 +24,10 @@ from transformers.utils import logging
 from ..augment.images import ImageNormalization
 from ..batch import Batch, Embeddings
 from ..callbacks import TrainerHooks
+from ..columns import BAD_ROWS, POISONED, ROW_INDEX
 from ..data.collator import ORIGINAL, CLIPDataCollator, RowsOnHost
 from ..data.fitting import check_fit
-from ..data.rows import (
-    BAD_ROWS,
-    POISONED,
-    ROW_INDEX,
-    IndexedDataset,
-    check_dataset,
-)
+from ..data.rows import IndexedDataset, check_dataset
 from ..data.streams import PLACE, Stream, StreamCollator
 from ..defences import CLIP, Defence
 from ..defences.base import PairScores, Plan
@@ -54,6 +49,7 @@ from .checks import (
     check_collator,
     check_negatives,
     check_trained,
+    decide_best_metric,
     explained,
     load_to_train,
     resolve_image_augmentation,
@@ -171,6 +167,7 @@ class CLIPTrainer(PublishingTrainer):
         for evaluator in evaluators:
             if hasattr(evaluator, "check"):
                 evaluator.check(processing_class)
+        decide_best_metric(args, evaluators)
         if all(getattr(type(self), name) is getattr(CLIPTrainer, name) for name in _EVALUATION):
             check_best_metric(args, evaluators, eval_dataset)
         self.image_augmentation = resolve_image_augmentation(image_augmentation, args)

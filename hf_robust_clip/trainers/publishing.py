@@ -239,7 +239,7 @@ class PublishingTrainer(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         final = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        self._staging = Staging(self, final)
+        self._staging = Staging(final, self.state, self.args)
         try:
             with self._staging.open():
                 super()._save_checkpoint(model, trial)
@@ -247,7 +247,7 @@ class PublishingTrainer(Trainer):
             self._staging = None
 
     def _finalize_training(self, trial: Any, *args: Any, **kwargs: Any) -> Any:
-        keep_best_alone(self, Path(self._get_output_dir(trial=trial)))
+        keep_best_alone(Path(self._get_output_dir(trial=trial)), self.state, self.args)
         return super()._finalize_training(trial, *args, **kwargs)
 
     def _staged(self, output_dir: str) -> str:

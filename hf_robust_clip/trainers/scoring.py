@@ -12,8 +12,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from ..augment.images import to_float
+from ..columns import BAD_ROWS, POISONED, ROW_INDEX
 from ..data.collator import ORIGINAL, CLIPDataCollator
-from ..data.rows import BAD_ROWS, POISONED, ROW_INDEX, IndexedDataset
+from ..data.rows import IndexedDataset
 from ..defences.base import PairScores
 from ..distributed import gather_features
 from ..seeding import derive_seed, forked_rng

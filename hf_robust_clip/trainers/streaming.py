@@ -15,8 +15,8 @@ from accelerate.utils import gather_object
 from transformers.utils import logging
 
 from ..batch import cut
+from ..columns import BAD_ROWS
 from ..data.collator import CLIPDataCollator
-from ..data.rows import BAD_ROWS
 from ..data.streams import Place, Stream, StreamCollator
 from ..files import write_text
 from ..wording import shown

@@ -16,7 +16,7 @@ import torch
 from training import assert_same_bits, digits, make_trainer, train_and_resume
 
 from hf_robust_clip import CleanCLIPTrainer, CLIPTrainer, RoCLIPTrainer
-from hf_robust_clip.data.rows import BAD_ROWS, ROW_INDEX
+from hf_robust_clip.columns import BAD_ROWS, ROW_INDEX
 from hf_robust_clip.data.streams import PLACE
 from hf_robust_clip.trainers.streaming import STREAM_FILE, StreamedTraining, cut_batch
 
