@@ -133,8 +133,8 @@ def check_weights(model: nn.Module, found: Mapping[str, Any], source: str) -> No
         faults.append(f"{len(others):,} have another shape ({few(sorted(others))})")
     if unexpected:
         faults.append(f"{len(unexpected):,} others are there ({few(unexpected)})")
-    hint = wrapper_hint(unexpected)
-    raise ValueError(f"{where} does not have the weights of {kind}: {shortened(', '.join(faults), 400)}.{hint}")
+    told = f"{shortened(', '.join(faults), 400)}.{wrapper_hint(unexpected)}"
+    raise ValueError(shortened(f"{where} does not have the weights of {kind}: {told}"))
 
 
 def load_processor(

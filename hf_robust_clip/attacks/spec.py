@@ -99,7 +99,9 @@ class PoisonSpec:
             raise ValueError(f"target={shown(self.target)}; accepted is the name of a class")
         check_encodable("target", self.target)
         if (self.count is None) == (self.rate is None):
-            raise ValueError(f"count={self.count} and rate={self.rate}; exactly one of them must be given")
+            raise ValueError(
+                f"count={shown(self.count)} and rate={shown(self.rate)}; exactly one of them must be given"
+            )
         limits = {"count": (1, None), "seed": (0, None), "image_size": (1, LARGEST_SIZE), "source_index": (0, None)}
         for name, (minimum, maximum) in limits.items():
             if getattr(self, name) is not None:

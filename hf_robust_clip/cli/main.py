@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except FAILURES as error:
         if getattr(args, "traceback", False):
             raise
-        print(f"hf-robust-clip {args.command}: error: {_one_line(error)}", file=sys.stderr)
+        print(shortened(f"hf-robust-clip {args.command}: error: {_one_line(error)}"), file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
 
 
@@ -65,7 +65,7 @@ def _make_parser(required: Sequence[str] | None = None, **kwargs: Any) -> Parser
 
 
 def _one_line(error: BaseException) -> str:
-    words = shortened(" ".join(str(error).split()) or type(error).__name__)
+    words = " ".join(str(error).split()) or type(error).__name__
     # A file's name or a dataset's may hold what a terminal would carry out.
     return "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in words)
 

@@ -33,7 +33,7 @@ class Parser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {shortened(' '.join(message.split()))} (see {self.prog} --help)\n")
+        self.exit(2, f"{self.prog}: error: {shortened(' '.join(message.split()), 500)} (see {self.prog} --help)\n")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         parsed, extras = super().parse_known_args(args, namespace)

@@ -21,7 +21,7 @@ from datasets.table import table_cast
 from datasets.utils.file_utils import xopen
 
 from .. import __version__
-from ..wording import listed, shown
+from ..wording import listed, shortened, shown
 from .confining import check_path, check_pointer
 from .tables import BATCH_ROWS, READERS, table_kind, text_of
 
@@ -78,8 +78,8 @@ class Tables(datasets.ArrowBasedBuilder):
             for batch, table in enumerate(self._read(file, None if self.config.features else features, split)):
                 if set(table.column_names) != set(features):
                     raise ValueError(
-                        f"{file} has the columns {listed(table.column_names)}, and the first table has "
-                        f"{listed(features)}; accepted are tables of the same columns"
+                        f"{shortened(file, 200)} has the columns {listed(table.column_names)}, and the first table "
+                        f"has {listed(features)}; accepted are tables of the same columns"
                     )
                 yield Key(number, batch), table_cast(table.select(list(features)), features.arrow_schema)
 
@@ -173,7 +173,7 @@ def read_table(path: str, **options: Any) -> Iterator[pa.Table]:
     elif kind in READERS:
         yield from READERS[kind](path, **options)
     else:
-        raise ValueError(f"{path} is not a table; accepted are {listed([*READERS, '.parquet'])}")
+        raise ValueError(f"{shortened(path, 200)} is not a table; accepted are {listed([*READERS, '.parquet'])}")
 
 
 def read_caption(path: str) -> str | None:
@@ -189,7 +189,7 @@ def read_caption(path: str) -> str | None:
     try:
         caption = json.loads(text)["caption"]
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise ValueError(f"{path} is not a JSON object with a 'caption'") from error
+        raise ValueError(f"{shortened(path, 200)} is not a JSON object with a 'caption'") from error
     if caption is not None and not isinstance(caption, str):
         raise ValueError(f"{path}: 'caption' is {type(caption).__name__}; accepted is a text")
     return caption
@@ -205,8 +205,8 @@ def named_images(file: str, table: pa.Table) -> list[str | None]:
     column = next((name for name in table.column_names if _column_of_images(name) != name), None)
     if column is None:
         raise ValueError(
-            f"{file} lies with images and has no column {shown(FILE_NAME)} with their paths; its columns are "
-            f"{listed(table.column_names)}"
+            f"{shortened(file, 200)} lies with images and has no column {shown(FILE_NAME)} with their "
+            f"paths; its columns are {listed(table.column_names)}"
         )
     folder = os.path.dirname(file)
     names = table[column].to_pylist()

@@ -143,7 +143,10 @@ def check_pointer(path: str) -> None:
     if os.path.isfile(path) and os.path.getsize(path) < 1024:
         with open(path, "rb") as file:
             if file.read(len(_POINTER)) == _POINTER:
-                raise ValueError(f"{path} is a Git LFS pointer, and not the file itself; get that with `git lfs pull`")
+                raise ValueError(
+                    f"{shortened(str(path), 200)} is a Git LFS pointer, and not the file itself; get that with "
+                    "`git lfs pull`"
+                )
 
 
 def stored_files(folder: Path) -> list[str]:

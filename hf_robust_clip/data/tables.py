@@ -82,7 +82,7 @@ def read_json(path: str, features: datasets.Features | None = None, **_: Any) ->
             names = list(dict.fromkeys(name for row in batch for name in row))
             features = datasets.Features({name: _json_feature([row.get(name) for row in batch]) for name in names})
         unknown = {name for row in batch for name in row}.difference(features)
-        where = f"{path}, rows {first:,} to {first + len(batch) - 1:,}"
+        where = f"{shortened(path, 200)}, rows {first:,} to {first + len(batch) - 1:,}"
         if unknown:
             raise ValueError(
                 f"{where} have {listed(sorted(unknown))}, which the first rows have not; accepted are rows that have "
@@ -119,7 +119,7 @@ def text_of(path: str) -> str:
 
 
 def _not_utf8(path: str, error: UnicodeDecodeError) -> ValueError:
-    return ValueError(f"{path} is not UTF-8: {error.reason}; save it as UTF-8")
+    return ValueError(f"{shortened(path, 200)} is not UTF-8: {error.reason}; save it as UTF-8")
 
 
 def _csv_rows(path: str, reader: Any, header: Sequence[str], delimiter: str) -> Iterator[tuple[int, list[str]]]:
@@ -130,15 +130,16 @@ def _csv_rows(path: str, reader: Any, header: Sequence[str], delimiter: str) -> 
             if any(row):
                 if width and len(row) != width:
                     raise ValueError(
-                        f"{path}, line {line} has {len(row)} fields where the header has {width}; accepted are as "
-                        f"many, parted by {shown(delimiter)}. A field with that in it goes in double quotes"
+                        f"{shortened(path, 200)}, line {line} has {len(row)} fields where the header has {width}; "
+                        f"accepted are as many, parted by {shown(delimiter)}. A field with that in it goes in double "
+                        "quotes"
                     )
                 yield line, row
             line = reader.line_num + 1
     except csv.Error as error:
         raise ValueError(
-            f"{path}, line {line}: {error}; a field that starts with a double quote ends with one, and those inside "
-            "of it are doubled"
+            f"{shortened(path, 200)}, line {line}: {error}; a field that starts with a double quote ends with "
+            "one, and those inside of it are doubled"
         ) from error
     except UnicodeDecodeError as error:
         raise _not_utf8(path, error) from error
@@ -158,8 +159,8 @@ def _delimiter(path: str, file: Any) -> str:
         if len(header) > 1:
             if any("\t" in name for name in header):
                 raise ValueError(
-                    f"{path}: its header has both {shown(delimiter)} and tabs in it; call it .tsv if its fields are "
-                    "parted by tabs"
+                    f"{shortened(path, 200)}: its header has both {shown(delimiter)} and tabs in it; call it "
+                    ".tsv if its fields are parted by tabs"
                 )
             return delimiter
     return ","
@@ -172,7 +173,9 @@ def _header(path: str, row: Sequence[str]) -> list[str]:
         wrong = (
             f"it has {listed(twice)} more than once" if twice else "it has none" if not names else "it is not UTF-8"
         )
-        raise ValueError(f"{path}: {wrong}; accepted is a header that names each column once, in UTF-8")
+        raise ValueError(
+            f"{shortened(path, 200)}: {wrong}; accepted is a header that names each column once, in UTF-8"
+        )
     return names
 
 
@@ -182,7 +185,10 @@ def _csv_column(path: str, name: str, cells: Sequence[str], lines: Sequence[int]
     flags = []
     for cell, line in zip(cells, lines, strict=True):
         if cell.lower() not in _FLAGS:
-            raise ValueError(f"{path}, line {line}: {shown(name)} is {shown(cell)}; accepted are true, false, 1 and 0")
+            raise ValueError(
+                f"{shortened(path, 200)}, line {line}: {shown(name)} is {shown(cell)}; accepted are true, "
+                "false, 1 and 0"
+            )
         flags.append(_FLAGS[cell.lower()])
     return pa.array(flags, pa.bool_())
 
@@ -195,11 +201,11 @@ def _json_rows(path: str) -> Iterator[dict[str, Any]]:
             whole = alone or first.lstrip().startswith("[") or not _is_json(first)
             file.seek(0)
             if whole:
-                yield from _rows_of(path, _parsed(path, file.read()))
+                yield from _rows_of(shortened(path, 200), _parsed(shortened(path, 200), file.read()))
                 return
             for number, line in enumerate(file, 1):
                 if line.strip():
-                    yield from _rows_of(f"{path}, line {number}", [_parsed(f"{path}, line {number}", line)])
+                    yield from _rows_of(where := f"{shortened(path, 200)}, line {number}", [_parsed(where, line)])
     except UnicodeDecodeError as error:
         raise _not_utf8(path, error) from error
 
