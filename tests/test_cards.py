@@ -206,7 +206,7 @@ def test_datasets_of_one_name_and_of_similar_names_stay_apart() -> None:
 
 
 def test_what_is_not_known_is_left_out() -> None:
-    run = record(model={**record().model, "name": None, "source": "memory"}, data=None, before=None, after=None)
+    run = record(model={**dict(record().model), "name": None, "source": "memory"}, data=None, before=None, after=None)
     text = render_card(run)
     data = ModelCard(text).data.to_dict()
     assert not {"base_model", "base_model_relation", "license", "datasets", "model-index", "language"} & set(data)
@@ -216,7 +216,7 @@ def test_what_is_not_known_is_left_out() -> None:
 @pytest.mark.parametrize("merged, relation, library", [(False, "adapter", "peft"), (True, "finetune", "transformers")])
 def test_adapters_are_adapters_until_they_are_merged(merged: bool, relation: str, library: str) -> None:
     adapter = {"peft_type": "LORA", "r": 4, "target_modules": ["q_proj"]}
-    run = record(model={**record().model, "adapter": adapter}, defence={"merge_adapters": merged})
+    run = record(model={**dict(record().model), "adapter": adapter}, defence={"merge_adapters": merged})
     text = render_card(run)
     data = ModelCard(text).data
     assert (data.base_model_relation, data.library_name) == (relation, library)
@@ -257,7 +257,7 @@ def without(**changes: Any) -> dict[str, Any]:
             "**It costs accuracy**: right on 60.0% of the clean images, against 70.0% (before CleanCLIP)",
         ),
         ({"after": {**AFTER, "clean_accuracy": 0.15}}, "**It hardly knows the classes**"),
-        ({"data": {**record().data, "poisons": 5}}, "**5 of the training pairs are marked as poisoned**"),
+        ({"data": {**dict(record().data or ()), "poisons": 5}}, "**5 of the training pairs are marked as poisoned**"),
     ],
 )
 def test_first_lines_say_what_is_missing(changes: dict[str, Any], said: str) -> None:
@@ -374,8 +374,13 @@ def hostile(text: str) -> str:
         defence={text: text},
         augmentation={"images": text, "captions": text},
         measures=[measure, {**ACCURACY, "classes": [text, "b"], "dataset": {"name": text}}],
-        environment={**record().environment, "device": text, "versions": {text: text}, "command": f"train {text}"},
-        model={**record().model, "name": text, "revision": text, "adapter": {text: text}},
+        environment={
+            **dict(record().environment),
+            "device": text,
+            "versions": {text: text},
+            "command": f"train {text}",
+        },
+        model={**dict(record().model), "name": text, "revision": text, "adapter": {text: text}},
     )
     control = {"control": text or "x", "measures": run.measures, "figures": BEFORE}
     return render_card(
@@ -548,7 +553,7 @@ def test_trainer_writes_the_card_of_its_record(cleaned: CLIPTrainer) -> None:
 @pytest.mark.training
 def test_a_record_that_was_saved_gives_the_same_card(cleaned: CLIPTrainer) -> None:
     written = RunRecord.load(cleaned.args.output_dir)
-    now = dataclasses.replace(cleaned.record(), environment=written.environment)
+    now = cleaned.record().model_copy(update={"environment": written.environment})
     assert render_card(now) == render_card(written)
 
 

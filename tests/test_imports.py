@@ -22,7 +22,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     ),
     frozenset({"attacks"}),
     frozenset({"models", "data", "evaluation"}),
-    frozenset({"methods", "record", "record_form"}),
+    frozenset({"methods", "record", "describing"}),
     frozenset({"callbacks", "cards", "report"}),
     frozenset({"trainers"}),
     frozenset({"cli", "__main__"}),

@@ -10,7 +10,7 @@ from typing import Any
 from huggingface_hub import EvalResult
 
 from ..methods import Method
-from ..record import RunRecord, dataset_name
+from ..record import Data, Measure, Measured, RunRecord, Trigger
 from .escaping import one_line, tidy
 
 #: What figures are called in a model index, by the end of their names, the longer ones first.
@@ -32,8 +32,6 @@ _TASKS = {
     "retrieval": "image-text-retrieval",
     "text queries": "image-text-retrieval",
 }
-
-Measure = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -82,14 +80,14 @@ class Figures:
         return [column for column in self.columns if column.own and column is not self.before]
 
 
-def collect(record: RunRecord, method: Method, measured: Sequence[Mapping[str, Any]]) -> Figures:
+def collect(record: RunRecord, method: Method, measured: Sequence[Measured]) -> Figures:
     """
     Put the figures of a run and those of other measurements side by side.
 
     Args:
         record ([`RunRecord`]): The run's, ready for JSON.
         method ([`Method`]): Its method.
-        measured (sequence of mappings): As of [`render_card`].
+        measured (sequence of [`Measured`]): Other measurements.
     """
     before = after = None
     if record.before:
@@ -100,25 +98,28 @@ def collect(record: RunRecord, method: Method, measured: Sequence[Mapping[str, A
         after = _column(label, record.measures, record.after)
     columns = [column for column in (before, after) if column is not None]
     for number, entry in enumerate(measured, 1):
-        control = entry.get("control")
-        label = one_line(control) if control else "measured later" + (f" ({number})" if len(measured) > 1 else "")
-        columns.append(_column(label, entry["measures"], entry["figures"], own=not control))
+        label = (
+            one_line(entry.control)
+            if entry.control
+            else "measured later" + (f" ({number})" if len(measured) > 1 else "")
+        )
+        columns.append(_column(label, entry.measures, entry.figures, own=not entry.control))
     return Figures(columns, before, after)
 
 
 def _column(label: str, measures: Sequence[Measure], figures: Mapping[str, Any], own: bool = True) -> Column:
-    known = {name for measure in measures for name in measure["figures"]}
+    known = {name for measure in measures for name in measure.figures}
     # An evaluator of the user's own says nothing of its figures.
     others = [name for name in figures if name not in known]
-    taken = [measure for measure in measures if measure["figures"]]
-    return Column(label, [*taken, {"measure": "others", "figures": others}] if others else taken, figures, own)
+    taken = [measure for measure in measures if measure.figures]
+    return Column(label, [*taken, Measure(measure="others", figures=others)] if others else taken, figures, own)
 
 
 def attacks(figures: Figures) -> Iterator[tuple[Measure, str]]:
     """What measures the success of an attack on classification, each with the name of its figure of success."""
     for measure in figures.measures:
-        for name in measure["figures"]:
-            if measure["measure"] in ("attack success", "targeted poisoning") and name.endswith("success_rate"):
+        for name in measure.figures:
+            if measure.measure in ("attack success", "targeted poisoning") and name.endswith("success_rate"):
                 yield measure, name
 
 
@@ -127,11 +128,11 @@ def accuracy_of(figures: Figures, measure: Measure) -> tuple[Measure, str] | Non
     found = [
         (other, name)
         for other in figures.measures
-        for name in other["figures"]
-        if other["measure"] == "zero-shot classification" and name == other["figures"][0]
-        if other.get("classes") == measure.get("classes")
+        for name in other.figures
+        if other.measure == "zero-shot classification" and name == other.figures[0]
+        if other.classes == measure.classes
     ]
-    same = [entry for entry in found if entry[0].get("dataset") == measure.get("dataset")]
+    same = [entry for entry in found if entry[0].dataset == measure.dataset]
     return next(iter(same or found), None)
 
 
@@ -147,15 +148,15 @@ def shown(name: str, value: float | None) -> str:
     return f"{value:.2f}" if name.endswith(_NO_FRACTIONS) else f"{value:.1%}"
 
 
-def trigger_text(trigger: Mapping[str, Any]) -> str:
+def trigger_text(trigger: Trigger) -> str:
     """A trigger and its parameters."""
-    parameters = parameters_text({name: value for name, value in trigger.items() if name != "name"})
-    return f"{trigger['name']} ({parameters})" if parameters else str(trigger["name"])
+    parameters = parameters_text(trigger.parameters)
+    return f"{trigger.name} ({parameters})" if parameters else trigger.name
 
 
 def attack_text(measure: Measure) -> str:
     """An attack by its trigger, or by its kind where it has none."""
-    return trigger_text(measure["trigger"]) if measure.get("trigger") else str(measure["measure"])
+    return trigger_text(measure.trigger) if measure.trigger else measure.measure
 
 
 def parameters_text(parameters: Mapping[str, Any]) -> str:
@@ -165,19 +166,19 @@ def parameters_text(parameters: Mapping[str, Any]) -> str:
 
 def subject(measure: Measure) -> str:
     """What a measure is over, in words."""
-    number = measure.get("images", measure.get("queries"))
-    of = "queries" if "queries" in measure else "images"
-    if measure["measure"] == "attack success":
+    number = measure.queries if measure.images is None else measure.images
+    of = "images" if measure.queries is None else "queries"
+    if measure.measure == "attack success":
         # Those of the target class cannot be steered to it, and are not counted.
         of = "images of other classes"
-    name = dataset_name(measure.get("dataset"))
+    name = measure.dataset and measure.dataset.title
     parts = [] if number is None else [f"{number:,} {of}{f' in {name}' if name else ''}"]
-    if measure.get("trigger"):
-        parts.append(f"trigger {trigger_text(measure['trigger'])}")
-    if measure.get("target"):
-        parts.append(f"target “{measure['target']}”")
+    if measure.trigger:
+        parts.append(f"trigger {trigger_text(measure.trigger)}")
+    if measure.target:
+        parts.append(f"target “{measure.target}”")
     words = ", ".join(parts)
-    return f"{measure['measure']}: {words}" if words else str(measure["measure"])
+    return f"{measure.measure}: {words}" if words else measure.measure
 
 
 def evaluation_results(figures: Figures) -> list[EvalResult]:
@@ -187,29 +188,29 @@ def evaluation_results(figures: Figures) -> list[EvalResult]:
         _evaluation_result(measure, figure, value, column.label, kinds)
         for measure in figures.measures
         for column in figures.columns
-        for figure in measure["figures"]
+        for figure in measure.figures
         if column.own and (value := column.value(measure, figure)) is not None
     ]
 
 
 def _evaluation_result(measure: Measure, figure: str, value: float, when: str, kinds: dict[str, str]) -> EvalResult:
-    dataset, trigger = measure.get("dataset") or {}, measure.get("trigger")
-    name = one_line(dataset_name(dataset) or "unnamed")
-    images = dataset.get("rows") if figure.endswith("trigger_distance") else measure.get("images")
+    dataset, trigger = measure.dataset or Data(), measure.trigger
+    name = one_line(dataset.title or "unnamed")
+    images = dataset.rows if figure.endswith("trigger_distance") else measure.images
     given = {
-        "trigger": trigger,
-        "target": measure.get("target"),
+        "trigger": trigger and trigger.model_dump(),
+        "target": measure.target,
         "images": images,
-        "queries": measure.get("queries"),
-        "fingerprint": dataset.get("fingerprint"),
+        "queries": measure.queries,
+        "fingerprint": dataset.fingerprint,
     }
-    attack = f" ({trigger['name']}, target {measure.get('target')})" if trigger else ""
+    attack = f" ({trigger.name}, target {measure.target})" if trigger else ""
     return EvalResult(
-        task_type=_TASKS.get(measure["measure"], "zero-shot-image-classification"),
-        dataset_type=name if dataset.get("hub_id") else _kind(name, kinds),
+        task_type=_TASKS.get(measure.measure, "zero-shot-image-classification"),
+        dataset_type=name if dataset.hub_id else _kind(name, kinds),
         dataset_name=name,
-        dataset_split=tidy(dataset.get("split")),
-        dataset_revision=tidy(dataset.get("revision")),
+        dataset_split=tidy(dataset.split),
+        dataset_revision=tidy(dataset.revision),
         metric_type=next((kind for kind in METRICS if figure.endswith(kind)), one_line(figure)),
         metric_value=value,
         metric_name=one_line(f"{label_of(figure)} {when}{attack}"),

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ..methods import Method
-from ..record import RunRecord
+from ..record import Measure, RunRecord
 from ..report.findings import ACCURACY_LOSS, REMOVED, TAKEN
 from ..report.run_findings import TRIGGERS, chance, guesses
 from .escaping import Markdown, escaped
-from .figures import Column, Figures, Measure, accuracy_of, attack_text, attacks
+from .figures import Column, Figures, accuracy_of, attack_text, attacks
 
 
 def notices(record: RunRecord, method: Method, figures: Figures) -> list[Markdown]:
@@ -25,7 +25,7 @@ def notices(record: RunRecord, method: Method, figures: Figures) -> list[Markdow
             f"{_name(method)} changed."
         )
     found += _progress(record, figures)
-    poisons = (record.data or {}).get("poisons")
+    poisons = record.data.poisons if record.data else None
     if poisons and method.kind == "fine-tuning":
         found.append(
             f"**{poisons:,} of the training pairs are marked as poisoned**: {_name(method)} needs clean ones."
@@ -112,12 +112,12 @@ def _outcome(method: Method, figures: Figures) -> Iterator[str]:
                 what = escaped(attack_text(measure))
                 yield f"**{name} did not stop the attack** ({what}): it still succeeds on {left:.1%} of the images."
         for measure in figures.measures:
-            if measure["measure"] == "zero-shot classification":
+            if measure.measure == "zero-shot classification":
                 yield from _accuracy(method, figures, column, measure)
 
 
 def _accuracy(method: Method, figures: Figures, column: Column, measure: Measure) -> Iterator[str]:
-    figure = measure["figures"][0]
+    figure = measure.figures[0]
     accuracy, guessed = column.value(measure, figure), chance(measure)
     others = [(other.value(measure, figure), other.label) for other in _references(method, figures)]
     best, where = max(((value, label) for value, label in others if value is not None), default=(None, ""))
@@ -139,9 +139,9 @@ def guessed_before(figures: Figures) -> bool:
     """Whether the model that training started from knew next to nothing, so that its figures mean nothing."""
     before = figures.before
     return before is not None and any(
-        guesses(before.value(measure, measure["figures"][0]), measure)
+        guesses(before.value(measure, measure.figures[0]), measure)
         for measure in before.measures
-        if measure["measure"] == "zero-shot classification"
+        if measure.measure == "zero-shot classification"
     )
 
 
@@ -151,10 +151,10 @@ def unmeasured_attacks(figures: Figures) -> list[str]:
         measure
         for column in figures.measured_after
         for measure in column.measures
-        if any(column.value(measure, name) is not None for name in measure["figures"])
+        if any(column.value(measure, name) is not None for name in measure.figures)
     ]
-    triggers = {measure["trigger"]["name"] for measure in measured if measure.get("trigger")}
-    kinds = {measure["measure"] for measure in measured}
+    triggers = {measure.trigger.name for measure in measured if measure.trigger}
+    kinds = {measure.measure for measure in measured}
     missing = [words for name, words in TRIGGERS.items() if name not in triggers]
     if "targeted poisoning" not in kinds:
         missing.append("targeted poisoning of chosen images")

@@ -39,18 +39,19 @@ def draw_picture(record: RunRecord) -> bytes | None:
 def alternative_text(record: RunRecord) -> str:
     """The same in words: where each line starts and where it ends."""
     points = evaluations_of(record)
+    ends = [points[0], points[-1]] if points else []
     spans = [
-        f"{panel.title}, {line.label} from {points[0][line.name]:.1%} to {points[-1][line.name]:.1%}"
+        f"{panel.title}, {line.label} from {values[0]:.1%} to {values[1]:.1%}"
         for panel in _panels(record)
         for line in panel.lines
-        if points and all(point.get(line.name) is not None for point in (points[0], points[-1]))
+        if len(values := [value for point in ends if (value := point.numbers.get(line.name)) is not None]) == 2
     ]
     return f"Line charts over training: {'; '.join(spans)}."
 
 
 def _panels(record: RunRecord) -> list[CoursePanel]:
     measure = accuracy_measure(record)
-    accuracy = [] if measure is None else [Line(measure["figures"][0], "clean accuracy", "clean", "o", "-")]
+    accuracy = [] if measure is None else [Line(measure.figures[0], "clean accuracy", "clean", "o", "-")]
     return [
         CoursePanel(_title(attack), [*accuracy, Line(attack.success, "attack success", "attack", "s", "--")])
         for attack in attacks_of(record)

@@ -13,7 +13,7 @@ from huggingface_hub import ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from ..methods import Method, method_of
-from ..record import RunRecord, jsonable, skipped_text
+from ..record import Measured, RunRecord, checked
 from ..report.findings import split_findings
 from ..wording import shown as cut
 from .escaping import Markdown, escaped, fenced, literal, one_line
@@ -89,14 +89,13 @@ def render_card(
     Raises:
         `ValueError`: If `base_model`, `repo_id` or one of `datasets` is no id of the Hub.
     """
-    record = record.plain()
     method = method_of(record.trainer, record.method)
-    figures = collect(record, method, jsonable([*measured]))
-    base = _hub_id("base_model", base_model) or _valid(record.model["name"])
+    figures = collect(record, method, [checked(Measured, entry, "measured") for entry in measured])
+    base = _hub_id("base_model", base_model) or _valid(record.model.name)
     repo_id = _hub_id("repo_id", repo_id)
     given = [_hub_id("datasets", name) for name in _listed(datasets)]
-    hub_data = [name for name in dict.fromkeys([_valid((record.data or {}).get("hub_id")), *given]) if name]
-    adapter = record.model["adapter"] if not record.defence.get("merge_adapters") else None
+    hub_data = [name for name in dict.fromkeys([_valid(record.data and record.data.hub_id), *given]) if name]
+    adapter = record.model.adapter if not record.defence.get("merge_adapters") else None
     name = one_line(model_name or (repo_id or "").rpartition("/")[2]) or f"CLIP, {method.name}"
     pipeline, *other_tasks = _listed(tasks) or ["zero-shot-image-classification"]
     relation: dict[str, Any] = {"base_model_relation": "adapter" if adapter else "finetune"} if base else {}
@@ -118,7 +117,7 @@ def render_card(
         record=record,
         method=method,
         base=_linked(base) if base else None,
-        revision=record.model.get("revision") if base == record.model["name"] else None,
+        revision=record.model.revision if base == record.model.name else None,
         adapter=adapter,
         notices=notices(record, method, figures),
         figures=figures,
@@ -126,17 +125,17 @@ def render_card(
         guessed_before=guessed_before(figures),
         picture=Markdown(quote(picture)) if picture else None,
         alt=alternative_text(record) if picture else None,
-        splits=[finding.text for finding in split_findings(record.details.get("splits", ()))]
-        if "splits" in record.details
+        splits=[finding.text for finding in split_findings(record.details.splits or [])]
+        if record.details.splits is not None
         else [],
         settings=[*_settings(record)],
         dataset=record.data,
-        skipped=skipped_text(record.skipped) if record.skipped else None,
+        skipped=record.skipped,
         hub_data=[_linked(name, "datasets/") for name in hub_data],
         dataset_names=_listed(dataset_names),
         dataset_args=_listed(dataset_args),
         unmeasured=unmeasured_attacks(figures),
-        command=fenced(record.environment["command"], "bash"),
+        command=fenced(record.environment.command, "bash"),
         usage=_usage(record, figures, adapter, base, repo_id),
         license=license,
         citation=fenced(method.bibtex, "bibtex") if method.bibtex else None,
@@ -192,7 +191,7 @@ def _own_tags(method: Method) -> list[str]:
 def _rows(figures: Figures) -> Iterator[dict[str, Any]]:
     """The table: what is measured, in the first row of each measure, then a figure's name and its values."""
     for measure in figures.measures:
-        for number, name in enumerate(measure["figures"]):
+        for number, name in enumerate(measure.figures):
             values = [shown(name, column.value(measure, name)) for column in figures.columns]
             yield {"subject": "" if number else subject(measure), "label": label_of(name), "cells": values}
 
@@ -202,7 +201,7 @@ def _settings(record: RunRecord) -> Iterator[tuple[str, Any, Any]]:
     for name, value in record.defence.items():
         default = record.defence_defaults.get(name)
         if name in _PRESETS and record.augmentation:
-            used = record.augmentation[_PRESETS[name]]
+            used = getattr(record.augmentation, _PRESETS[name])
             yield f"augmentation of {_PRESETS[name]}", used or "none", f"{name}={default}"
         elif name not in _PLUMBING or value != default:
             yield name, value, default
@@ -212,12 +211,11 @@ def _settings(record: RunRecord) -> Iterator[tuple[str, Any, Any]]:
 
 def _usage(record: RunRecord, figures: Figures, adapter: Any, base: str | None, repo_id: str | None) -> Markdown:
     """Python that classifies a picture with the model."""
-    labelled = next(
-        (measure for measure in figures.measures if measure.get("classes") and measure.get("templates")), None
-    )
     prompts = ["a photo of a cat.", "a photo of a dog."]
-    if labelled is not None:
-        prompts = [labelled["templates"][0].replace("{}", name) for name in labelled["classes"][:3]]
+    for measure in figures.measures:
+        if measure.classes and measure.templates:
+            prompts = [measure.templates[0].replace("{}", name) for name in measure.classes[:3]]
+            break
     where = literal(repo_id or "PATH_OR_ID_OF_THIS_MODEL")
     if adapter and base is None:
         imports = "from peft import PeftModel\n"
@@ -226,7 +224,7 @@ def _usage(record: RunRecord, figures: Figures, adapter: Any, base: str | None, 
     else:
         imports, load = "", f"model = AutoModel.from_pretrained({where}).eval()"
         load += "  # needs peft, and loads the base model too" if adapter else ""
-    padding = '"max_length"' if record.model["type"].startswith("siglip") else "True"
+    padding = '"max_length"' if record.model.type.startswith("siglip") else "True"
     return fenced(
         f"""import torch
 {imports}from PIL import Image

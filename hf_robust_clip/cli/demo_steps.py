@@ -18,6 +18,7 @@ from ..evaluation.attack_success import AttackSuccessEvaluator
 from ..evaluation.embedding import Embedder
 from ..evaluation.running import run_evaluators
 from ..evaluation.zero_shot import ZeroShotEvaluator, class_embeddings
+from ..record import Split
 from ..report import Example, MatchedPair, ModelEmbeddings, Pictures, PoisonedPair, matching_course, split_course
 from ..trainers.base import CLIPTrainer, Evaluator
 from ..trainers.pictures import matched_pairs
@@ -183,7 +184,7 @@ class Demo:
             say(f"  {matching_course(self.records['matching'], self.recipe.target)}")
         elif isinstance(trainer, SafeCLIPTrainer):
             self.records["splits"] = trainer.splits.to_list()
-            say(f"  {split_course(self.records['splits'])}")
+            say(f"  {split_course([*map(Split.model_validate, self.records['splits'])])}")
 
     def _measure(self, name: str, embedder: Embedder) -> None:
         figures = run_evaluators(self.evaluators, self.processor, embedder)

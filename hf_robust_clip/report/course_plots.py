@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..record import Split
 from .plots import COLUMNS, plain
 
 if TYPE_CHECKING:
@@ -21,12 +22,12 @@ FLOOR = 0.6
 Record = Mapping[str, Any]
 
 
-def draw_splits(splits: Sequence[Record], colours: Mapping[str, str]) -> Figure:
+def draw_splits(splits: Sequence[Split], colours: Mapping[str, str]) -> Figure:
     """The similarities of clean and of poisoned pairs at the first, the last and some other splits of SafeCLIP's."""
     from matplotlib.figure import Figure
 
     shown = [splits[i] for i in np.unique(np.linspace(0, len(splits) - 1, PANELS).round().astype(int))]
-    counts = np.array([[split["histogram"][kind] for kind in ("clean", "poisoned")] for split in shown])  # (S, 2, B)
+    counts = np.array([[split.histogram.clean, split.histogram.poisoned] for split in shown])  # (S, 2, B)
     edges, counts = _coarsened(counts)
     rows, columns = -(-len(shown) // COLUMNS), min(len(shown), COLUMNS)
     figure = Figure(figsize=(9, 0.6 + 2.4 * rows), layout="constrained")
@@ -55,7 +56,7 @@ def draw_splits(splits: Sequence[Record], colours: Mapping[str, str]) -> Figure:
 
 
 def _draw_split(
-    panel: Axes, split: Record, clean: np.ndarray, poisoned: np.ndarray, edges: np.ndarray, colours: Mapping[str, str]
+    panel: Axes, split: Split, clean: np.ndarray, poisoned: np.ndarray, edges: np.ndarray, colours: Mapping[str, str]
 ) -> None:
     from ..mixture import SimilarityMixture  # scikit-learn, which takes a second
 
@@ -67,20 +68,23 @@ def _draw_split(
         heights = np.maximum(values, FLOOR)
         panel.stairs(heights, edges, baseline=FLOOR, fill=True, color=colours[colour], alpha=alpha, lw=0, label=label)
     mixture = SimilarityMixture(
-        *(np.array([split[f"{part}_{name}"] for part in ("risky", "safe")]) for name in ("mean", "variance", "weight"))
+        *(
+            np.array([getattr(split, f"{part}_{name}") for part in ("risky", "safe")])
+            for name in ("mean", "variance", "weight")
+        )
     )
     x = np.linspace(edges[0], edges[-1], 400)
     pairs = (clean.sum() + poisoned.sum()) * (edges[1] - edges[0])
     risky, safe = pairs * mixture.density(x)
     for density, label, dash in ((risky, "risky component", "--"), (safe, "safe component", "-")):
         panel.plot(x, np.maximum(density, 1e-9), dash, color=colours["text"], lw=1.1, label=label)
-    if split["similarity_threshold"] is not None:
-        panel.axvspan(split["similarity_threshold"], edges[-1], color=colours["target"], alpha=0.13, lw=0)
-        panel.axvline(split["similarity_threshold"], color=colours["target"], lw=1.8, label="safe set, to the right")
-    inside = f"safe: {split['safe_share']:.0%} of the pairs"
-    if split["poisons_in_safe_set"] is not None:
-        inside += f", {round(split['poisons_in_safe_set'] * poisoned.sum())} of {poisoned.sum()} poisons"
-    after = f"After {split['epoch']} epoch{'s' if split['epoch'] != 1 else ''}"
+    if split.similarity_threshold is not None:
+        panel.axvspan(split.similarity_threshold, edges[-1], color=colours["target"], alpha=0.13, lw=0)
+        panel.axvline(split.similarity_threshold, color=colours["target"], lw=1.8, label="safe set, to the right")
+    inside = f"safe: {split.safe_share:.0%} of the pairs"
+    if split.poisons_in_safe_set is not None:
+        inside += f", {round(split.poisons_in_safe_set * poisoned.sum())} of {poisoned.sum()} poisons"
+    after = f"After {split.epoch} epoch{'s' if split.epoch != 1 else ''}"
     panel.set_title(f"{after}\n{inside}", loc="left", fontsize=9)
 
 
@@ -97,19 +101,19 @@ def _coarsened(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return edges, padded.reshape(*counts.shape[:-1], bars, width).sum(axis=-1)
 
 
-def draw_splits_course(splits: Sequence[Record], colours: Mapping[str, str]) -> Figure:
+def draw_splits_course(splits: Sequence[Split], colours: Mapping[str, str]) -> Figure:
     """How large SafeCLIP's safe set is at each split, and, where they are known, how many of the poisons are in it."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(9, 2.4), layout="constrained")
     panel = figure.subplots()
-    epochs = [split["epoch"] for split in splits]
+    epochs = [split.epoch for split in splits]
     for name, label, colour, marker, dash in (
         ("safe_share", "share of all pairs that are in the safe set", "target", "o", "-"),
         ("poisons_in_safe_set", "share of the poisons that are in the safe set", "attack", "s", "--"),
     ):
-        values = 100 * column(splits, name)
+        values = 100 * column([dict(split) for split in splits], name)
         if not np.isnan(values).all():
             panel.plot(epochs, values, dash, marker=marker, ms=4, lw=1.8, color=colours[colour], label=label)
     panel.set(xlabel="epochs before the split", ylabel="%", ylim=(-3, 103))

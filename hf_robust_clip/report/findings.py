@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from ..record import Split
+
 #: The models of the demo, in the order in which they are trained: as the results call them, and as the report does.
 MODELS = {
     "poisoned": "Poisoned",
@@ -194,7 +196,7 @@ def _defence(results: Mapping[str, Any], trial: Trial, defence: str) -> list[Fin
     if defence == "roclip":
         found.extend(_matching(results))
     elif defence == "safeclip":
-        found.extend(split_findings(results.get("splits", [])))
+        found.extend(split_findings([Split.model_validate(split) for split in results.get("splits", [])]))
     return found
 
 
@@ -244,36 +246,36 @@ def matching_course(matching: Sequence[Mapping[str, Any]], target: str) -> str:
     )
 
 
-def split_findings(splits: Sequence[Mapping[str, Any]]) -> list[Finding]:
+def split_findings(splits: Sequence[Split]) -> list[Finding]:
     """[`split_course`], with a warning of splits that call no pair safe, or every pair."""
     found = [Finding(split_course(splits), "result" if splits else "warning")]
     for share, which, outcome in (
         (0.0, "no pair", "no image learned from a caption"),
         (1.0, "every pair", "it defended against nothing"),
     ):
-        epochs = [split["epoch"] + 1 for split in splits if split["safe_share"] == share]
+        epochs = [split.epoch + 1 for split in splits if split.safe_share == share]
         if epochs:
             text = f"SafeCLIP called {which} safe in epoch {_listed(epochs)}, in which {outcome}."
             found.append(Finding(text, "warning"))
     return found
 
 
-def split_course(splits: Sequence[Mapping[str, Any]]) -> str:
+def split_course(splits: Sequence[Split]) -> str:
     """What SafeCLIP's record says of how well it told the poisons from the other pairs."""
     if not splits:
         return "SafeCLIP split nothing: its training was warm-up only."
     first, last = splits[0], splits[-1]
-    if first["auroc"] is None:
-        return f"SafeCLIP's safe set held {first['safe_share']:.1%} of the pairs at first."
-    told = f"SafeCLIP's first split tells poisoned pairs from clean ones with an AUROC of {first['auroc']:.3f}."
+    if first.auroc is None:
+        return f"SafeCLIP's safe set held {first.safe_share:.1%} of the pairs at first."
+    told = f"SafeCLIP's first split tells poisoned pairs from clean ones with an AUROC of {first.auroc:.3f}."
     if len(splits) == 1:
         return f"{told} Its safe set holds {_held(first)}."
     return f"{told} Its safe set holds {_held(first)} at first, {_held(last)} at the last split."
 
 
-def _held(split: Mapping[str, Any]) -> str:
-    pairs = f"{split['safe_share']:.1%} of all pairs"
-    poisons = split["poisons_in_safe_set"]
+def _held(split: Split) -> str:
+    pairs = f"{split.safe_share:.1%} of all pairs"
+    poisons = split.poisons_in_safe_set
     return pairs if poisons is None else f"{poisons:.1%} of the poisons and {pairs}"
 
 

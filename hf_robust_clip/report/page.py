@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from ..attacks.rows import naming
+from ..record import Split
 from .course_plots import draw_matching, draw_splits, draw_splits_course
 from .findings import TITLES, findings, models_of, results_table
 from .html import picture, templates
@@ -149,7 +150,8 @@ def shown_matches(matches: Sequence[MatchedPair], targets: Sequence[str]) -> lis
 
 def _courses(results: Mapping[str, Any], target_caption_share: float) -> dict[str, Any]:
     """The plots of what a defence noted down; `None` for those that did not run."""
-    matching, splits = results.get("matching"), results.get("splits")
+    matching = results.get("matching")
+    splits = [Split.model_validate(split) for split in results.get("splits", [])]
     target = results["setup"]["target"]
     return {
         "matching_plot": (

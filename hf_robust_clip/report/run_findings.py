@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from ..methods import Method, method_of
-from ..record import RunRecord
+from ..record import Evaluation, Logged, Measure, RunRecord
 from .findings import ACCURACY_LOSS, COLLAPSED, REMOVED, TAKEN, Finding, split_findings
 
 #: How the success rate of an attack is called, by what kind of measure it is of.
@@ -39,36 +39,36 @@ class Attack(NamedTuple):
     number: int
     title: str
     success: str
-    measure: Mapping[str, Any]
+    measure: Measure
 
 
 def attacks_of(record: RunRecord) -> list[Attack]:
     """The attacks whose success a run's evaluators measure, in their order."""
     attacks: list[Attack] = []
     for measure in record.measures:
-        ending = SUCCESS.get(measure["measure"])
-        success = next((name for name in measure["figures"] if ending and name.endswith(ending)), None)
+        ending = SUCCESS.get(measure.measure)
+        success = next((name for name in measure.figures if ending and name.endswith(ending)), None)
         if success is not None:
             attacks.append(Attack(len(attacks) + 1, _attack_title(measure), success, measure))
     return attacks
 
 
-def accuracy_measure(record: RunRecord) -> Mapping[str, Any] | None:
+def accuracy_measure(record: RunRecord) -> Measure | None:
     """The measure whose first figure is the accuracy on clean images; `None` without one."""
     for kind in ACCURACY:
         for measure in record.measures:
-            if measure["measure"] == kind and measure["figures"]:
+            if measure.measure == kind and measure.figures:
                 return measure
     return None
 
 
-def evaluations_of(record: RunRecord) -> list[Mapping[str, float]]:
-    """The figures over training, each entry with `step` and `epoch`, those before and after it included."""
-    points: list[Mapping[str, float]] = [*record.course]
-    if record.before and (not points or points[0]["step"] > 0):
-        points.insert(0, {"step": 0, "epoch": 0.0, **record.before})
-    if record.after and record.after_step is not None and (not points or points[-1]["step"] < record.after_step):
-        points.append({"step": record.after_step, "epoch": record.epochs, **record.after})
+def evaluations_of(record: RunRecord) -> list[Evaluation]:
+    """The figures over training, those before and after it included."""
+    points = [*record.course]
+    if record.before and (not points or points[0].step > 0):
+        points.insert(0, Evaluation.model_validate({"step": 0, "epoch": 0, **record.before}))
+    if record.after and record.after_step is not None and (not points or points[-1].step < record.after_step):
+        points.append(Evaluation.model_validate({"step": record.after_step, "epoch": record.epochs, **record.after}))
     return points
 
 
@@ -98,7 +98,7 @@ def headlines(record: RunRecord) -> list[str]:
     if record.after and record.after_step is not None and record.after_step < record.steps:
         found.append(f"The figures after training are of step {record.after_step} of {record.steps}.")
     attacks = attacks_of(record)
-    if not any(measure.get("trigger") for measure in record.measures) and not attacks:
+    if not any(measure.trigger for measure in record.measures) and not attacks:
         found.append("No attack was measured: accuracy says nothing about backdoors.")
     return found + _not_taken(record, attacks)
 
@@ -108,11 +108,11 @@ def run_findings(record: RunRecord) -> list[Finding]:
     found = [finding for attack in attacks_of(record) if (finding := _attack_finding(record, attack)) is not None]
     accuracy = _accuracy_finding(record)
     found += [] if accuracy is None else [accuracy]
-    if "splits" in record.details:
-        found += split_findings(record.details["splits"])
+    if record.details.splits is not None:
+        found += split_findings(record.details.splits)
     if "matching" in record.defence:
         found += _match_findings(record.log)
-    broken = sum(1 for entry in record.log if entry.get("loss") is None)
+    broken = sum(1 for entry in record.log if entry.numbers.get("loss") is None)
     if broken:
         text = f"The loss was not finite in {broken} of {len(record.log)} logged stretches of training."
         found.append(Finding(text, "warning"))
@@ -121,8 +121,8 @@ def run_findings(record: RunRecord) -> list[Finding]:
 
 def unmeasured(record: RunRecord) -> list[str]:
     """What a run's evaluators leave open."""
-    tried = {str(measure["trigger"]["name"]) for measure in record.measures if measure.get("trigger")}
-    kinds = {measure["measure"] for measure in record.measures}
+    tried = {measure.trigger.name for measure in record.measures if measure.trigger}
+    kinds = {measure.measure for measure in record.measures}
     others = [name for name in TRIGGERS if name not in tried]
     found = []
     if others:
@@ -150,12 +150,12 @@ def unmeasured(record: RunRecord) -> list[str]:
     return found
 
 
-def chance(measure: Mapping[str, Any]) -> float | None:
+def chance(measure: Measure) -> float | None:
     """The accuracy of guessing; `None` where the number of classes is not known."""
-    return 1 / len(measure["classes"]) if measure.get("classes") else None
+    return 1 / len(measure.classes) if measure.classes else None
 
 
-def guesses(accuracy: float | None, measure: Mapping[str, Any]) -> bool:
+def guesses(accuracy: float | None, measure: Measure) -> bool:
     """Whether an accuracy is hardly better than guessing; `False` where either is not known."""
     guessed = chance(measure)
     if accuracy is None or guessed is None:
@@ -164,12 +164,12 @@ def guesses(accuracy: float | None, measure: Mapping[str, Any]) -> bool:
     return accuracy < min(2 * guessed, guessed + ABOVE_CHANCE * (1 - guessed))
 
 
-def _attack_title(measure: Mapping[str, Any]) -> str:
-    if not measure.get("trigger"):
+def _attack_title(measure: Measure) -> str:
+    if not measure.trigger:
         return "Targeted poisoning"
-    title = f"{str(measure['trigger']['name']).capitalize()} trigger"
-    title += f", target “{measure['target']}”" if measure.get("target") else ""
-    return f"{title}, by linear probe" if measure["measure"] == "linear probe" else title
+    title = f"{measure.trigger.name.capitalize()} trigger"
+    title += f", target “{measure.target}”" if measure.target else ""
+    return f"{title}, by linear probe" if measure.measure == "linear probe" else title
 
 
 def _figures(record: RunRecord, name: str) -> tuple[float | None, float | None]:
@@ -196,7 +196,7 @@ def _not_taken(record: RunRecord, attacks: Sequence[Attack]) -> list[str]:
         after = _figures(record, attack.success)[1]
         if used.kind == "none" and after is not None and after >= TAKEN:
             continue  # training planted it
-        images = attack.measure.get("images")
+        images = attack.measure.images
         share = f"{before:.1%} of {images} images" if images else f"{before:.1%}"
         proves = "" if used.kind == "none" else " What follows proves nothing about the defence."
         found.append(f"{attack.title}: the attack did not take, {share} before training.{proves}")
@@ -227,7 +227,7 @@ def _accuracy_finding(record: RunRecord) -> Finding | None:
     measure = accuracy_measure(record)
     if measure is None:
         return None
-    before, after = _figures(record, measure["figures"][0])
+    before, after = _figures(record, measure.figures[0])
     if before is None or after is None:
         return None
     text = f"Accuracy on clean images: {before:.1%} before, {after:.1%} after"
@@ -247,11 +247,11 @@ def _guessing(record: RunRecord) -> bool:
     measure = accuracy_measure(record)
     if measure is None:
         return False
-    return guesses((record.after or {}).get(measure["figures"][0]), measure)
+    return guesses((record.after or {}).get(measure.figures[0]), measure)
 
 
-def _match_findings(log: Sequence[Mapping[str, Any]]) -> list[Finding]:
-    matching = [entry for entry in log if "match_similarity" in entry]
+def _match_findings(log: Sequence[Logged]) -> list[Finding]:
+    matching = [entry for entry in log if "match_similarity" in entry.numbers]
     if not matching:
         return [Finding("RoCLIP came to no matching: this was plain training with augmentation.", "warning")]
     means = {name: _mean(matching, name) for name in ("distinct_matches", "poisoned_match_adversarial")}
@@ -264,7 +264,7 @@ def _match_findings(log: Sequence[Mapping[str, Any]]) -> list[Finding]:
         )
         text += " of all cases"
     found = [Finding(f"{text}.")]
-    collapsed = [entry for entry in matching if (entry.get("largest_match_share") or 0) > COLLAPSED]
+    collapsed = [entry for entry in matching if (entry.numbers.get("largest_match_share") or 0) > COLLAPSED]
     if collapsed:
         text = (
             f"RoCLIP's matching collapsed in {len(collapsed)} of them: one caption of the pool served more than half "
@@ -274,6 +274,6 @@ def _match_findings(log: Sequence[Mapping[str, Any]]) -> list[Finding]:
     return found
 
 
-def _mean(entries: Sequence[Mapping[str, Any]], name: str) -> float | None:
-    values = [value for entry in entries if (value := entry.get(name)) is not None]
+def _mean(entries: Sequence[Logged], name: str) -> float | None:
+    values = [value for entry in entries if (value := entry.numbers.get(name)) is not None]
     return sum(values) / len(values) if values else None

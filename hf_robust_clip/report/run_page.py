@@ -92,9 +92,8 @@ def render_run_report(record: RunRecord, pictures: RunPictures | None = None) ->
         pictures ([`RunPictures`], *optional*): What the record does not hold; without them the page says what is
             missing.
     """
-    record = record.plain()
     used = method(record)
-    model = record.model["name"] or f"a model of {record.model['parameters'] / 1e6:.3g} million parameters"
+    model = record.model.name or f"a model of {record.model.parameters / 1e6:.3g} million parameters"
     title = f"Training of {model} without a defence" if used.kind == "none" else f"{used.name} on {model}"
     environment = templates()
     environment.filters["breakable"] = _breakable
@@ -112,7 +111,7 @@ def render_run_report(record: RunRecord, pictures: RunPictures | None = None) ->
             *defence_settings(record),
             *(Setting(name, value_text(value)) for name, value in record.settings.items()),
         ],
-        command=record.environment["command"],
+        command=record.environment.command,
         **_course(record),
         **_attacks(record, pictures),
         **_roclip(record, pictures),
@@ -126,8 +125,8 @@ def _course(record: RunRecord) -> dict[str, Any]:
     if len(points) < 2 or not panels:
         return {"course_plot": None, "course_alt": ""}
     spans = [
-        f"{line.label} from {figure_text(line.name, points[0].get(line.name))} to "
-        f"{figure_text(line.name, points[-1].get(line.name))}"
+        f"{line.label} from {figure_text(line.name, points[0].numbers.get(line.name))} to "
+        f"{figure_text(line.name, points[-1].numbers.get(line.name))}"
         for panel in panels
         for line in panel.lines
     ]
@@ -140,12 +139,12 @@ def _course(record: RunRecord) -> dict[str, Any]:
 def _course_panels(record: RunRecord) -> list[CoursePanel]:
     """A panel for each attack, with the accuracy; without attacks, one of the accuracy."""
     measure = accuracy_measure(record)
-    accuracy = [] if measure is None else [Line(measure["figures"][0], "accuracy on clean images", "clean", "o", "-")]
+    accuracy = [] if measure is None else [Line(measure.figures[0], "accuracy on clean images", "clean", "o", "-")]
     panels = []
     for attack in attacks_of(record):
         lines = [*accuracy, Line(attack.success, "attack success rate", "attack", "s", "--")]
         right = attack.success.replace("attack_success_rate", "triggered_accuracy")
-        if right != attack.success and right in attack.measure["figures"]:
+        if right != attack.success and right in attack.measure.figures:
             lines.append(Line(right, "accuracy in spite of the trigger", "target", "^", ":"))
         panels.append(CoursePanel(_plot_title(attack), lines))
     return panels or ([CoursePanel("", accuracy)] if accuracy else [])
@@ -153,8 +152,8 @@ def _course_panels(record: RunRecord) -> list[CoursePanel]:
 
 def _plot_title(attack: Attack) -> str:
     """A title that the plots' font can show, and a panel holds."""
-    trigger = attack.measure.get("trigger")
-    name = str(trigger["name"]) if trigger else "targeted"
+    trigger = attack.measure.trigger
+    name = trigger.name if trigger else "targeted"
     return f"{attack.number}. {name[:_TITLE]}" if name.isascii() else f"Attack {attack.number}"
 
 
@@ -176,7 +175,7 @@ def _attacks(record: RunRecord, pictures: RunPictures | None) -> dict[str, Any]:
             {
                 "number": attack.number,
                 "title": attack.title,
-                "target": attack.measure.get("target"),
+                "target": attack.measure.target,
                 "amplification": shown.amplification,
                 "images": [
                     {
@@ -196,7 +195,7 @@ def _attacks(record: RunRecord, pictures: RunPictures | None) -> dict[str, Any]:
 
 def _roclip(record: RunRecord, pictures: RunPictures | None) -> dict[str, Any]:
     phrase = record.defence.get("adversarial_phrase")
-    targets = [phrase] if phrase else [measure["target"] for measure in record.measures if measure.get("target")]
+    targets = [phrase] if phrase else [measure.target for measure in record.measures if measure.target]
     is_roclip = "matching" in record.defence
     return {
         "is_roclip": is_roclip,
@@ -210,12 +209,12 @@ def _roclip(record: RunRecord, pictures: RunPictures | None) -> dict[str, Any]:
 
 
 def _safeclip(record: RunRecord) -> dict[str, Any]:
-    splits = record.details.get("splits", [])
+    splits = record.details.splits or []
     return {
-        "is_safeclip": "splits" in record.details,
+        "is_safeclip": record.details.splits is not None,
         "splits_plot": themed(partial(draw_splits, splits)) if splits else None,
         "splits_course_plot": themed(partial(draw_splits_course, splits)) if splits else None,
-        "poisons_known": any(any(split["histogram"]["poisoned"]) for split in splits),
+        "poisons_known": any(any(split.histogram.poisoned) for split in splits),
     }
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .course_plots import column
+from ..record import Evaluation, Logged
 from .plots import COLUMNS, plain
 
 if TYPE_CHECKING:
@@ -15,8 +16,6 @@ if TYPE_CHECKING:
 
 #: Points of a line that get a marker each; with more, markers would hide the line.
 MARKED = 40
-
-Entry = Mapping[str, Any]
 
 
 class Line(NamedTuple):
@@ -36,13 +35,13 @@ class CoursePanel(NamedTuple):
     lines: Sequence[Line]
 
 
-def draw_course(panels: Sequence[CoursePanel], points: Sequence[Entry], colours: Mapping[str, str]) -> Figure:
+def draw_course(panels: Sequence[CoursePanel], points: Sequence[Evaluation], colours: Mapping[str, str]) -> Figure:
     """
     Figures over training.
 
     Args:
         panels (sequence of [`CoursePanel`]): What to draw.
-        points (sequence of mappings): Evaluations, each with `epoch` and figures.
+        points (sequence of [`Evaluation`]): When they were measured.
         colours (mapping): Of the theme.
     """
     from matplotlib.figure import Figure
@@ -64,17 +63,17 @@ def draw_course(panels: Sequence[CoursePanel], points: Sequence[Entry], colours:
     for number, axis in enumerate(axes.flat[: len(panels)]):
         if number + columns >= len(panels):  # none below it
             axis.set_xlabel("epoch")
-            axis.xaxis.set_major_locator(MaxNLocator(integer=points[-1]["epoch"] >= 2))
+            axis.xaxis.set_major_locator(MaxNLocator(integer=points[-1].epoch >= 2))
             axis.tick_params(labelbottom=True)
     _legend(figure, axes.flat)
     return figure
 
 
-def draw_losses(log: Sequence[Entry], colours: Mapping[str, str]) -> Figure:
+def draw_losses(log: Sequence[Logged], colours: Mapping[str, str]) -> Figure:
     """The loss and its terms, and the learning rate, over training."""
     from matplotlib.figure import Figure
 
-    terms = sorted({name for entry in log for name in entry if name.endswith("_loss")})
+    terms = sorted({name for entry in log for name in entry.numbers if name.endswith("_loss")})
     figure = Figure(figsize=(9, 3), layout="constrained")
     losses, rate = figure.subplots(1, 2, sharex=True, width_ratios=(1.9, 1))
     # A loss of one term is that term.
@@ -98,13 +97,13 @@ def draw_losses(log: Sequence[Entry], colours: Mapping[str, str]) -> Figure:
     return figure
 
 
-def draw_match_log(log: Sequence[Entry], colours: Mapping[str, str]) -> Figure:
+def draw_match_log(log: Sequence[Logged], colours: Mapping[str, str]) -> Figure:
     """RoCLIP's log: how similar pairs and matches are, and how many are matched with what, over training."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     similarities, matches = figure.subplots(1, 2, sharex=True)
-    told = any("poisoned_pair_similarity" in entry for entry in log)
+    told = any("poisoned_pair_similarity" in entry.numbers for entry in log)
     pairs = [Line("pair_similarity", "all pairs", "clean", "o", "-")]
     if told:
         pairs = [
@@ -116,7 +115,7 @@ def draw_match_log(log: Sequence[Entry], colours: Mapping[str, str]) -> Figure:
         Line("distinct_matches", "different matches in a batch", "clean", "o", "-"),
         Line("largest_match_share", "share of the most popular match", "target", "^", ":"),
     ]
-    if any("poisoned_match_adversarial" in entry for entry in log):
+    if any("poisoned_match_adversarial" in entry.numbers for entry in log):
         right.append(
             Line(
                 "poisoned_match_adversarial",
@@ -141,32 +140,32 @@ def draw_match_log(log: Sequence[Entry], colours: Mapping[str, str]) -> Figure:
     return figure
 
 
-def _shade_matching(axis: Axes, log: Sequence[Entry], colours: Mapping[str, str]) -> None:
+def _shade_matching(axis: Axes, log: Sequence[Logged], colours: Mapping[str, str]) -> None:
     """Shade the stretches of training that had matching steps."""
     start, label = 0.0, "with matching"
     for entry in log:
-        if "match_similarity" in entry:
-            axis.axvspan(start, entry["epoch"], color=colours["grid"], alpha=0.55, lw=0, label=label)
+        if "match_similarity" in entry.numbers:
+            axis.axvspan(start, entry.epoch, color=colours["grid"], alpha=0.55, lw=0, label=label)
             label = "_"  # in the legend once
-        start = entry["epoch"]
+        start = entry.epoch
 
 
 def _draw_line(
     axis: Axes,
-    entries: Sequence[Entry],
+    entries: Sequence[Logged],
     line: Line,
     colours: Mapping[str, str],
     scale: float = 1,
     across: bool = True,
 ) -> None:
     """A figure of those entries that have it, `across` those that have not; nothing where none has."""
-    having = [entry for entry in entries if entry.get(line.name) is not None]
+    having = [entry for entry in entries if entry.numbers.get(line.name) is not None]
     if not having:
         return
     drawn = having if across else entries
     axis.plot(
-        [entry["epoch"] for entry in drawn],
-        scale * column(drawn, line.name),
+        [entry.epoch for entry in drawn],
+        [math.nan if (value := entry.numbers.get(line.name)) is None else scale * value for entry in drawn],
         line.dash,
         marker=line.marker if len(having) <= MARKED or not across else "",
         ms=4,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from ..record import RunRecord, dataset_name, skipped_text
+from ..record import Measure, RunRecord
 from .run_findings import evaluations_of
 
 #: Figures that are no shares in [0, 1], by how their names end, with their decimals.
@@ -55,7 +55,7 @@ def figure_groups(record: RunRecord) -> list[FigureGroup]:
     left = dict.fromkeys([*before, *after])
     groups = []
     for measure in record.measures:
-        names = [name for name in measure["figures"] if name in left]
+        names = [name for name in measure.figures if name in left]
         for name in names:
             del left[name]
         rows = [
@@ -76,16 +76,17 @@ def figure_groups(record: RunRecord) -> list[FigureGroup]:
 def course_table(record: RunRecord) -> list[list[str]]:
     """The figures of each evaluation as text, a row of headings first; empty without evaluations."""
     points = evaluations_of(record)
-    measures = {name: measure for measure in record.measures for name in measure["figures"]}
-    names = list(dict.fromkeys(name for point in points for name in point if name not in ("step", "epoch")))
+    measures = {name: measure for measure in record.measures for name in measure.figures}
+    names = list(dict.fromkeys(name for point in points for name in point.numbers))
     if not names:
         return []
     rows = [["step", "epoch", *map(_words, names)]]
     for point in points:
         figures = [
-            figure_text(name, point.get(name)) if name in measures else _number(point.get(name)) for name in names
+            figure_text(name, point.numbers.get(name)) if name in measures else _number(point.numbers.get(name))
+            for name in names
         ]
-        rows.append([f"{point['step']:.0f}", f"{point['epoch']:.2f}", *figures])
+        rows.append([f"{point.step:.0f}", f"{point.epoch:.2f}", *figures])
     return rows
 
 
@@ -114,40 +115,38 @@ def defence_settings(record: RunRecord) -> list[Setting]:
 def facts(record: RunRecord) -> list[tuple[str, str]]:
     """What was trained, on what, with what: headings and texts, those that are known."""
     model, data, environment = record.model, record.data, record.environment
-    trained, size = model["trainable_parameters"], model["image_size"]
+    trained, size = model.trainable_parameters, model.image_size
     found = [
         ("Trainer", record.trainer),
-        ("Model", f"{model['name'] or 'of no public name'}, {model['type']}, images of {size} x {size} pixels"),
+        ("Model", f"{model.name or 'of no public name'}, {model.type}, images of {size} x {size} pixels"),
         (
             "Parameters",
-            f"{model['parameters']:,}, {'all' if trained == model['parameters'] else f'{trained:,}'} of them trained",
+            f"{model.parameters:,}, {'all' if trained == model.parameters else f'{trained:,}'} of them trained",
         ),
     ]
-    if model["adapter"]:
-        found.append(("Adapter", value_text(model["adapter"])))
+    if model.adapter:
+        found.append(("Adapter", value_text(model.adapter)))
     if data is not None:
-        parts = ["unknown length" if data["rows"] is None else f"{data['rows']:,} pairs"]
+        parts = ["unknown length" if data.rows is None else f"{data.rows:,} pairs"]
         parts += [
             f"{name.replace('_', ' ')} {value}"
-            for name, value in data.items()
+            for name, value in data
             if name not in ("poisons", "rows") and value is not None
         ]
-        known = (
-            "unknown, the data has no column that says so" if data.get("poisons") is None else f"{data['poisons']:,}"
-        )
+        known = "unknown, the data has no column that says so" if data.poisons is None else f"{data.poisons:,}"
         found += [("Training data", ", ".join(parts)), ("Pairs known to be poisoned", known)]
     if record.skipped:
-        found.append(("Unusable rows left out", skipped_text(record.skipped)))
-    found += [(f"Augmentation of {views}", used or "none") for views, used in record.augmentation.items()]
-    processes = environment["processes"]
+        found.append(("Unusable rows left out", str(record.skipped)))
+    found += [(f"Augmentation of {views}", used or "none") for views, used in record.augmentation or ()]
+    processes = environment.processes
     return [
         *found,
         ("Steps", f"{record.steps:,} of {record.planned_steps:,}, {record.epochs:.2f} epochs"),
-        ("Device", f"{environment['device']}{f', {processes} processes' if processes > 1 else ''}"),
-        ("Precision", environment["precision"]),
-        ("Seed", str(environment["seed"])),
-        ("Time", f"{environment['seconds']:.0f} s of training, evaluations included"),
-        ("Versions", ", ".join(f"{name} {number}" for name, number in environment["versions"].items())),
+        ("Device", f"{environment.device}{f', {processes} processes' if processes > 1 else ''}"),
+        ("Precision", environment.precision),
+        ("Seed", str(environment.seed)),
+        ("Time", f"{environment.seconds:.0f} s of training, evaluations included"),
+        ("Versions", ", ".join(f"{name} {number}" for name, number in environment.versions.items())),
     ]
 
 
@@ -160,27 +159,25 @@ def value_text(value: Any) -> str:
     return "none" if value is None else str(value)
 
 
-def _cell(name: str, value: float | None, measure: Mapping[str, Any]) -> Cell:
-    text, images = figure_text(name, value), measure.get("images")
-    counted = name.endswith(_COUNTED.get(measure["measure"], ())) and not name.endswith("balanced_accuracy")
+def _cell(name: str, value: float | None, measure: Measure) -> Cell:
+    text, images = figure_text(name, value), measure.images
+    counted = name.endswith(_COUNTED.get(measure.measure, ())) and not name.endswith("balanced_accuracy")
     if value is None or not images or not counted:
         return Cell(text)
     return Cell(text, f"{round(value * images)} of {images}")
 
 
-def _title(measure: Mapping[str, Any]) -> str:
-    title = str(measure["measure"]).capitalize()
-    if measure.get("trigger"):
-        name, *fields = measure["trigger"].items()
-        title += f": {name[1]} trigger"
-        title += f" ({', '.join(f'{field} {value_text(value)}' for field, value in fields)})" if fields else ""
-    if measure.get("target"):
-        title += f", target “{measure['target']}”"
+def _title(measure: Measure) -> str:
+    title = measure.measure.capitalize()
+    if measure.trigger:
+        title += f": {measure.trigger.name} trigger"
+        title += f" ({value_text(measure.trigger.parameters)})" if measure.trigger.parameters else ""
+    if measure.target:
+        title += f", target “{measure.target}”"
     for count in ("images", "queries"):
-        if measure.get(count) is not None:
-            title += f"; {measure[count]} {count}"
-    name = dataset_name(measure.get("dataset"))
-    return f"{title} of {name}" if name else title
+        if (number := getattr(measure, count)) is not None:
+            title += f"; {number} {count}"
+    return f"{title} of {measure.dataset.title}" if measure.dataset and measure.dataset.title else title
 
 
 def _words(name: str) -> str:

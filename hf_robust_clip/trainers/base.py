@@ -31,12 +31,12 @@ from ..data.rows import (
     check_dataset,
 )
 from ..data.streams import PLACE, Stream, StreamCollator
+from ..describing import describe_skipped
 from ..evaluation.embedding import Embedder
 from ..evaluation.running import evaluator_list, run_evaluators
 from ..kinds import kind
 from ..losses import clip_loss
 from ..models import caption_padding, check_processor, load_processor, longest_caption
-from ..record import describe_skipped, skipped_text
 from ..seeding import derive_seed, forked_rng
 from ..wording import shown
 from .adapters import add_adapters, check_adapters
@@ -289,7 +289,7 @@ class CLIPTrainer(PublishingTrainer):
         the optimizer, as the Trainer does, but counts its epochs, and what a defence does in them, from 0.
         """
         self._bad_rows.clear()
-        self.skipped = {}
+        self.skipped = None
 
     def check_batches(self, batch_size: int) -> None:
         """`ValueError` where so many rows a process would leave a pair without another to be contrasted with."""
@@ -475,7 +475,7 @@ class CLIPTrainer(PublishingTrainer):
         self.end_record()
         self._note_skipped_rows()
         if self.skipped:
-            logger.warning(f"Unusable rows of train_dataset were skipped, {skipped_text(self.skipped)}")
+            logger.warning(f"Unusable rows of train_dataset were skipped, {self.skipped}")
         if self.state.global_step == 0 and self.state.max_steps > 0:
             raise ValueError(
                 "train_dataset yielded no full batch of "

@@ -22,7 +22,7 @@ from hf_robust_clip.data.rows import BadRowError, IndexedDataset
 from hf_robust_clip.data.tokens import StoredTokens
 from hf_robust_clip.evaluation.embedding import Embedder
 from hf_robust_clip.imaging import decode_image
-from hf_robust_clip.record import RunRecord
+from hf_robust_clip.record import RunRecord, Skipped
 from hf_robust_clip.report.run_tables import facts
 from hf_robust_clip.wording import listed
 
@@ -70,7 +70,7 @@ def test_training_over_all_of_them_lists_those_that_it_skipped(
     trainer.save_model()
     trainer.create_model_card()
     record = RunRecord.load(tmp_path)
-    assert record.skipped == {"count": len(BAD), "rows": BAD, "streamed": False}
+    assert record.skipped == Skipped(count=len(BAD), rows=BAD, streamed=False)
     assert RunRecord.load(tmp_path / "checkpoint-4").skipped == record.skipped
     assert f"- Unusable rows left out, {len(BAD)}: {rows}" in (tmp_path / "README.md").read_text()
     assert ("Unusable rows left out", f"{len(BAD)}: {rows}") in facts(record)

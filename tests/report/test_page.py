@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from hf_robust_clip.record import Split
 from hf_robust_clip.report import (
     MODELS,
     TITLES,
@@ -88,6 +89,10 @@ def make_split(epoch=6, inside=0.1, clean=(0, 40, 400, 60), poisoned=(10, 5, 0, 
     split.update(safe_mean=0.3, safe_variance=0.01, safe_weight=0.8)
     split.update(auroc=0.98, poisons_in_safe_set=inside, safe_set_poison_rate=0.01, histogram=histogram)
     return {**split, **changes}
+
+
+def splits(*given):
+    return [Split(**split) for split in given]
 
 
 def make_matching(epochs=6, start=3, share=0.12, largest=0.1):
@@ -322,17 +327,18 @@ def test_what_the_defences_noted_down_is_summed_up():
     text = matching_course(make_matching(share=0.123), "eight")
     assert "“eight” in 12.3% of all cases, in 4 epochs with matching" in text
     assert "came to no matching" in matching_course(make_matching(start=9), "eight")
-    text = split_course([make_split(6, inside=0.1), make_split(7, inside=0.2, safe_share=0.26)])
+    text = split_course(splits(make_split(6, inside=0.1), make_split(7, inside=0.2, safe_share=0.26)))
     assert "AUROC of 0.980" in text
     assert "10.0% of the poisons and 25.0% of all pairs at first, 20.0% of the poisons and 26.0%" in text
-    assert "at first" not in split_course([make_split()])
+    assert "at first" not in split_course(splits(make_split()))
     unknown = {"auroc": None, "poisons_in_safe_set": None, "safe_set_poison_rate": None}
-    assert "25.0%" in split_course([make_split(**unknown)]) and "AUROC" not in split_course([make_split(**unknown)])
+    text = split_course(splits(make_split(**unknown)))
+    assert "25.0%" in text and "AUROC" not in text
 
 
 @pytest.mark.parametrize(("count", "panels"), [(1, 1), (2, 2), (4, 4), (6, 6), (11, 6)])
 def test_the_first_and_the_last_split_are_drawn(count, panels):
-    figure = draw_splits([make_split(epoch) for epoch in range(6, 6 + count)], plots.THEMES["light"])
+    figure = draw_splits(splits(*(make_split(epoch) for epoch in range(6, 6 + count))), plots.THEMES["light"])
     titles = [axes.get_title(loc="left") for axes in figure.axes if axes.get_visible()]
     assert len(titles) == panels
     assert "After 6 epochs" in titles[0] and f"After {5 + count} epochs" in titles[-1]
@@ -341,7 +347,7 @@ def test_the_first_and_the_last_split_are_drawn(count, panels):
 
 def test_a_split_without_a_safe_pair_is_drawn():
     nothing = {"similarity_threshold": None, "safe_share": 0.0, "auroc": None, "poisons_in_safe_set": None}
-    figure = draw_splits([make_split(poisoned=(0, 0, 0, 0), **nothing)], plots.THEMES["dark"])
+    figure = draw_splits(splits(make_split(poisoned=(0, 0, 0, 0), **nothing)), plots.THEMES["dark"])
     assert "safe: 0% of the pairs" in figure.axes[0].get_title(loc="left")
 
 

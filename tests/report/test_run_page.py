@@ -1,5 +1,4 @@
 import base64
-import dataclasses
 import json
 import re
 from collections.abc import Callable
@@ -86,10 +85,10 @@ def make_record(trainer: str = "CleanCLIPTrainer", **changes: Any) -> RunRecord:
             "largest_match_share": 0.1,
             "pair_similarity": 0.2,
         }
-    record = RunRecord(
-        trainer=trainer,
-        method=trainer if trainer in TRAINERS else "CLIPTrainer",
-        model={
+    content = {
+        "trainer": trainer,
+        "method": trainer if trainer in TRAINERS else "CLIPTrainer",
+        "model": {
             "name": "you/clip",
             "revision": None,
             "source": "hub",
@@ -99,18 +98,18 @@ def make_record(trainer: str = "CleanCLIPTrainer", **changes: Any) -> RunRecord:
             "image_size": 16,
             "adapter": None,
         },
-        data={"name": "pairs", "rows": 64, "fingerprint": "f00", "poisons": 3},
-        defence={"image_column": "image", **TRAINERS.get(trainer, {})},
-        defence_defaults={"image_column": "image", **TRAINERS.get(trainer, {})},
-        settings={"learning_rate": 1e-3},
-        measures=[ZERO_SHOT, attack()],
-        before=before,
-        after=after,
-        after_step=2,
-        steps=2,
-        epochs=1.0,
-        planned_steps=2,
-        environment={
+        "data": {"name": "pairs", "rows": 64, "fingerprint": "f00", "poisons": 3},
+        "defence": {"image_column": "image", **TRAINERS.get(trainer, {})},
+        "defence_defaults": {"image_column": "image", **TRAINERS.get(trainer, {})},
+        "settings": {"learning_rate": 1e-3},
+        "measures": [ZERO_SHOT, attack()],
+        "before": before,
+        "after": after,
+        "after_step": 2,
+        "steps": 2,
+        "epochs": 1.0,
+        "planned_steps": 2,
+        "environment": {
             "versions": {"torch": "2"},
             "device": "CPU",
             "processes": 1,
@@ -119,12 +118,12 @@ def make_record(trainer: str = "CleanCLIPTrainer", **changes: Any) -> RunRecord:
             "seconds": 3.0,
             "command": "train.py",
         },
-        course=[{"step": 0, "epoch": 0.0, **before}, {"step": 2, "epoch": 1.0, **after}],
-        log=log,
-        details={"splits": [split(), split(epoch=7)]} if trainer == "SafeCLIPTrainer" else {},
-        augmentation={"images": None, "captions": "TextAugmentation()"},
-    )
-    return dataclasses.replace(record, **changes)
+        "course": [{"step": 0, "epoch": 0.0, **before}, {"step": 2, "epoch": 1.0, **after}],
+        "log": log,
+        "details": {"splits": [split(), split(epoch=7)]} if trainer == "SafeCLIPTrainer" else {},
+        "augmentation": {"images": None, "captions": "TextAugmentation()"},
+    }
+    return RunRecord(**{**content, **changes})
 
 
 def make_pictures(name: str = "one", caption: str = "a one", success: str = "attack_success_rate") -> RunPictures:
@@ -201,7 +200,7 @@ def test_results_are_in_the_page_and_load_as_a_record(no_plots: None, tmp_path: 
     kind, content = str(link["href"]).split(",")
     assert kind == "data:application/json;base64"
     (tmp_path / "robust_clip_run.json").write_bytes(base64.b64decode(content))
-    assert dataclasses.asdict(RunRecord.load(tmp_path)) == jsonable(dataclasses.asdict(record))
+    assert RunRecord.load(tmp_path) == record
 
 
 def hostile(value: Any, text: str) -> Any:
@@ -217,8 +216,8 @@ def hostile(value: Any, text: str) -> Any:
 @pytest.mark.parametrize("text", HOSTILE)
 @pytest.mark.parametrize("trainer", ["CleanCLIPTrainer", "RoCLIPTrainer"])
 def test_whatever_comes_from_data_is_escaped(trainer: str, text: str, no_plots: None) -> None:
-    tame, record = make_record(trainer), RunRecord(**hostile(dataclasses.asdict(make_record(trainer)), text))
-    record.settings[text] = record.environment["versions"][text] = record.model["name"] = text
+    tame, record = make_record(trainer), RunRecord(**hostile(make_record(trainer).model_dump(), text))
+    record.settings[text] = record.environment.versions[text] = record.model.name = text
     record.before = {**(record.before or {}), text: 0.5}
     html = render_run_report(record, make_pictures(text, text))
     page, calm = Page(html), Page(render_run_report(tame, make_pictures()))
@@ -362,11 +361,11 @@ def test_figures_read_as_what_they_are(name: str, value: float | None, expected:
 def test_course_takes_in_what_was_measured_before_and_after() -> None:
     middle = {"step": 1, "epoch": 0.5, **figures(0.5, 0.5)}
     record = make_record(course=[middle])
-    assert [point["step"] for point in evaluations_of(record)] == [0, 1, 2]
+    assert [point.step for point in evaluations_of(record)] == [0, 1, 2]
     table = course_table(record)
     assert len(table) == 4 and {len(row) for row in table} == {len(table[0])}
     assert [row[table[0].index("attack success rate")] for row in table[1:]] == ["90.0%", "50.0%", "2.0%"]
-    assert evaluations_of(make_record(course=[], before=None))[0]["step"] == 2
+    assert evaluations_of(make_record(course=[], before=None))[0].step == 2
     assert course_table(make_record(course=[], before=None, after=None)) == []
 
 
@@ -466,6 +465,6 @@ def test_hostile_texts_do_nothing_in_a_browser(
     inspect: Callable[[Path], None], tmp_path: Path, coarse_plots: None
 ) -> None:
     text = "".join(HOSTILE)
-    record = RunRecord(**hostile(dataclasses.asdict(make_record("RoCLIPTrainer")), text))
+    record = RunRecord(**hostile(make_record("RoCLIPTrainer").model_dump(), text))
     (tmp_path / "report.html").write_text(render_run_report(record, make_pictures(text, text)), encoding="utf-8")
     inspect(tmp_path / "report.html")
