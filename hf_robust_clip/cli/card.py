@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     from .progress import quiet_cards, quiet_libraries
 
     with quiet_libraries(), quiet_cards():
-        from ..cards import write_card
+        from ..telling import write_card
 
         with usage_errors():
             written = write_card(

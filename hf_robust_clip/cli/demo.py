@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,22 @@ DEFENCES: dict[str, tuple[str, ...]] = {
     "all": ("poisoned", "finetuned", "cleanclip", "augmentation", "roclip", "safeclip"),
 }
 
+#: The models, as tables and reports call them.
+LABELS = {
+    "poisoned": "undefended",
+    "finetuned": "plain fine-tuning",
+    "cleanclip": "CleanCLIP",
+    "augmentation": "augmentation alone",
+    "roclip": "RoCLIP",
+    "safeclip": "SafeCLIP",
+}
+#: What each defence is compared with.
+CONTROLS = {
+    "cleanclip": ("poisoned", "finetuned"),
+    "roclip": ("poisoned", "augmentation"),
+    "safeclip": ("poisoned", "augmentation"),
+}
+
 #: The triggers on offer, with what suits digits of 16 x 16 pixels.
 TRIGGERS: dict[str, dict[str, Any]] = {
     "blended": {"alpha": 0.2},
@@ -97,7 +114,7 @@ TRIGGERS: dict[str, dict[str, Any]] = {
 }
 #: The clean pairs are rendered under another seed than the poisoned ones: new places, noise and captions.
 CLEAN_SEED_OFFSET = 1000
-MANIFEST, RESULTS, REPORT = "poison_manifest.json", "results.json", "report.html"
+MANIFEST, RESULTS = "poison_manifest.json", "results.json"
 
 
 def add_parser(commands: Any) -> None:
@@ -141,6 +158,35 @@ def default_recipe(defence: str, quick: bool = False) -> Recipe:
     return Recipe() if defence == "cleanclip" else PRETRAINING
 
 
+def title_of(defence: str) -> str:
+    """What a run is about."""
+    how = (
+        "fine-tuning on clean pairs does"
+        if defence == "cleanclip"
+        else f"pre-training with {LABELS.get(defence)} does"
+    )
+    return f"A backdoor in a small CLIP, and what {'three defences do' if defence == 'all' else how} to it"
+
+
+def reports(defence: str) -> dict[str, str]:
+    """The names of the reports of a choice of `--defence`, and what each is of: one file a defence."""
+    if defence == "all":
+        return {f"report-{name}.html": name for name in CONTROLS}
+    return {"report.html": defence}
+
+
+def results_table(results: Mapping[str, Any]) -> list[list[str]]:
+    """The figures of the models as text, a row of headings first."""
+    rows = [["", "clean accuracy", "attack success", "triggered accuracy", "trigger distance", "seconds"]]
+    for model, label in LABELS.items():
+        if model in results:
+            figures = results[model]
+            shares = (figures[name] for name in ("clean_accuracy", "attack_success_rate", "triggered_accuracy"))
+            numbers = (f"{figures['trigger_distance']:.2f}", f"{figures['seconds']:.0f}")
+            rows.append([label, *(f"{share:.1%}" for share in shares), *numbers])
+    return rows
+
+
 def run_demo(
     output_dir: Path,
     seed: int = 0,
@@ -153,7 +199,8 @@ def run_demo(
     Run the demo, print its course and its outcome, and write its files.
 
     Args:
-        output_dir (`Path`): Gets `report.html`, `results.json`, `poison_manifest.json` and a checkpoint for each model
+        output_dir (`Path`): Gets `report.html` (of all defences a `report-DEFENCE.html` each), `results.json`,
+            `poison_manifest.json` and a checkpoint for each model
             of the defence, under its name in `DEFENCES`. Those there from an earlier demo are replaced; other files
             stay.
         seed (`int`): Of the data, the trigger and training, in [0, 2**32).
@@ -170,7 +217,7 @@ def run_demo(
             these names which no demo wrote; on an argument out of range; before any work.
         `ModuleNotFoundError`: Without the extra `report`.
     """
-    from ..report import check_report_extra
+    from ..telling import check_report_extra
 
     for flag, value, accepted in (("--trigger", trigger_name, TRIGGERS), ("--defence", defence, DEFENCES)):
         if value not in accepted:
@@ -178,7 +225,7 @@ def run_demo(
     if not 0 <= seed < 2**32:
         raise UsageError(f"--seed: {seed} is not a seed; accepted is an integer from 0 to 2**32 - 1")
     check_report_extra()
-    written: Any = {"files": (MANIFEST, RESULTS, REPORT), "folders": DEFENCES[defence]}
+    written: Any = {"files": (MANIFEST, RESULTS, *reports(defence)), "folders": DEFENCES[defence]}
     check_output_dir(output_dir, **written)
     with with_folder(output_dir, sole_writer(output_dir, "--output-dir", "a demo")):
         _check_folder(output_dir, [*written["files"], *written["folders"]])
@@ -201,10 +248,12 @@ def _run(
     output_dir: Path, seed: int, trigger_name: str, recipe: Recipe | None, quick: bool, defence: str
 ) -> dict[str, Any]:
     """As [`run_demo`], with the folder to itself."""
-    from ..report import TITLES, findings, render_demo_report, results_table
+    from ..telling import render_run_report
+    from ..telling.page import run_facts
+    from ..telling.sentences import statements
 
     started = time.perf_counter()
-    say(TITLES[defence])
+    say(title_of(defence))
     if quick:
         say("QUICK RUN: the models are hardly trained and the figures mean little; leave out --quick for real ones.")
     # What follows imports torch and transformers, which takes seconds: whoever waits has read the first lines by then.
@@ -212,6 +261,7 @@ def _run(
 
     with quiet_libraries():
         from .demo_steps import Demo, make_trigger
+        from .demo_study import study_of
 
         recipe = recipe or default_recipe(defence, quick)
         demo = Demo(output_dir, seed, make_trigger(trigger_name, seed), recipe, defence)
@@ -221,12 +271,16 @@ def _run(
     say("\nResults" + (" (quick run: they mean little)" if quick else ""))
     for line in format_table(results_table(results)):
         say(f"  {line}")
-    say()
-    for finding in findings(results):
-        say(f"{'!' if finding.kind == 'warning' else '-'} {finding.text}")
     flags = f"--defence {defence} --seed {seed} --trigger {trigger_name}{' --quick' if quick else ''}"
-    command = f"hf-robust-clip demo --output-dir {output_dir.name or 'demo-output'} {flags}"
-    page = render_demo_report(results, demo.pictures(), command)
-    write_text(output_dir / REPORT, page)
-    say(f"\nReport: {output_dir / REPORT}")
+    for name, of in reports(defence).items():
+        record, pictures = demo.runs[of].record, demo.runs[of].pictures
+        controls = [demo.runs[control] for control in CONTROLS[of]]
+        say(f"\n{LABELS[of]}" if defence == "all" else "")
+        for statement in statements(run_facts(record, controls)):
+            say(f"{'-' if statement.kind == 'result' else '!'} {statement.text}")
+        study = study_of(
+            demo, of, quick, f"hf-robust-clip demo --output-dir {output_dir.name or 'demo-output'} {flags}"
+        )
+        write_text(output_dir / name, render_run_report(record, pictures, controls, study))
+        say(f"\nReport: {output_dir / name}")
     return results

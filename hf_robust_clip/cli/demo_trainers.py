@@ -108,7 +108,7 @@ def _settings(name: str, recipe: Recipe, folder: Path, seed: int) -> dict[str, A
         "text_preset": text_presets.get(name, recipe.defence_text_preset),
         "eval_strategy": "epoch",
         "eval_on_start": True,
-        "logging_strategy": "epoch" if name == "roclip" else "no",
+        "logging_strategy": "epoch",
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,

@@ -18,7 +18,7 @@ from ..evaluation.embedding import Embedder
 from ..evaluation.pixels import ImageRequest, pixel_batches
 from ..evaluation.zero_shot import class_embeddings
 from ..files import write_text
-from ..report import AttackPictures, MatchedPair, RunPictures, TriggeredImage, check_report_extra, render_run_report
+from ..telling import AttackPictures, MatchedPair, RunPictures, TriggeredImage, check_report_extra, render_run_report
 
 if TYPE_CHECKING:
     from .base import CLIPTrainer

@@ -15,11 +15,11 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import CONFIG_NAME, logging
 
-from ..cards import kept_card, license_of, write_card
 from ..describing import describe_dataset, describe_evaluator
 from ..locking import FolderInUseError, sole_writer
 from ..models import check_weights
 from ..record import RUN_FILE, RunRecord, Skipped
+from ..telling import kept_card, license_of, write_card
 from ..wording import shortened, shown
 from .adapters import (
     ADAPTER_CONFIG,

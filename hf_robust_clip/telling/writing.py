@@ -15,8 +15,8 @@ from transformers.utils import logging
 from ..files import write_bytes, write_text
 from ..record import RunRecord
 from ..wording import shortened
+from .card import MARKER, render_card
 from .picture import draw_picture
-from .rendering import MARKER, render_card
 
 logger = logging.get_logger(__name__)
 

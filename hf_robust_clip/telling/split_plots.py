@@ -1,14 +1,14 @@
-"""The report's plots of what RoCLIP and SafeCLIP note down while they train."""
+"""The plots of what SafeCLIP notes down while it trains."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..record import Split
-from .plots import COLUMNS, plain
+from .plots import COLUMNS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 PANELS, BARS = 6, 50
 #: The lower end of a logarithmic axis of counts: one pair is a visible bar.
 FLOOR = 0.6
-
-Record = Mapping[str, Any]
 
 
 def draw_splits(splits: Sequence[Split], colours: Mapping[str, str]) -> Figure:
@@ -113,52 +111,20 @@ def draw_splits_course(splits: Sequence[Split], colours: Mapping[str, str]) -> F
         ("safe_share", "share of all pairs that are in the safe set", "target", "o", "-"),
         ("poisons_in_safe_set", "share of the poisons that are in the safe set", "attack", "s", "--"),
     ):
-        values = 100 * column([dict(split) for split in splits], name)
-        if not np.isnan(values).all():
-            panel.plot(epochs, values, dash, marker=marker, ms=4, lw=1.8, color=colours[colour], label=label)
+        values = [getattr(split, name) for split in splits]
+        if any(value is not None for value in values):
+            panel.plot(
+                epochs,
+                100 * np.array(values, dtype=float),
+                dash,
+                marker=marker,
+                ms=4,
+                lw=1.8,
+                color=colours[colour],
+                label=label,
+            )
     panel.set(xlabel="epochs before the split", ylabel="%", ylim=(-3, 103))
     panel.xaxis.set_major_locator(MaxNLocator(integer=True))
     panel.grid(True, axis="y", lw=0.6)
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
     return figure
-
-
-def draw_matching(
-    matching: Sequence[Record], target: str, target_caption_share: float, colours: Mapping[str, str]
-) -> Figure:
-    """RoCLIP: how similar clean and poisoned pairs are in each epoch, and whom poisoned images are matched with."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    figure = Figure(figsize=(9, 3), layout="constrained")
-    pairs, matches = figure.subplots(1, 2, sharex=True, width_ratios=(1.7, 1))
-    epochs = np.array([entry["epoch"] for entry in matching])
-    for panel in (pairs, matches):
-        for number, epoch in enumerate(epochs[[entry["matching"] for entry in matching]]):
-            label = "epochs with matching" if number == 0 and panel is pairs else None
-            panel.axvspan(epoch - 0.5, epoch + 0.5, color=colours["grid"], alpha=0.55, lw=0, label=label)
-        panel.set_xlabel("epoch")
-        panel.set_xlim(0.5, len(epochs) + 0.5)
-        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
-    for name, label, colour, marker, dash in (
-        ("clean_pair_similarity", "clean pairs", "clean", "o", "-"),
-        ("poisoned_pair_similarity", "poisoned pairs", "attack", "s", "--"),
-    ):
-        values = column(matching, name)
-        pairs.plot(epochs, values, dash, marker=marker, ms=4, lw=1.8, color=colours[colour], label=label)
-    pairs.set_title("Similarity of an image and its own caption", loc="left")
-    pairs.grid(True, axis="y", lw=0.6)
-    shares = 100 * column(matching, "poisoned_match_adversarial")
-    matches.bar(epochs, shares, width=0.6, color=colours["attack"])
-    matches.axhline(100 * target_caption_share, ls=":", lw=1.6, color=colours["text"], label="matched blindly")
-    matches.set_title(plain(f"Poisoned images matched with “{target}”, %"), loc="left")
-    matches.set_ylim(0, 100)
-    matches.grid(True, axis="y", lw=0.6)
-    figure.legend(loc="outside lower center", ncols=4, frameon=False)
-    return figure
-
-
-def column(records: Sequence[Record], name: str) -> np.ndarray:
-    """A field of all records, NaN where there is none."""
-    values = [record.get(name) for record in records]
-    return np.array([np.nan if value is None else value for value in values], dtype=float)

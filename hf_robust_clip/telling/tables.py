@@ -1,4 +1,4 @@
-"""The tables of a run's report: its figures before and after, over training, and its settings, as text."""
+"""The tables of a run as text: its figures side by side, over training, its settings, and what it was."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from ..record import Measure, RunRecord
-from .run_findings import evaluations_of
+from .escaping import one_line
+from .facts import OTHERS, Facts, attack_text, evaluations_of
 
 #: Figures that are no shares in [0, 1], by how their names end, with their decimals.
 _NUMBERS = {"trigger_distance": 2, "median_rank": 1}
@@ -16,7 +17,6 @@ _COUNTED = {
     "attack success": ("attack_success_rate", "triggered_accuracy"),
     "targeted poisoning": ("poison_success_rate",),
 }
-NOT_MEASURED = "not measured"
 
 
 class Cell(NamedTuple):
@@ -26,19 +26,18 @@ class Cell(NamedTuple):
     images: str | None = None
 
 
-class FigureRow(NamedTuple):
-    """A figure's name, and the figure before and after training."""
+class Row(NamedTuple):
+    """A figure's name in words, and its cell in each column."""
 
     name: str
-    before: Cell
-    after: Cell
+    cells: list[Cell]
 
 
-class FigureGroup(NamedTuple):
+class Group(NamedTuple):
     """What a measure is of, and its figures."""
 
     title: str
-    rows: list[FigureRow]
+    rows: list[Row]
 
 
 class Setting(NamedTuple):
@@ -49,53 +48,62 @@ class Setting(NamedTuple):
     default: str | None = None
 
 
-def figure_groups(record: RunRecord) -> list[FigureGroup]:
-    """The figures before and after training by what measures them; a measure without any is left out."""
-    before, after = record.before or {}, record.after or {}
-    left = dict.fromkeys([*before, *after])
-    groups = []
-    for measure in record.measures:
-        names = [name for name in measure.figures if name in left]
-        for name in names:
-            del left[name]
-        rows = [
-            FigureRow(_words(name), *(_cell(name, figures.get(name), measure) for figures in (before, after)))
-            for name in names
-        ]
-        if rows:
-            groups.append(FigureGroup(_title(measure), rows))
-    if left:
-        rows = [
-            FigureRow(_words(name), *(Cell(_number(figures.get(name))) for figures in (before, after)))
-            for name in left
-        ]
-        groups.append(FigureGroup("Other evaluators", rows))
-    return groups
+def figure_groups(facts: Facts) -> list[Group]:
+    """The figures of all columns, by what measures them."""
+    return [
+        Group(
+            subject(measure),
+            [
+                Row(words(name), [_cell(name, column.value(measure, name), measure) for column in facts.columns])
+                for name in measure.figures
+            ],
+        )
+        for measure in facts.measures
+        if any(column.value(measure, name) is not None for column in facts.columns for name in measure.figures)
+    ]
 
 
-def course_table(record: RunRecord) -> list[list[str]]:
+def course_table(facts: Facts) -> list[list[str]]:
     """The figures of each evaluation as text, a row of headings first; empty without evaluations."""
-    points = evaluations_of(record)
-    measures = {name: measure for measure in record.measures for name in measure.figures}
+    points = evaluations_of(facts.record)
+    measures = {name: measure for measure in facts.record.measures for name in measure.figures}
     names = list(dict.fromkeys(name for point in points for name in point.numbers))
-    if not names:
-        return []
-    rows = [["step", "epoch", *map(_words, names)]]
-    for point in points:
-        figures = [
-            figure_text(name, point.numbers.get(name)) if name in measures else _number(point.numbers.get(name))
-            for name in names
-        ]
+    rows = [["step", "epoch", *map(words, names)]] if names else []
+    for point in points if names else ():
+        figures = [figure_text(name, point.numbers.get(name), measures.get(name)) for name in names]
         rows.append([f"{point.step:.0f}", f"{point.epoch:.2f}", *figures])
     return rows
 
 
-def figure_text(name: str, value: float | None) -> str:
-    """A figure of one of the package's evaluators, which are shares in [0, 1] but for a few, as text."""
+def figure_text(name: str, value: float | None, measure: Measure | None) -> str:
+    """A figure as text: those of the package's evaluators are shares in [0, 1] but for a few."""
     if value is None:
-        return NOT_MEASURED
+        return "not measured"
+    if measure is None or measure.measure == OTHERS:
+        return f"{value:.4g}"
     decimals = next((decimals for ending, decimals in _NUMBERS.items() if name.endswith(ending)), None)
     return f"{value:.1%}" if decimals is None else f"{value:.{decimals}f}"
+
+
+def words(name: str) -> str:
+    """A figure's name in words."""
+    return one_line(name).replace("_", " ")
+
+
+def subject(measure: Measure) -> str:
+    """What a measure is over, in words."""
+    number = measure.queries if measure.images is None else measure.images
+    of = "images" if measure.queries is None else "queries"
+    if measure.measure == "attack success":
+        # Those of the target class cannot be steered to it, and are not counted.
+        of = "images of other classes"
+    name = measure.dataset.title if measure.dataset else None
+    parts = [] if number is None else [f"{number:,} {of}{f' in {name}' if name else ''}"]
+    if measure.trigger:
+        parts.append(f"trigger {attack_text(measure)}")
+    elif measure.target:
+        parts.append(f"target “{measure.target}”")
+    return f"{measure.measure}: {', '.join(parts)}" if parts else measure.measure
 
 
 def defence_settings(record: RunRecord) -> list[Setting]:
@@ -112,7 +120,7 @@ def defence_settings(record: RunRecord) -> list[Setting]:
     ]
 
 
-def facts(record: RunRecord) -> list[tuple[str, str]]:
+def summary(record: RunRecord) -> list[tuple[str, str]]:
     """What was trained, on what, with what: headings and texts, those that are known."""
     model, data, environment = record.model, record.data, record.environment
     trained, size = model.trainable_parameters, model.image_size
@@ -160,31 +168,8 @@ def value_text(value: Any) -> str:
 
 
 def _cell(name: str, value: float | None, measure: Measure) -> Cell:
-    text, images = figure_text(name, value), measure.images
+    text = figure_text(name, value, measure)
     counted = name.endswith(_COUNTED.get(measure.measure, ())) and not name.endswith("balanced_accuracy")
-    if value is None or not images or not counted:
+    if value is None or not measure.images or not counted:
         return Cell(text)
-    return Cell(text, f"{round(value * images)} of {images}")
-
-
-def _title(measure: Measure) -> str:
-    title = measure.measure.capitalize()
-    if measure.trigger:
-        title += f": {measure.trigger.name} trigger"
-        title += f" ({value_text(measure.trigger.parameters)})" if measure.trigger.parameters else ""
-    if measure.target:
-        title += f", target “{measure.target}”"
-    for count in ("images", "queries"):
-        if (number := getattr(measure, count)) is not None:
-            title += f"; {number} {count}"
-    return f"{title} of {measure.dataset.title}" if measure.dataset and measure.dataset.title else title
-
-
-def _words(name: str) -> str:
-    return name.replace("_", " ")
-
-
-def _number(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return NOT_MEASURED if value is None else str(value)
+    return Cell(text, f"{round(value * measure.images)} of {measure.images}")
