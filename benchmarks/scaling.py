@@ -36,8 +36,6 @@ from bench.traffic import Counter, contrastive_traffic, counting, gradient_traff
 from step_cost import make_rows
 from transformers import TrainerCallback
 
-from hf_robust_clip.trainers.scoring import score_pairs
-
 IMAGE_SIZE = 64
 POOL_SIZE = 4096
 SCORING = "safeclip_scoring"
@@ -130,11 +128,11 @@ class Worker:
         """The same of the scoring pass, over as many rows of each process as its steps take; its bytes are counted."""
         with tempfile.TemporaryDirectory() as output:
             trainer = self.trainer("safeclip_unimodal", output, 1)
-            score_pairs(trainer, epoch=0)  # warms up
+            trainer.score_pairs(epoch=0)  # warms up
             reset_peak()
             counter = Counter()
             with counting(counter):
-                seconds = [run_seconds(lambda: score_pairs(trainer, epoch=0), trainer.args.device) for _ in range(3)]
+                seconds = [run_seconds(lambda: trainer.score_pairs(epoch=0), trainer.args.device) for _ in range(3)]
             rows = len(self.rows)
         return {
             "seconds": [one * self.batch * self.world / rows for one in seconds],

@@ -37,10 +37,10 @@ from step_cost import make_rows
 from torch.utils.data import DataLoader
 
 from hf_robust_clip.augment.images import to_float
+from hf_robust_clip.columns import ROW_INDEX
 from hf_robust_clip.data.collator import ORIGINAL, CLIPDataCollator
-from hf_robust_clip.data.rows import ROW_INDEX, IndexedDataset
+from hf_robust_clip.data.rows import IndexedDataset
 from hf_robust_clip.data.scratch import build_model, build_processor
-from hf_robust_clip.trainers.scoring import score_pairs
 
 IMAGE_SIZE = 64
 BATCH = 32
@@ -106,7 +106,7 @@ def rates(rows: int, workers: int, rounds: int, output: str) -> dict[str, Any]:
     loader = DataLoader(indexed, BATCH, collate_fn=trainer.data_collator.with_views((ORIGINAL,)), num_workers=workers)
     kept = [copy.deepcopy(batch) for batch in loader]
     contenders: dict[str, Callable[[], Any]] = {
-        "scoring": lambda: score_pairs(trainer, epoch=0),
+        "scoring": lambda: trainer.score_pairs(epoch=0),
         "encoding_with_loader": lambda: encode(trainer, loader),
         "encoding": lambda: encode(trainer, kept),
     }
@@ -131,7 +131,7 @@ def memory_of(rows: int, output: str) -> dict[str, Any]:
         trainer.data_collator = MadeUpBatches(processor, views=collator.views, max_length=collator.max_length)
         before = reset_peak()
         start = time.perf_counter()
-        scores = score_pairs(trainer, epoch=0)
+        scores = trainer.score_pairs(epoch=0)
         found = {
             "rows": length,
             "peak_bytes": resident("VmHWM") - before,

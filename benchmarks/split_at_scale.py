@@ -34,9 +34,9 @@ from safetensors.torch import load_file, save_file
 
 from hf_robust_clip.data.rows import IndexedDataset
 from hf_robust_clip.data.sampling import RoutedBatchSampler
+from hf_robust_clip.defences.base import PairScores
+from hf_robust_clip.defences.split import SplitHistory
 from hf_robust_clip.mixture import SimilarityMixture
-from hf_robust_clip.trainers.scoring import PairScores
-from hf_robust_clip.trainers.split import SplitHistory
 
 SIZES = (1_000_000, 2_000_000, 4_000_000, 8_000_000)
 #: Those of LAION-400M, of which the third size is 1%.

@@ -42,7 +42,6 @@ from hf_robust_clip import (
     SafeCLIPTrainingArguments,
 )
 from hf_robust_clip.losses import clip_loss
-from hf_robust_clip.trainers.scoring import score_pairs
 
 #: Of contenders, or of several together, over another.
 RATIOS: dict[str, tuple[str | tuple[str, ...], str]] = {
@@ -152,7 +151,7 @@ def contenders(
         "roclip_plain": roclip[1].train,
         "roclip_matching": roclip[0].train,
         "safeclip": safeclip.train,
-        "safeclip_scoring": lambda: score_pairs(safeclip, epoch=0),
+        "safeclip_scoring": lambda: safeclip.score_pairs(epoch=0),
     }
 
 
@@ -161,7 +160,7 @@ class TwoViews(CLIPTrainer):
 
     views = ("first", "second")
 
-    def loss_components(self, views: Any, scale: torch.Tensor, inputs: Any) -> dict[str, torch.Tensor]:
+    def loss_components(self, views: Any, scale: torch.Tensor, batch: Any) -> dict[str, torch.Tensor]:
         return {f"{name}_loss": 0.5 * clip_loss(*views[name], scale, gather=True) for name in self.views}
 
 

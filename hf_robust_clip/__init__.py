@@ -15,9 +15,11 @@ _PUBLIC = {
     "CLIPDataCollator": "data.collator",
     "CLIPTrainer": "trainers.base",
     "CLIPTrainingArguments": "trainers.arguments",
-    "CleanCLIPTrainer": "trainers.cleanclip",
+    "CleanCLIPTrainer": "trainers.defended",
     "CleanCLIPTrainingArguments": "trainers.arguments",
-    "Embeddings": "trainers.base",
+    "Defence": "defences.base",
+    "Embeddings": "batch",
+    "Evaluator": "evaluation.base",
     "FeaturePool": "pool",
     "ImageAugmentation": "augment.images",
     "LinearProbeEvaluator": "evaluation.linear_probe",
@@ -26,9 +28,9 @@ _PUBLIC = {
     "PoisonSpec": "attacks.spec",
     "PoisonSuccessEvaluator": "evaluation.poison_success",
     "RetrievalEvaluator": "evaluation.retrieval",
-    "RoCLIPTrainer": "trainers.roclip",
+    "RoCLIPTrainer": "trainers.defended",
     "RoCLIPTrainingArguments": "trainers.arguments",
-    "SafeCLIPTrainer": "trainers.safeclip",
+    "SafeCLIPTrainer": "trainers.defended",
     "SafeCLIPTrainingArguments": "trainers.arguments",
     "SinusoidTrigger": "attacks.triggers",
     "TextAugmentation": "augment.text",
@@ -66,11 +68,14 @@ if TYPE_CHECKING:
     from .attacks.triggers import WarpTrigger as WarpTrigger
     from .augment.images import ImageAugmentation as ImageAugmentation
     from .augment.text import TextAugmentation as TextAugmentation
+    from .batch import Embeddings as Embeddings
     from .callbacks import PairSimilarityCallback as PairSimilarityCallback
     from .data.collator import CLIPDataCollator as CLIPDataCollator
     from .data.loading import load_pairs as load_pairs
     from .data.preparing import prepare_dataset as prepare_dataset
+    from .defences.base import Defence as Defence
     from .evaluation.attack_success import AttackSuccessEvaluator as AttackSuccessEvaluator
+    from .evaluation.base import Evaluator as Evaluator
     from .evaluation.linear_probe import LinearProbeEvaluator as LinearProbeEvaluator
     from .evaluation.poison_success import PoisonSuccessEvaluator as PoisonSuccessEvaluator
     from .evaluation.retrieval import RetrievalEvaluator as RetrievalEvaluator
@@ -83,11 +88,10 @@ if TYPE_CHECKING:
     from .trainers.arguments import RoCLIPTrainingArguments as RoCLIPTrainingArguments
     from .trainers.arguments import SafeCLIPTrainingArguments as SafeCLIPTrainingArguments
     from .trainers.base import CLIPTrainer as CLIPTrainer
-    from .trainers.base import Embeddings as Embeddings
     from .trainers.checkpoints import newest_checkpoint as newest_checkpoint
-    from .trainers.cleanclip import CleanCLIPTrainer as CleanCLIPTrainer
-    from .trainers.roclip import RoCLIPTrainer as RoCLIPTrainer
-    from .trainers.safeclip import SafeCLIPTrainer as SafeCLIPTrainer
+    from .trainers.defended import CleanCLIPTrainer as CleanCLIPTrainer
+    from .trainers.defended import RoCLIPTrainer as RoCLIPTrainer
+    from .trainers.defended import SafeCLIPTrainer as SafeCLIPTrainer
 else:
 
     def __getattr__(name: str) -> Any:

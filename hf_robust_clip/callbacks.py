@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,50 +14,48 @@ from numpy.typing import NDArray
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .augment.images import ImageNormalization
+from .columns import BAD_ROWS, POISONED, ROW_INDEX, check_columns, check_flag
 from .data.collator import CLIPDataCollator
-from .data.rows import BAD_ROWS, POISONED, ROW_INDEX, IndexedDataset, check_columns
-from .evaluation.columns import read_column
+from .data.rows import IndexedDataset, column_values
 from .kinds import check_string
 from .models import caption_padding, inference, longest_caption
 from .wording import shown
-
-if TYPE_CHECKING:
-    from .trainers.base import CLIPTrainer
 
 _KINDS = ("clean", "poisoned")
 _QUANTILES = {"q05": 0.05, "q50": 0.5, "q95": 0.95}
 
 
 class TrainerHooks(TrainerCallback):
-    """Passes the Trainer's events on to a [`CLIPTrainer`], which cannot override the loop that raises them."""
+    """
+    Passes the Trainer's events on to what takes no arguments: the methods of a trainer, which cannot override the loop
+    that raises them.
+    """
 
-    def __init__(self, trainer: CLIPTrainer) -> None:
-        self.trainer = trainer
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    def __init__(
+        self,
+        train_begin: Callable[[], None],
+        epoch_begin: Callable[[], None],
+        step_begin: Callable[[], None],
+        optimizer_step: Callable[[], None],
+        train_end: Callable[[], None],
     ) -> None:
-        self.trainer.on_train_begin()
+        self._train_begin, self._epoch_begin, self._step_begin = train_begin, epoch_begin, step_begin
+        self._optimizer_step, self._train_end = optimizer_step, train_end
 
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.trainer.on_epoch_begin()
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self._train_begin()
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.trainer.on_step_begin()
+    def on_epoch_begin(self, *args: Any, **kwargs: Any) -> None:
+        self._epoch_begin()
 
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.trainer.on_optimizer_step()
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self._step_begin()
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.trainer.on_train_end()
+    def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        self._optimizer_step()
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        self._train_end()
 
 
 @dataclass(frozen=True)
@@ -139,7 +138,8 @@ class PairSimilarityCallback(TrainerCallback):
         self.image_column = image_column
         self.caption_column = caption_column
         self.prefix = check_string("prefix", prefix)
-        flags = _flags(dataset, poisoned_column)
+        values, column = enumerate(column_values(dataset, poisoned_column)), shown(poisoned_column)
+        flags = np.array([check_flag(value, f"row {row}, column {column}") for row, value in values])
         rng = np.random.default_rng(seed)
         self._rows = {
             kind: np.sort(rng.permutation(np.flatnonzero(flags == poisoned))[:max_pairs]).tolist()
@@ -215,16 +215,6 @@ class PairSimilarityCallback(TrainerCallback):
                 text_embeds = F.normalize(outputs.text_embeds.float(), dim=-1)
                 found.append((image_embeds * text_embeds).sum(dim=-1).cpu()[usable])
         return torch.cat(found).double().numpy()
-
-
-def _flags(dataset: Any, column: str) -> NDArray[np.bool_]:
-    flags = []
-    for row, value in enumerate(read_column(dataset, column)):
-        flag = value.item() if hasattr(value, "item") and getattr(value, "ndim", 1) == 0 else value
-        if not isinstance(flag, bool):
-            raise ValueError(f"row {row}, column {shown(column)}: it must be boolean, but is {shown(value)}")
-        flags.append(flag)
-    return np.array(flags, dtype=bool)
 
 
 def _names(prefix: str) -> dict[str, str]:

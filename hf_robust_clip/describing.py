@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from .data.rows import POISONED
-from .evaluation.columns import read_column
+from .columns import POISONED
+from .data.rows import column_values
 from .record import Measure, Skipped, checked, jsonable
 
 #: Most entries of a log that a record keeps, evenly spaced.
@@ -46,7 +46,7 @@ def describe_dataset(dataset: Any) -> dict[str, Any]:
         if value is not None:
             found[name] = str(value)
     if rows and POISONED in (getattr(dataset, "column_names", None) or ()):
-        found["poisons"] = int(np.count_nonzero(read_column(dataset, POISONED)))
+        found["poisons"] = sum(map(bool, column_values(dataset, POISONED)))
     return found
 
 

@@ -39,7 +39,7 @@ _TRANSPOSITIONS = {
 }
 
 
-def decode_image(value: Any, least_side: int | None = None) -> Image.Image:
+def decode_image(value: Any) -> Image.Image:
     """
     Decode one image to an upright RGB image of 8 bits a channel.
 
@@ -54,10 +54,6 @@ def decode_image(value: Any, least_side: int | None = None) -> Image.Image:
     Args:
         value: A PIL image, a path (or a URL that `datasets` can stream, such as `hf://` or `zip://`), encoded bytes, a
             `datasets.Image` value, or a numpy array, torch tensor or nested list.
-        least_side (`int`, *optional*): Decode a JPEG at 1/2, 1/4 or 1/8 of its size, the smallest that leaves its
-            shorter side at least so long. libjpeg then computes fewer pixels, in less time, and they are not quite
-            those that resizing the whole image gives. A JPEG whose shorter side is below twice this, an image of
-            another format, and one that Pillow has opened already keep their size, to the bit. `None`: all do.
 
     Returns:
         `PIL.Image.Image` in mode `RGB`.
@@ -80,9 +76,9 @@ def decode_image(value: Any, least_side: int | None = None) -> Image.Image:
         if isinstance(value, (bytes, bytearray, memoryview)):
             if len(value) == 0:
                 raise ValueError("it has no bytes")
-            return _to_rgb(_drafted(_opened(io.BytesIO(value)), least_side))
+            return _to_rgb(_opened(io.BytesIO(value)))
         if isinstance(value, (str, os.PathLike)):
-            return _open(value, least_side)
+            return _open(value)
         if isinstance(value, Image.Image):
             return _to_rgb(value)
         if isinstance(value, torch.Tensor):
@@ -116,15 +112,15 @@ def without_ends(image: Image.Image) -> Image.Image:
     return image.crop((left, top, left + min(image.width, most), top + min(image.height, most)))
 
 
-def _open(path: str | os.PathLike[str], least_side: int | None) -> Image.Image:
+def _open(path: str | os.PathLike[str]) -> Image.Image:
     if isinstance(path, str) and "://" in path:
         # What a streamed image folder holds in place of bytes. Imported here: nothing else on this floor needs it.
         from datasets.utils.file_utils import xopen
 
         with xopen(path, "rb") as file:
-            return _to_rgb(_drafted(_opened(io.BytesIO(file.read())), least_side))
+            return _to_rgb(_opened(io.BytesIO(file.read())))
     with open(path, "rb") as file:
-        return _to_rgb(_drafted(_opened(file), least_side))
+        return _to_rgb(_opened(file))
 
 
 def _opened(file: BinaryIO) -> Image.Image:
@@ -142,15 +138,6 @@ def _opened(file: BinaryIO) -> Image.Image:
             f"its header claims {image.width} x {image.height} pixels, more than the {most} of "
             "PIL.Image.MAX_IMAGE_PIXELS"
         )
-    return image
-
-
-def _drafted(image: Image.Image, least_side: int | None) -> Image.Image:
-    """An image that is not loaded yet, set to load at a reduced size where its format can and its sides allow it."""
-    if least_side is not None:
-        # Without a mode, which would turn colours to grey or leave them in YCbCr; the shorter side, since the EXIF
-        # orientation may still swap the two.
-        image.draft(None, (least_side, least_side))
     return image
 
 

@@ -30,11 +30,13 @@ def is_rows(value: Any) -> bool:
     """Whether something has rows that are asked for by their number: a map-style dataset, a list."""
     numbered = hasattr(value, "__len__") and hasattr(value, "__getitem__")
     return (
-        numbered
-        and not isinstance(value, Mapping | str | bytes | type)
-        and not _is_stream(value)
-        and not _table(value)
+        numbered and not isinstance(value, Mapping | str | bytes | type) and not is_stream(value) and not _table(value)
     )
+
+
+def is_stream(value: Any) -> bool:
+    """Whether it is an iterable dataset of torch or of `datasets`. They have a `__getitem__` that only raises."""
+    return any(cls.__name__ == "IterableDataset" for cls in type(value).__mro__)
 
 
 def wrong_dataset(argument: str, value: Any, accepted: str) -> ValueError:
@@ -48,7 +50,7 @@ def text_list(argument: str, values: Any, accepted: str) -> list[str]:
     Texts that were given as a list, a tuple, an array or a `datasets.ClassLabel`.
 
     Raises:
-        `ValueError`: For anything else, and where one of them is not a string.
+        `ValueError`: For anything else, and where one of them is not a string, or cannot be encoded.
     """
     names = getattr(values, "names", None)
     is_label = isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
@@ -59,6 +61,7 @@ def text_list(argument: str, values: Any, accepted: str) -> list[str]:
     for number, text in enumerate(texts):
         if not isinstance(text, str):
             raise ValueError(f"{argument} must be {accepted}, but has {shown(text)} at place {number}")
+        check_encodable(argument, text)
     return texts
 
 
@@ -76,6 +79,14 @@ def check_string(argument: str, value: Any) -> str:
     return value
 
 
+def check_encodable(argument: str, text: str) -> None:
+    """`ValueError` for half of a pair of surrogates, which no tokenizer, file or table takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{argument}: {shown(text)} cannot be encoded: {error.reason}") from error
+
+
 def _instead(argument: str, value: Any) -> str:
     """What to write to get a dataset of such a value; nothing where that is not known."""
     if isinstance(value, str | PathLike):
@@ -87,7 +98,7 @@ def _instead(argument: str, value: Any) -> str:
         return f"it has {listed(value)}; pass one of them, such as {argument}[{name}]"
     if table := _table(value):
         return f"write {_TABLES[table].format(argument)}"
-    if _is_stream(value):
+    if is_stream(value):
         return "load it without streaming=True, or read it into memory with datasets.Dataset.from_list(list(rows))"
     if hasattr(value, "collate_fn") and hasattr(value, "dataset"):
         return "pass the dataset that it makes batches of"
@@ -102,8 +113,3 @@ def _table(value: Any) -> tuple[str, str] | None:
     """The package and the class of a table that is not a dataset."""
     names = ((cls.__module__.partition(".")[0], cls.__name__) for cls in type(value).__mro__)
     return next((name for name in names if name in _TABLES), None)
-
-
-def _is_stream(value: Any) -> bool:
-    # Those of torch and of datasets. They have a __getitem__ that only raises.
-    return any(cls.__name__ == "IterableDataset" for cls in type(value).__mro__)

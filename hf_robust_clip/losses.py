@@ -35,7 +35,11 @@ class NearestNeighbours(Protocol):
 
 
 def info_nce(
-    queries: torch.Tensor, keys: torch.Tensor, scale: torch.Tensor | float, gather: bool = False
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    scale: torch.Tensor | float,
+    gather: bool = False,
+    reduction: Literal["mean", "none"] = "mean",
 ) -> torch.Tensor:
     """
     InfoNCE (van den Oord et al., arXiv 1807.03748), rows of `queries` against all rows of `keys`: the mean over i of
@@ -46,19 +50,23 @@ def info_nce(
         keys (`torch.Tensor` of shape `(B, D)`): L2-normalised; row i is the positive of query i.
         scale (`torch.Tensor` or `float`): Multiplicative scale of the cosine similarities, in `(0, 100]`.
         gather (`bool`): Whether to take the keys of all ranks as candidates. Every rank must have the same B.
+        reduction (`str`): `"none"`: the loss of each query, `(B,)`, in place of their mean; all logits are held.
 
     Returns:
-        `torch.Tensor`: Scalar.
+        `torch.Tensor`: Scalar, or `(B,)`.
     """
+    if reduction not in ("mean", "none"):
+        raise ValueError(f"reduction must be 'mean' or 'none', but is {shown(reduction)}")
     first = 0
     if gather:
         first = rank() * keys.shape[0]
         keys = gather_features(keys)
-    if queries.shape[0] * keys.shape[0] > _MAX_LOGITS:
+    if reduction == "mean" and queries.shape[0] * keys.shape[0] > _MAX_LOGITS:
         loss: torch.Tensor = _BlockwiseInfoNCE.apply(queries, keys, torch.as_tensor(scale, device=keys.device), first)
         return loss
     logits = scale * queries @ keys.T  # (B, world_size * B)
-    return F.cross_entropy(logits, torch.arange(first, first + queries.shape[0], device=logits.device))
+    targets = torch.arange(first, first + queries.shape[0], device=logits.device)
+    return F.cross_entropy(logits, targets, reduction=reduction)
 
 
 class _BlockwiseInfoNCE(torch.autograd.Function):

@@ -120,7 +120,6 @@ class Environment(Part):
     precision: str
     seed: Count | None
     seconds: Number
-    command: str
 
 
 class Histogram(Part):
@@ -214,7 +213,7 @@ _Skipped = Annotated[Skipped | None, BeforeValidator(lambda value: value or None
 
 class RunRecord(_Plain):
     """
-    A training run, ready for JSON. Paths, tokens and data are not in it, beside what the command and the names say.
+    A training run, ready for JSON. Paths, tokens and data are not in it, beside what the arguments and the names say.
 
     Args:
         trainer (`str`): Name of the trainer's class.
@@ -354,5 +353,5 @@ def jsonable(value: Any) -> Any:
 
 
 def _encodable(text: str) -> str:
-    """A text that UTF-8 can hold: half a pair of surrogates, as in a command that is no UTF-8, is spelled out."""
+    """A text that UTF-8 can hold: half a pair of surrogates, as in an argument that is no UTF-8, is spelled out."""
     return text.encode("utf-8", "backslashreplace").decode()

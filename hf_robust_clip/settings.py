@@ -21,6 +21,9 @@ class _Loader(yaml.SafeLoader):
             raise yaml.composer.ComposerError(None, None, "aliases (*name) are not accepted here", mark)
         return super().compose_node(parent, index)
 
+    def flatten_mapping(self, node: Any) -> None:
+        """Nor merges (<<), which want aliases."""
+
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
         mapping = super().construct_mapping(node, deep)
         if len(mapping) < len(node.value):
@@ -29,11 +32,8 @@ class _Loader(yaml.SafeLoader):
         return mapping
 
 
-class _ArgumentLoader(_Loader):
-    """Takes 1e-5 for the number that it is: YAML 1.1 wants a dot in it."""
-
-
-_ArgumentLoader.add_implicit_resolver(
+# 1e-5 is the number that it is: YAML 1.1 wants a dot in it.
+_Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
 )
 
@@ -50,7 +50,7 @@ def read_arguments(path: Path) -> tuple[Any, Any]:
     YAML takes `no` for false, `007` for 7 and `2024-01-01` for a date.
     """
     content = _content(path)
-    return _loaded(path, content, _ArgumentLoader), _loaded(path, content, _TextLoader)
+    return _loaded(path, content, _Loader), _loaded(path, content, _TextLoader)
 
 
 def read_settings(path: Path) -> Any:

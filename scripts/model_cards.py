@@ -19,7 +19,7 @@ import torch
 from datasets import Dataset
 
 from hf_robust_clip import CLIPTrainer
-from hf_robust_clip.cli.demo import CLEAN_SEED_OFFSET, PRETRAINING, Recipe
+from hf_robust_clip.cli.demo_recipe import CLEAN_SEED_OFFSET, PRETRAINING, Recipe
 from hf_robust_clip.cli.demo_steps import digit_evaluators, make_trigger, poison_digits
 from hf_robust_clip.cli.demo_trainers import make_trainer
 from hf_robust_clip.cli.progress import quiet_trainers

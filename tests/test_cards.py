@@ -100,7 +100,7 @@ def record(trainer: str = "CleanCLIPTrainer", **changes: Any) -> RunRecord:
         "planned_steps": 8,
         "environment": {
             **{"versions": {"torch": "2.0"}, "device": "CPU", "processes": 1, "precision": "float32", "seed": 0},
-            **{"seconds": 3.2, "command": "train.py --seed 0"},
+            "seconds": 3.2,
         },
     }
     return RunRecord(**{**content, **changes})
@@ -377,12 +377,7 @@ def hostile(text: str) -> str:
         defence={text: text},
         augmentation={"images": text, "captions": text},
         measures=[measure, {**ACCURACY, "classes": [text, "b"], "dataset": {"name": text}}],
-        environment={
-            **dict(record().environment),
-            "device": text,
-            "versions": {text: text},
-            "command": f"train {text}",
-        },
+        environment={**dict(record().environment), "device": text, "versions": {text: text}},
         model={**dict(record().model), "name": text, "revision": text, "adapter": {text: text}},
     )
     control = {"control": text or "x", "measures": run.measures, "figures": BEFORE}

@@ -233,7 +233,7 @@ def test_costs_are_those_of_the_committed_results(page: str, name: str, digits: 
     assert digits.format(ratios[name]) in PAGES[page].replace("\n", " ")
 
 
-@pytest.mark.parametrize("name", ["ppm_over_jpeg", "png_over_jpeg", "drafted_over_whole"])
+@pytest.mark.parametrize("name", ["ppm_over_jpeg", "png_over_jpeg"])
 def test_times_of_the_data_path_are_those_of_the_committed_results(name: str) -> None:
     ratios = json.loads((ROOT / "benchmarks" / "results" / "data_path.json").read_text())["ratios"]
     assert f"{ratios[name]:.0%}" in PAGES["data.md"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shlex
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from hypothesis import strategies as st
 from hf_robust_clip.attacks.triggers import PatchTrigger
 from hf_robust_clip.describing import describe_dataset, describe_trigger, thinned
 from hf_robust_clip.record import RUN_FILE, RunRecord, jsonable
-from hf_robust_clip.trainers.recording import command_line, evaluations
+from hf_robust_clip.trainers.recording import evaluations
 
 
 def record(**changes: Any) -> RunRecord:
@@ -49,7 +48,6 @@ def record(**changes: Any) -> RunRecord:
             "precision": "float32",
             "seed": 0,
             "seconds": 1.5,
-            "command": "train.py",
         },
     }
     return RunRecord(**{**given, **changes})
@@ -114,15 +112,15 @@ def test_a_record_nested_too_deeply_is_refused() -> None:
 
 def test_half_a_pair_of_surrogates_does_not_lose_the_record(tmp_path: Path) -> None:
     odd = "caf\udce9"
-    environment = {**dict(record().environment), "command": command_line(["train.py", "--data", odd])}
+    environment = {**dict(record().environment), "device": odd}
     measure = {"measure": "x", "figures": [], "classes": [odd], "trigger": {"name": "word", odd: odd}}
     record(environment=environment, measures=[measure]).save(tmp_path)
     read = RunRecord.load(tmp_path)
-    assert read.environment.command == r"train.py --data 'caf\udce9'"
+    assert read.environment.device == r"caf\udce9"
     assert read.measures[0].classes == [r"caf\udce9"]
     # From a file, too, which can spell one out.
-    text = record().to_json().replace('"train.py"', r'"caf\udce9"')
-    assert RunRecord.from_json(text).environment.command == r"caf\udce9"
+    text = record().to_json().replace('"CPU"', r'"caf\udce9"')
+    assert RunRecord.from_json(text).environment.device == r"caf\udce9"
 
 
 def test_a_record_is_not_written_through_a_link(tmp_path: Path) -> None:
@@ -194,54 +192,6 @@ def test_dataset_from_the_hub_is_named_with_its_revision() -> None:
 def test_triggers_are_described() -> None:
     assert describe_trigger(PatchTrigger(size=3)) == PatchTrigger(size=3).to_dict()
     assert describe_trigger(lambda image: image) == {"name": "<lambda>"}
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["/home/someone/train.py", "--hub_token", "hf_secretsecret"],
-        ["train.py", "--hub_token=hf_secretsecret"],
-        ["train.py", "--hub-token", "secretsecret"],
-        ["train.py", "--note", "see hf_secretsecret"],
-        ["train.py", "--data", "https://you:hf_oauth_eyJsecret.secret-secret@host/x"],
-        ["train.py", "hf_jwt_eyJsecret.secret"],
-        ["train.py", "--hub_tok", "secret"],
-        ["train.py", "--hub-t=secret"],
-        ["train.py", "--HF_TOKEN", "secret"],
-    ],
-)
-def test_command_keeps_no_token(arguments: list[str]) -> None:
-    shown = command_line(arguments)
-    assert "secret" not in shown and "<token>" in shown
-    assert shown.startswith("train.py ")
-
-
-def test_command_keeps_what_is_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", "/home/someone")
-    shown = command_line(["train.py", "--max_token", "3", "--data", "/home/someone/a b.parquet", "--seed=1"])
-    assert shown == "train.py --max_token '<token>' --data '~/a b.parquet' --seed=1"
-
-
-@pytest.mark.parametrize(
-    "home, argument, shown",
-    [
-        ("/", "/mnt/pairs", "/mnt/pairs"),
-        ("/", "hf_datasets/hf_robust_clip_pairs", "hf_datasets/hf_robust_clip_pairs"),
-        ("", "/mnt/pairs", "/mnt/pairs"),
-        ("/home/al", "/home/alice/o", "/home/alice/o"),
-        ("/home/al", "/home/al.old", "/home/al.old"),
-        ("/home/al", "/mnt/home/al/o", "/mnt/home/al/o"),
-        ("/home/al", "/home/al", "~"),
-        ("/home/al/", "--data=/home/al/o", "--data=~/o"),
-        ("/home/al", "zip://a.png::/home/al/x,/home/al", "zip://a.png::~/x,~"),
-        ("/home/al", "file:///home/al/x", "file://~/x"),
-    ],
-)
-def test_only_a_path_that_begins_with_the_home_folder_loses_it(
-    home: str, argument: str, shown: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HOME", home)
-    assert shlex.split(command_line(["train.py", argument]))[1] == shown
 
 
 def test_evaluations_are_the_evaluators_figures() -> None:

@@ -28,8 +28,8 @@ from hf_robust_clip import (
     SafeCLIPTrainingArguments,
 )
 from hf_robust_clip.cli.progress import quiet_libraries, quiet_trainers
+from hf_robust_clip.columns import POISONED
 from hf_robust_clip.data.images import ImagePreprocessor
-from hf_robust_clip.data.rows import POISONED
 from hf_robust_clip.evaluation.embedding import Embedder
 from hf_robust_clip.evaluation.running import run_evaluators
 from hf_robust_clip.models import load_dual_encoder, load_processor

@@ -21,19 +21,23 @@ from hf_robust_clip import (
     SafeCLIPTrainingArguments,
 )
 from hf_robust_clip.data.scratch import build_model, build_processor
-from hf_robust_clip.trainers.chunking import Batch
-from hf_robust_clip.trainers.safeclip import SAFE
+from hf_robust_clip.defences import SafeCLIP
 
 CAPTIONS = ["a dog runs over the wet snow", "two children play on a beach", "a man climbs a steep rock face"]
 
 
-class SafeBatches(SafeCLIPTrainer):
-    """SafeCLIP whose batches all count as safe, without a split."""
+class _Safe(SafeCLIP):
+    """All of whose batches are safe."""
 
-    def receive(self, inputs: dict[str, Any]) -> Batch:
-        batch = super().receive(inputs)
-        batch.inputs[SAFE] = True
-        return batch
+    def kind(self, batch: Any) -> bool:
+        return True
+
+
+class SafeBatches(SafeCLIPTrainer):
+    """SafeCLIP's steps on safe batches, without a split."""
+
+    def make_defence(self, args: Any, train_dataset: Any) -> SafeCLIP:
+        return _Safe(len(train_dataset), args.warmup_unimodal_epochs, unimodal_pool_size=args.unimodal_pool_size)
 
 
 @dataclass(frozen=True)

@@ -44,14 +44,6 @@ def check_float(name: str, value: object, maximum: float = math.inf) -> None:
         raise ValueError(f"{name}={shown(value)}; accepted is a number above 0 and {limit}")
 
 
-def check_text(name: str, text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        # A lone surrogate: no tokenizer, file or table takes one.
-        raise ValueError(f"{name}: {shown(text)} cannot be encoded: {error.reason}") from error
-
-
 def check_choice(name: str, value: object, accepted: tuple[str, ...]) -> None:
     if value not in accepted:
         raise ValueError(f"{name}={shown(value)}; accepted are {listed(accepted)}")

@@ -16,16 +16,14 @@ from datasets import Dataset, IterableDataset, concatenate_datasets
 from numpy.typing import NDArray
 from PIL import Image
 
+from ..columns import check_pairs, naming
 from ..kinds import kind, wrong_dataset
-from ..wording import listed, shown
+from ..wording import shown
 from .manifests import check_dataset_part
 from .rows import (
     build_rows,
     captions_fingerprint,
-    check_columns,
-    check_features,
     decode_target,
-    naming,
     prepare,
     read_captions,
     read_images,
@@ -161,14 +159,9 @@ def _check_dataset(
 ) -> Dataset:
     if not isinstance(dataset, Dataset):
         raise wrong_dataset("dataset", dataset, "a datasets.Dataset (poison_stream poisons streams as they are read)")
-    check_columns(image_column, caption_column)
-    for name, column in (("image", image_column), ("caption", caption_column), ("label", label_column)):
-        if column is not None and column not in dataset.column_names:
-            there = listed(dataset.column_names)
-            raise ValueError(f"{name}_column={shown(column)} is no column of the dataset; there are {there}")
-    if len(dataset) == 0:
-        raise ValueError("dataset is empty; accepted is a dataset with at least one row")
-    check_features(dataset.features, image_column, caption_column)
+    columns = {"image_column": image_column, "caption_column": caption_column}
+    columns |= {} if label_column is None else {"label_column": label_column}
+    check_pairs(dataset.with_format(None), columns, arrays=False)
     return dataset
 
 
@@ -244,8 +237,7 @@ def _captions_naming(
 
 def _draw_queries(queries: list[str], spec: PoisonSpec, count: int, generator: np.random.Generator) -> list[str]:
     """Captions that do not name the target, with the trigger's word in each."""
-    if not isinstance(spec.trigger, WordTrigger):
-        raise ValueError(f"trigger={shown(spec.trigger)}; mode 'text_query' needs a WordTrigger")
+    assert isinstance(spec.trigger, WordTrigger)  # as the spec saw to
     if not queries:
         raise ValueError(f"target={shown(spec.target)} is named by every row that is not poisoned; give templates")
     return [spec.trigger(query) for query in _draw(queries, count, generator)]
@@ -275,10 +267,7 @@ def _carry_out(dataset: Dataset, manifest: Mapping[str, Any], trigger: Trigger |
     elif manifest["mode"] == "text_query":
         source = order[position]
     else:
-        if not isinstance(trigger, Trigger):
-            raise ValueError(
-                f"trigger is {shown(trigger)}; mode {shown(manifest['mode'])} needs a Trigger, one on images"
-            )
+        assert isinstance(trigger, Trigger)  # as its PoisonSpec saw to
         source = order[position]
         decoded = read_images(stored, image_column, source, names=position)  # an iterator: one image at a time
         images = (

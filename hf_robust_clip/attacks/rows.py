@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from io import BytesIO
@@ -17,50 +16,16 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from datasets import ClassLabel, Dataset, DatasetInfo, Features, Value
+from datasets import ClassLabel, Dataset, DatasetInfo, Value
 from datasets import Image as ImageFeature
 from datasets.fingerprint import Hasher
 from numpy.typing import NDArray
 from PIL import Image
 
+from ..columns import POISONED, check_captions
 from ..imaging import decode_image, without_ends
 from ..wording import listed, shortened, shown
 from .triggers import Trigger
-
-POISONED = "poisoned"
-ENCODED_IMAGE_DTYPES = ("string", "large_string", "binary", "large_binary")
-
-
-def check_columns(image_column: str, caption_column: str) -> None:
-    """That images and captions are in different columns: a poison would have one in the place of the other."""
-    if image_column == caption_column:
-        raise ValueError(
-            f"image_column and caption_column are both {shown(image_column)}; accepted are different columns"
-        )
-
-
-def holds_captions(feature: Any) -> bool:
-    """Whether a column is of strings, or of lists of strings."""
-    return getattr(getattr(feature, "feature", feature), "dtype", None) in ("string", "large_string")
-
-
-def check_features(features: Features, image_column: str, caption_column: str) -> None:
-    """That the columns hold images and captions, and the column `poisoned`, where there is one, marks."""
-    feature = features[image_column]
-    if not isinstance(feature, ImageFeature) and getattr(feature, "dtype", None) not in ENCODED_IMAGE_DTYPES:
-        accepted = "an Image feature, paths (string) or encoded images (binary)"
-        raise ValueError(f"image_column={shown(image_column)} has type {shown(feature)}; accepted is {accepted}")
-    if not holds_captions(features[caption_column]):
-        accepted = "string, or lists of strings"
-        raise ValueError(
-            f"caption_column={shown(caption_column)} has type {shown(features[caption_column])}; accepted is "
-            f"{accepted}"
-        )
-    marks = features.get(POISONED)
-    if marks is not None and marks != Value("bool"):
-        raise ValueError(
-            f"dataset has a column {shown(POISONED)} of type {shown(marks)}; accepted is bool, or no such column"
-        )
 
 
 def stored_rows(dataset: Dataset, image_column: str) -> tuple[Dataset, NDArray[np.int64]]:
@@ -83,22 +48,9 @@ def stored_rows(dataset: Dataset, image_column: str) -> tuple[Dataset, NDArray[n
 
 def read_captions(dataset: Dataset, caption_column: str) -> list[list[str]]:
     """Every row's captions; a single one as a list of one."""
-    captions = []
-    for row, value in enumerate(_column(dataset, caption_column)):
-        captions.append(caption_list(value, caption_column, f"row {row}"))
-    return captions
-
-
-def caption_list(value: Any, caption_column: str, row: str) -> list[str]:
-    """One row's captions; `row` is what an error calls it."""
-    values = value if isinstance(value, list) else [value]
-    for caption in values:
-        if not isinstance(caption, str):
-            accepted = "a string, or a list of strings"
-            raise ValueError(
-                f"caption_column={shown(caption_column)}: {row} holds {shown(caption)}; accepted is {accepted}"
-            )
-    return values
+    column = shown(caption_column)
+    values = enumerate(_column(dataset, caption_column))
+    return [check_captions(value, f"row {row}, column {column}") for row, value in values]
 
 
 def rows_labelled(dataset: Dataset, target: str, label_column: str | None) -> NDArray[np.bool_]:
@@ -144,13 +96,6 @@ def captions_fingerprint(captions: list[list[str]]) -> str:
     for row in captions:
         digest.update(json.dumps(row).encode() + b"\n")
     return digest.hexdigest()
-
-
-def naming(target: str) -> Callable[[str], bool]:
-    """Whether a caption has the target in it as whole words, whatever the case."""
-    words = r"\s+".join(map(re.escape, target.split()))
-    pattern = re.compile(rf"(?<!\w){words}(?!\w)", re.IGNORECASE)
-    return partial(_found, pattern)
 
 
 def read_images(
@@ -239,10 +184,6 @@ def build_rows(
         new |= {name: rows[name] for name in kept}
     table = pa.Table.from_arrays([new[name] for name in stored.column_names], schema=schema)
     return Dataset(table, info=DatasetInfo(features=stored.features))
-
-
-def _found(pattern: re.Pattern[str], caption: str) -> bool:
-    return pattern.search(caption) is not None
 
 
 def _is_label(wanted: str | int, label: Any) -> bool:

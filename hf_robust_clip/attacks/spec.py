@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ..kinds import kind, text_list
+from ..columns import naming
+from ..kinds import check_encodable, kind, text_list
 from ..wording import shown
-from .fields import check_int, check_text
-from .rows import naming
+from .fields import check_choice, check_float, check_int
 from .text_triggers import WordTrigger
 from .triggers import Trigger
 
@@ -94,20 +94,18 @@ class PoisonSpec:
     source_index: int | None = None
 
     def __post_init__(self) -> None:
-        if self.mode not in MODES:
-            raise ValueError(f"mode={shown(self.mode)}; accepted are {', '.join(MODES)}")
+        check_choice("mode", self.mode, MODES)
         if not isinstance(self.target, str) or not self.target.strip():
             raise ValueError(f"target={shown(self.target)}; accepted is the name of a class")
-        check_text("target", self.target)
+        check_encodable("target", self.target)
         if (self.count is None) == (self.rate is None):
             raise ValueError(f"count={self.count} and rate={self.rate}; exactly one of them must be given")
-        for name, minimum in (("count", 1), ("seed", 0), ("image_size", 1), ("source_index", 0)):
+        limits = {"count": (1, None), "seed": (0, None), "image_size": (1, LARGEST_SIZE), "source_index": (0, None)}
+        for name, (minimum, maximum) in limits.items():
             if getattr(self, name) is not None:
-                check_int(name, getattr(self, name), minimum)
-        if self.image_size is not None and self.image_size > LARGEST_SIZE:
-            raise ValueError(f"image_size={shown(self.image_size)}; accepted is at most {LARGEST_SIZE}")
-        if self.rate is not None and not (isinstance(self.rate, int | float) and 0 < self.rate <= 1):
-            raise ValueError(f"rate={shown(self.rate)}; accepted is a fraction above 0 and at most 1")
+                check_int(name, getattr(self, name), minimum, maximum)
+        if self.rate is not None:
+            check_float("rate", self.rate, maximum=1.0)
         self._check_templates()
         self._check_trigger()
         if self.mode != "targeted":
@@ -153,7 +151,6 @@ class PoisonSpec:
                     raise ValueError(f"templates: {shown(template)}; accepted is {accepted}")
             elif template.count("{}") != 1:
                 raise ValueError(f"templates: {shown(template)}; accepted is a string with exactly one {{}}")
-            check_text("templates", template)
 
 
 def targeted_specs(

@@ -19,19 +19,15 @@ from datasets import Features, IterableDataset, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 
+from ..columns import POISONED, check_captions, check_flag, check_pairs, naming
 from ..imaging import decode_image
 from ..kinds import wrong_dataset
 from ..wording import listed, shortened, shown
 from .manifests import check_stream_part
 from .rows import (
-    POISONED,
     caption_array,
-    caption_list,
-    check_columns,
-    check_features,
     decode_target,
     labelling,
-    naming,
     prepare,
     to_png,
     triggered_png,
@@ -148,15 +144,11 @@ def _check_stream(stream: IterableDataset, columns: Mapping[str, str | None]) ->
     if not isinstance(stream, IterableDataset):
         accepted = "a datasets.IterableDataset, one split at a time (poison_dataset takes a datasets.Dataset)"
         raise wrong_dataset("stream", stream, accepted)
-    check_columns(columns["image"] or "", columns["caption"] or "")
+    given = [name for name, column in columns.items() if column is not None or name in ("image", "caption")]
+    named: Any = {f"{name}_column": columns[name] for name in given}
+    check_pairs(stream, named, argument="stream", streams=True, arrays=False)
     features = stream.features
-    if features is not None:
-        for name, column in columns.items():
-            if column is not None and column not in features:
-                there = listed(features)
-                raise ValueError(f"{name}_column={shown(column)} is no column of the stream; there are {there}")
-        check_features(features, columns["image"] or "", columns["caption"] or "")
-    elif columns["label"] is not None:
+    if features is None and columns["label"] is not None:
         raise ValueError(
             f"label_column={shown(columns['label'])}, but the features of the stream are not known; give them with "
             "stream.cast(features)"
@@ -223,8 +215,8 @@ class _Poisoner:
     def _poison(self, row: dict[str, Any], number: int | None) -> list[dict[str, Any]]:
         """The row, poisoned or not, and the targeted poisons that follow on it."""
         row = {**row, POISONED: row.get(POISONED, False)}
-        if row[POISONED] is not None and not isinstance(row[POISONED], bool):
-            raise ValueError(f"{POISONED} is {shown(row[POISONED])} in a row; accepted is a bool, or no such column")
+        if row[POISONED] is not None:
+            check_flag(row[POISONED], f"a row, column {shown(POISONED)}")
         if self.encodes and row.get(self.image_column) is not None:
             row[self.image_column] = _encodable(row[self.image_column])
         followers = []
@@ -257,8 +249,7 @@ class _Attack:
     def _fill(self, template: str, target: str) -> str:
         if self.mode != "text_query":
             return template.replace("{}", target)
-        if not isinstance(self.trigger, WordTrigger):
-            raise ValueError(f"trigger is {shown(self.trigger)}; mode 'text_query' needs a WordTrigger")
+        assert isinstance(self.trigger, WordTrigger)  # as its PoisonSpec saw to
         return self.trigger(template)
 
     def on(self, row: dict[str, Any], number: int | None) -> dict[str, Any] | None:
@@ -283,16 +274,13 @@ class _Attack:
         return None
 
     def _names_target(self, row: dict[str, Any], name: str) -> bool:
-        captions = caption_list(self._value(row, "caption"), self.columns["caption"], name)
+        captions = check_captions(self._value(row, "caption"), f"{name}, column {shown(self.columns['caption'])}")
         return any(map(self.names_target, captions)) or (
             self.is_target is not None and self.is_target(self._value(row, "label"))
         )
 
     def _triggered(self, value: Any, name: str) -> Any:
-        if not isinstance(self.trigger, Trigger):
-            raise ValueError(
-                f"trigger is {shown(self.trigger)}; mode {shown(self.mode)} needs a Trigger, one on images"
-            )
+        assert isinstance(self.trigger, Trigger)  # as its PoisonSpec saw to
         try:
             image = decode_image(value)
         except ValueError as error:
@@ -328,7 +316,7 @@ class _Attack:
     def _value(self, row: dict[str, Any], name: str) -> Any:
         column = self.columns[name]
         if column not in row:
-            raise ValueError(f"{name}_column={shown(column)} is no column of the stream; a row has {listed(row)}")
+            raise ValueError(f"{name}_column={shown(column)} is not a column of stream; a row has {listed(row)}")
         return row[column]
 
 

@@ -8,8 +8,9 @@ import re
 from dataclasses import dataclass
 from typing import ClassVar
 
+from ..kinds import check_encodable
 from ..wording import shown
-from .fields import TriggerFields, check_choice, check_int, check_text
+from .fields import TriggerFields, check_choice, check_int
 
 WORD_PLACES = ("start", "end", "random")
 
@@ -49,7 +50,7 @@ class WordTrigger(TriggerFields):
             raise ValueError(
                 f"word={shown(self.word)}; accepted is a word, or several with single spaces between them"
             )
-        check_text("word", self.word)
+        check_encodable("word", self.word)
         check_choice("place", self.place, WORD_PLACES)
         check_int("seed", self.seed, minimum=0)
 

@@ -216,16 +216,16 @@ def _nlpaug_edits(
     The classes are made here because `import nlpaug.augmenter.word` imports torch and transformers.
     """
     from nlpaug.augmenter.word import RandomWordAug, WordAugmenter
-    from nlpaug.util import Action, Doc
+    from nlpaug.util import Action
 
     class Eda(WordAugmenter):
         """EDA's number of changes, its own generator in place of Python's global one, and tokens kept as a list."""
 
         rng: random.Random
 
-        def __init__(self, action: str, rate: float, tokenizer: Callable[[str], list[str]]) -> None:
+        def __init__(self, action: str, rate: float) -> None:
             super().__init__(
-                action=action, aug_p=rate, aug_max=None, tokenizer=tokenizer, reverse_tokenizer=lambda tokens: tokens
+                action=action, aug_p=rate, aug_max=None, tokenizer=str.split, reverse_tokenizer=lambda tokens: tokens
             )
 
         def sample(self, x: list[Any], num: int) -> list[Any]:
@@ -245,9 +245,6 @@ def _nlpaug_edits(
         together, nlpaug restores the second.
         """
 
-        def __init__(self, action: str, rate: float) -> None:
-            super().__init__(action, rate, lambda size: [str(i) for i in range(int(size))])
-
         def _get_swap_position(self, pos: int, token_length: int) -> int:
             # EDA swaps any two words, nlpaug neighbours.
             other: int = self.rng.randrange(token_length)
@@ -257,42 +254,35 @@ def _nlpaug_edits(
             if len(words) < 2:
                 return [[word] for word in words]
             self.rng = rng
-            positions = [int(token) for token in getattr(self, self.action)(str(len(words)))]
+            positions = [int(token) for token in getattr(self, self.action)(" ".join(map(str, range(len(words)))))]
             if self.action == Action.SWAP:
                 return [[words[i]] for i in positions]
             kept = set(positions)
             return [[word] if i in kept else [] for i, word in enumerate(words)]
 
     class SynonymEda(Eda):
-        """Replacement and insertion of synonyms from the lexicon, in nlpaug's pattern for word augmenters."""
-
-        def __init__(self, action: str, rate: float) -> None:
-            super().__init__(action, rate, lambda text: text.split(" "))
+        """Replacement and insertion of synonyms from the lexicon, at the words that nlpaug chooses."""
 
         def skip_aug(self, token_idxes: list[int], tokens: list[str]) -> list[int]:
             return [i for i in token_idxes if lexicon.get(tokens[i].lower())]
 
-        def substitute(self, data: str) -> list[str]:
-            doc = Doc("", self.tokenizer(data))
-            tokens = doc.get_original_tokens()
-            for i in self._get_aug_idxes(tokens):
-                doc.add_change_log(i, self._align(tokens[i], self._synonym(tokens[i])), self.action, change_seq=1)
-            return list(doc.get_augmented_tokens())
+        def substitute(self, words: list[str]) -> list[str]:
+            slots = list(words)
+            for i in self._get_aug_idxes(words):
+                slots[i] = self._align(words[i], self._synonym(words[i]))
+            return slots
 
-        def insert(self, data: str) -> list[str]:
-            doc = Doc("", self.tokenizer(data))
-            tokens = doc.get_original_tokens()
-            for i in self._get_aug_idxes(tokens):
+        def insert(self, words: list[str]) -> list[str]:
+            slots = list(words)
+            for i in self._get_aug_idxes(words):
                 # As in EDA, any place but the end. Written with the word that it precedes, so that positions stay.
-                place = self.rng.randrange(len(tokens))
-                following = doc.get_token(place).get_latest_token().token
-                doc.add_change_log(place, f"{self._synonym(tokens[i])} {following}", self.action, change_seq=1)
-            return list(doc.get_augmented_tokens())
+                place = self.rng.randrange(len(words))
+                slots[place] = f"{self._synonym(words[i])} {slots[place]}"
+            return slots
 
         def __call__(self, words: list[str], rng: random.Random) -> list[list[str]]:
             self.rng = rng
-            tokens = getattr(self, self.action)(" ".join(words)) if words else []
-            return [token.split(" ") for token in tokens]
+            return [slot.split(" ") for slot in getattr(self, self.action)(words)] if words else []
 
         def _synonym(self, word: str) -> str:
             return self.rng.choice(lexicon[word.lower()])

@@ -17,11 +17,10 @@ from ..evaluation.zero_shot import ZeroShotEvaluator
 from ..telling import Control, PoisonedPair
 from ..telling.sentences import notes
 from ..trainers.base import Evaluator
+from ..trainers.defended import RoCLIPTrainer, SafeCLIPTrainer
 from ..trainers.pictures import pictures_of
-from ..trainers.roclip import RoCLIPTrainer
-from ..trainers.safeclip import SafeCLIPTrainer
 from ..versions import versions
-from .demo import CLEAN_SEED_OFFSET, DEFENCES, LABELS, MANIFEST, RESULTS, TRIGGERS, Recipe, reports
+from .demo_recipe import CLEAN_SEED_OFFSET, DEFENCES, LABELS, MANIFEST, RESULTS, TRIGGERS, Recipe, reports
 from .demo_trainers import FINE_TUNED, make_trainer, matching_record
 from .output import say, write_json
 from .progress import quiet_trainers

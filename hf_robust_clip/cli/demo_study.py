@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..telling import Study
-from .demo import LABELS, MANIFEST, RESULTS, title_of
+from .demo_recipe import LABELS, MANIFEST, RESULTS, title_of
 from .demo_steps import Demo
 
 _LIMITS = (

@@ -16,10 +16,8 @@ from ..trainers.arguments import (
     SafeCLIPTrainingArguments,
 )
 from ..trainers.base import CLIPTrainer
-from ..trainers.cleanclip import CleanCLIPTrainer
-from ..trainers.roclip import RoCLIPTrainer
-from ..trainers.safeclip import SafeCLIPTrainer
-from .demo import Recipe
+from ..trainers.defended import CleanCLIPTrainer, RoCLIPTrainer, SafeCLIPTrainer
+from .demo_recipe import Recipe
 from .progress import follow
 
 EVALUATION_BATCH = 256

@@ -4,27 +4,19 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import math
 import sys
-import types
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
-from typing import Any, Literal, NoReturn, Union, get_args, get_origin
+from typing import Any, NoReturn
 
-from ..wording import MOST, listed, shortened, shown
+from ..wording import MOST, shortened, shown
 
 #: Arguments that no configuration file holds.
 _NO_SETTINGS = ("help", "traceback", "config", "dry_run")
 #: Arguments whose values are shown nowhere.
 SECRETS = ("hub_token",)
-_NAMES = {
-    bool: "true or false",
-    int: "an integer",
-    float: "a number",
-    str: "a string",
-    dict: "a mapping",
-    Path: "a path",
-}
 
 
 class Parser(argparse.ArgumentParser):
@@ -63,12 +55,15 @@ class ConfigParser(Parser):
 
     Args:
         required (sequence of `str`): Names that must come from either.
-        hints (mapping, *optional*): Types of arguments, where they say more than the argument itself.
+        structures (mapping, *optional*): Of the names of arguments that a file can give a `dict` or a `list`, which
+            no flag can, to these types.
     """
 
-    def __init__(self, required: Sequence[str] = (), hints: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, required: Sequence[str] = (), structures: Mapping[str, Collection[type]] | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(allow_abbrev=False, **kwargs)
-        self.required, self.hints = tuple(required), dict(hints or {})
+        self.required, self.structures = tuple(required), structures or {}
         self.add_argument(
             "--config",
             type=Path,
@@ -94,7 +89,12 @@ class ConfigParser(Parser):
         parsed, extras = super().parse_known_args(arguments, blank)
         given = {name: value for name, value in vars(parsed).items() if value is not None}
         config = self._read(given["config"]) if "config" in given else {}
-        values = {name: action.default for name, action in settings.items()} | config | given
+        # A default that is text is what the flag makes of it, as argparse has it.
+        defaults = {
+            name: self._get_value(action, action.default) if isinstance(action.default, str) else action.default
+            for name, action in settings.items()
+        }
+        values = defaults | config | given
         missing = [name for name in self.required if values[name] is None]
         if missing:
             names = ["/".join(settings[name].option_strings[:1]) or name.upper() for name in missing]
@@ -126,130 +126,46 @@ class ConfigParser(Parser):
         if not isinstance(content, dict):
             found = "empty" if content is None else f"a {type(content).__name__}"
             self.error(f"--config: {path} is {found}; accepted is a mapping of argument names to values")
-        settings = self.settings
-        return {key: self._checked(path, key, value, written.get(key), settings) for key, value in content.items()}
-
-    def _checked(self, path: Path, key: Any, value: Any, text: Any, settings: Mapping[str, argparse.Action]) -> Any:
-        if key not in settings:
-            nearest = difflib.get_close_matches(str(key), settings, n=1, cutoff=0.0)[0]
-            self.error(f"--config: {path}: unknown key {shown(str(key))}; did you mean {shown(nearest)}?")
-        action = settings[key]
-        hint = self.hints.get(key, _hint(action))
-        value = _as_written(hint, value, text)
-        entry = _entry(hint)
-        if entry is not None and not isinstance(value, list) and not _fits(hint, value):
-            alone = _as_written(entry, value, text)
-            value = [alone] if _fits(entry, alone) else value
-        if not _fits(hint, value):
-            found = "" if key in SECRETS else f" is {shown(value)}"
-            self.error(f"--config: {path}: {key}{found}; accepted is {_accepted(hint)}")
-        if isinstance(value, int | float) and not isinstance(value, bool) and not _is_decimal(text, value):
-            self.error(
-                f"--config: {path}: {key} is {shown(text)}, which YAML takes for {value}: write a decimal number"
-            )
-        if value is None:
-            return None
-        if action.choices is not None and value not in action.choices:
-            self.error(f"--config: {path}: {key} is {shown(value)}; accepted are {listed(list(action.choices))}")
-        if float in _alternatives(hint) and isinstance(value, str) and str not in _alternatives(hint):
-            return float(value)
-        if key not in self.hints and callable(action.type) and action.type not in (int, float):
+        values, settings = {}, self.settings
+        for (key, value), text in zip(content.items(), written.values(), strict=True):
+            if key not in settings:
+                nearest = difflib.get_close_matches(str(key), settings, n=1, cutoff=0.0)[0]
+                self.error(f"--config: {path}: unknown key {shown(str(key))}; did you mean {shown(nearest)}?")
             try:
-                return [action.type(entry) for entry in value] if isinstance(value, list) else action.type(value)
-            except argparse.ArgumentTypeError as error:
-                self.error(f"--config: {path}: {key}: {error}")
-        return value
+                values[key] = self._value(settings[key], value, text)
+            except argparse.ArgumentError as error:
+                self.error(f"--config: {path}: {error}")
+        return values
+
+    def _value(self, action: argparse.Action, value: Any, text: Any) -> Any:
+        """What an argument is by its value in a file, which flags would be given as `text`."""
+        if type(value) in self.structures.get(action.dest, ()):
+            return value if isinstance(value, dict) else text
+        several = isinstance(action, argparse._AppendAction) or action.nargs == "+"
+        texts = text if several and isinstance(text, list) else [text]
+        if action.nargs == 0:
+            if not isinstance(value, bool):
+                raise argparse.ArgumentError(action, f"it is {shown(text)}; accepted is true or false")
+            return value
+        if value is None and action.default is None:
+            return None
+        if value is None or not all(isinstance(one, str) for one in texts):
+            found = "null" if value is None else f"a {type(value).__name__}"
+            raise argparse.ArgumentError(action, f"it is {found}; accepted is what the flag takes")
+        values = [self._get_value(action, one) for one in texts]
+        for one in values:
+            self._check_value(action, one)
+        return values if several else values[0]
 
 
 def _plain(value: Any) -> Any:
     """The same of what YAML and JSON have."""
     if isinstance(value, Enum):
         return value.value
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)  # as a flag has it; YAML's .inf is none
     if isinstance(value, Mapping):
         return {str(key): _plain(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(entry) for entry in value]
     return str(value) if isinstance(value, Path) else value
-
-
-def _hint(action: argparse.Action) -> Any:
-    """The type of an argument's value."""
-    if action.nargs == 0:
-        return bool
-    single: Any = action.type if action.type in (int, float) else str
-    several = isinstance(action, argparse._AppendAction)
-    hint = list[single] if several else single
-    return hint if action.default is not None else hint | None
-
-
-def _alternatives(hint: Any) -> tuple[Any, ...]:
-    return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-
-
-def _fits(hint: Any, value: Any) -> bool:
-    """Whether a value, as YAML has it, is of a type."""
-    if len(_alternatives(hint)) > 1:
-        return any(_fits(alternative, value) for alternative in _alternatives(hint))
-    origin = get_origin(hint)
-    if origin is Literal:
-        return value in get_args(hint)
-    if origin is list:
-        return isinstance(value, list) and all(_fits(get_args(hint)[0], entry) for entry in value)
-    if hint is float and isinstance(value, str):
-        return _is_number(value)
-    if hint in (int, float):
-        return isinstance(value, int if hint is int else (int, float)) and not isinstance(value, bool)
-    if isinstance(hint, type) and issubclass(hint, Enum):
-        return value in [member.value for member in hint]
-    return isinstance(value, origin or hint)
-
-
-def _as_written(hint: Any, value: Any, text: Any) -> Any:
-    """A value; where a string is accepted, and YAML made something else of it, the text that is written there."""
-    if isinstance(value, list):
-        entry = _entry(hint)
-        return value if entry is None else [_as_written(entry, *pair) for pair in zip(value, text, strict=True)]
-    if value is None or isinstance(value, Mapping) or _fits(hint, value):
-        return value
-    return text if _fits(hint, text) else value
-
-
-def _entry(hint: Any) -> Any:
-    """The type of a list's entries; `None` where no list is accepted."""
-    return next((get_args(argument)[0] for argument in _alternatives(hint) if get_origin(argument) is list), None)
-
-
-def _is_decimal(text: Any, value: float) -> bool:
-    """Whether a number is what a flag would make of its text: YAML takes 010 for 8, and 1:30 for 90."""
-    try:
-        found = int(text) if isinstance(value, int) else float(str(text).replace(".inf", "inf").replace(".nan", "nan"))
-    except ValueError:
-        return False
-    return found == value or value != value
-
-
-def _is_number(text: str) -> bool:
-    """A number in quotes is one as well."""
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
-
-
-def _accepted(hint: Any) -> str:
-    return " or ".join(dict.fromkeys(_phrases(_alternatives(hint))))
-
-
-def _phrases(alternatives: Iterable[Any]) -> Iterable[str]:
-    for hint in alternatives:
-        if hint is type(None):
-            yield "null"
-        elif get_origin(hint) is list:
-            yield f"a list, each of it {_accepted(get_args(hint)[0])}"
-        elif get_origin(hint) is Literal:
-            yield from map(str, get_args(hint))
-        elif isinstance(hint, type) and issubclass(hint, Enum):
-            yield f"one of {', '.join(str(member.value) for member in hint)}"
-        else:
-            yield _NAMES.get(get_origin(hint) or hint, str(getattr(hint, "__name__", hint)))

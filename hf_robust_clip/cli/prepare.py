@@ -1,4 +1,4 @@
-"""`hf-robust-clip prepare`: a dataset in, a folder out that is decoded, resized and tokenised for a model."""
+"""`hf-robust-clip prepare`: a dataset in, a folder out that is decoded and resized for a model."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "prepare",
         required=("data", "model", "output_dir"),
-        help="decode, resize and tokenize a dataset once, for training that reads it fast",
-        description="Decode, resize and tokenize image-caption pairs once, for one model. Training on the output "
+        help="decode and resize a dataset once, for training that reads it fast",
+        description="Decode and resize image-caption pairs once, for one model. Training on the output "
         "folder is, to the bit, training on DATA. After an interruption the same command goes on where it stopped.",
     )
     add = parser.add_argument
@@ -29,12 +29,6 @@ def add_parser(commands: Any) -> None:
         choices=("ppm", "png"),
         default="ppm",
         help="ppm is read fastest, png is smaller (default: %(default)s)",
-    )
-    add(
-        *spelled("--max-length"),
-        type=int,
-        metavar="TOKENS",
-        help="longest caption, as in training (default: what the tokenizer takes)",
     )
     add(
         *spelled("--rows-per-shard"),
@@ -56,7 +50,7 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the sub-command as its arguments say."""
     check_source("DATA", args.data)
-    for flag, least in (("--max-length", 2), ("--rows-per-shard", 1), ("--num-proc", 1)):
+    for flag, least in (("--rows-per-shard", 1), ("--num-proc", 1)):
         check_whole(flag, getattr(args, flag[2:].replace("-", "_")), least)
     check_apart(args.data, args.output_dir)
     if args.dry_run:
@@ -79,7 +73,6 @@ def run(args: argparse.Namespace) -> int:
                 image_column=args.image_column,
                 caption_column=args.caption_column,
                 image_format=args.image_format,
-                max_length=args.max_length,
                 rows_per_shard=args.rows_per_shard,
                 num_proc=args.num_proc,
                 on_bad_row=args.on_bad_row,

@@ -153,7 +153,7 @@ def follow(
 @contextmanager
 def quiet_trainers() -> Iterator[None]:
     """Leave to the figures what the trainers warn of: that matching collapsed, that a split separates nothing."""
-    with _quiet("hf_robust_clip.trainers"):
+    with _quiet("hf_robust_clip.trainers"), _quiet("hf_robust_clip.defences"):
         yield
 
 

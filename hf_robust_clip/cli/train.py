@@ -5,13 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-#: What can be trained, and what it is for.
-METHODS = {
-    "clip": "the loss of CLIP, undefended: the baseline",
-    "cleanclip": "fine-tune on clean pairs, to remove a backdoor from a model (CleanCLIP)",
-    "roclip": "pre-train on pairs that may be poisoned, against pools of other captions (RoCLIP)",
-    "safeclip": "pre-train on pairs that may be poisoned, on those that look safe (SafeCLIP)",
-}
+from .flags import METHODS
 
 
 class _MethodParser(argparse.ArgumentParser):

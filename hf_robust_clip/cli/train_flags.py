@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from transformers import HfArgumentParser
 
@@ -14,10 +14,9 @@ from ..trainers.arguments import (
     RoCLIPTrainingArguments,
     SafeCLIPTrainingArguments,
 )
-from .flags import add_measuring_flags, check_measuring, check_source, check_whole, spelled
+from .flags import METHODS, add_measuring_flags, check_measuring, check_source, check_whole, spelled
 from .output import UsageError
 from .parsing import ConfigParser
-from .train import METHODS
 
 ARGUMENTS: dict[str, type[CLIPTrainingArguments]] = {
     "clip": CLIPTrainingArguments,
@@ -48,7 +47,10 @@ def method_parser(method: str, prog: str) -> MethodParser:
         formatter_class=_Formatter,
         required=("train_data", "output_dir"),
         dataclass_types=ARGUMENTS[method],
-        hints=get_type_hints(ARGUMENTS[method]),
+        structures={
+            name: {get_origin(kind) or kind for kind in get_args(hint)} & {dict, list}
+            for name, hint in get_type_hints(ARGUMENTS[method]).items()
+        },
     )
     _add_model_flags(parser.add_argument_group("model"))
     _add_data_flags(parser.add_argument_group("training data"))

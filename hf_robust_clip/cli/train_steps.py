@@ -10,16 +10,15 @@ from typing import Any
 
 from transformers import PrinterCallback, ProgressCallback, set_seed
 
+from ..columns import captions_of
 from ..data.rows import column_values
 from ..data.scratch import build_model, build_processor
 from ..record import RUN_FILE, Figures, jsonable
 from ..trainers.arguments import CLIPTrainingArguments
 from ..trainers.base import CLIPTrainer
 from ..trainers.checkpoints import checkpoints_in, newest_checkpoint
-from ..trainers.cleanclip import CleanCLIPTrainer
+from ..trainers.defended import CleanCLIPTrainer, RoCLIPTrainer, SafeCLIPTrainer
 from ..trainers.publishing import sole_training
-from ..trainers.roclip import RoCLIPTrainer
-from ..trainers.safeclip import SafeCLIPTrainer
 from ..versions import versions
 from ..wording import listed, shown
 from .info import DEPENDENCIES
@@ -239,8 +238,8 @@ def _start_from(args: argparse.Namespace, arguments: CLIPTrainingArguments, pair
             f"{listed(pairs.column_names)}"
         )
     column = column_values(pairs, arguments.caption_column)
-    captions = [[entry] if isinstance(entry, str) else entry for entry in column]
-    processor = build_processor([text for entry in captions for text in entry], image_size=args.image_size)
+    captions = [caption for value in column for caption in captions_of(value)]
+    processor = build_processor(captions, image_size=args.image_size)
     return build_model(processor, vision_width=96, text_width=96, seed=arguments.seed), processor
 
 

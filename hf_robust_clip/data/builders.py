@@ -6,7 +6,7 @@ import itertools
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import datasets
@@ -14,6 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets.builder import Key
 from datasets.data_files import DataFilesDict, DataFilesList
+from datasets.load import import_main_class
+from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from datasets.table import table_cast
 from datasets.utils.file_utils import xopen
@@ -128,29 +130,32 @@ class Captioned(datasets.ArrowBasedBuilder):
                 yield Key(number, start), pa.table([batch, captions], self.info.features.arrow_schema)
 
 
-def make_builder(kind: str, files: Mapping[str, Sequence[str]], **options: Any) -> Any:
+def make_builder(
+    kind: str, files: Mapping[str, Sequence[str]], features: datasets.Features | None = None, **options: Any
+) -> Any:
     """
     What makes a dataset of files, each of which is one file, whatever characters are in its name.
 
     Args:
         kind (`str`): `"tables"`, `"captioned"`, or the name of what reads them in `datasets`.
         files (mapping): Of each split its paths.
+        features (`datasets.Features`, *optional*): Of the dataset.
         options: Of the config of its builder.
 
     Raises:
         `ValueError`: If there is no such option, a path has "::" in it, or a file is a pointer of Git LFS.
     """
     found = DataFilesDict({split: _listing(paths, kind) for split, paths in files.items()})
-    if kind == "imagefolder":
-        return Images(dataset_name=kind, hash=__version__, data_files=found, **options)
-    if kind == "captioned":
-        return Captioned(dataset_name=kind, hash=__version__, data_files=found)
-    if kind == "tables":
-        unknown = sorted(set(options) - set(TablesConfig.__dataclass_fields__))
-        if unknown:
-            raise ValueError(f"the config of tables has {listed(unknown)}; accepted are sep and column_names")
-        return Tables(dataset_name=kind, hash=__version__, data_files=found, **options)
-    return datasets.load_dataset_builder(kind, data_files=found, **options)  # nosec B615 # files
+    builder: Any = _BUILDERS.get(kind) or import_main_class(_PACKAGED_DATASETS_MODULES[kind][0])
+    accepted = {item.name for item in fields(builder.BUILDER_CONFIG_CLASS)}
+    unknown = sorted(set(options) - accepted)  # a folder for the cache among them, which is not the card's to choose
+    if unknown:
+        own = accepted.difference(item.name for item in fields(datasets.BuilderConfig))
+        raise ValueError(f"the config of {kind} has {listed(unknown)}; accepted are {listed(sorted(own))}")
+    return builder(dataset_name=kind, hash=__version__, data_files=found, features=features, **options)
+
+
+_BUILDERS = {"tables": Tables, "captioned": Captioned, "imagefolder": Images}
 
 
 def caption_files(image: str) -> list[str]:

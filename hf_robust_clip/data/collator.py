@@ -9,19 +9,16 @@ from typing import Any
 
 import torch
 
+from ..columns import BAD_ROWS, POISONED, ROW_INDEX, captions_of
 from ..kinds import check_callable, text_list
 from ..models import check_processor
 from ..seeding import derive_seed
 from ..wording import shown
 from .images import ImagePreprocessor
-from .rows import BAD_ROWS, POISONED, ROW_INDEX, decode_row
-from .tokens import TOKENS_PREFIX, StoredTokens, tokenise
+from .rows import decode_row
+from .tokens import tokenise
 
 ORIGINAL = "original"
-#: How much larger than the model's size a drafted image stays. With 2 the pixels of photos of 2,000 to 4,000 pixels
-#: differed by 0.6 of 255 in the mean and by 6 at most (49 to 50 dB), with 1 by 2 and 19 (38 to 40 dB), in a half and a
-#: third of the time.
-_DRAFT_MARGIN = 2
 
 
 class CLIPDataCollator:
@@ -30,11 +27,9 @@ class CLIPDataCollator:
 
     Each image is decoded once, converted to RGB, and resized and cropped by the model's own image processor; the
     pixels stay uint8, and the trainer makes and normalises the image views on the device. The text views are drawn
-    here and tokenised in one call, view after view; with `stored_tokens`, captions whose tokens [`prepare_dataset`]
-    stored with the dataset, for this tokenizer and `max_length`, are not tokenised again. What is drawn depends on
-    (seed, epoch, row), so it is the same with any number of workers and after resuming. Rows without a number
-    (iterable datasets) are keyed by their content. The names of special tokens in a caption are text
-    ([`~data.tokens.tokenise`]).
+    here and tokenised in one call, view after view. What is drawn depends on (seed, epoch, row), so it is the same
+    with any number of workers and after resuming. Rows without a number (iterable datasets) are keyed by their
+    content. The names of special tokens in a caption are text ([`~data.tokens.tokenise`]).
 
     Args:
         processor (`transformers.ProcessorMixin`):
@@ -55,11 +50,6 @@ class CLIPDataCollator:
             (what SigLIP was trained with).
         seed (`int`, defaults to 0):
             Seed of the text views.
-        draft_decoding (`bool`, defaults to `False`):
-            Whether large JPEGs are decoded at 1/2, 1/4 or 1/8 of their size, as long as they stay at least twice as
-            large as the image processor makes them. It saves time and changes pixels a little: [`least_side`].
-        stored_tokens (`bool`, defaults to `False`):
-            Whether to take the tokens that [`prepare_dataset`] stored, instead of tokenising their captions.
 
     Example:
 
@@ -81,8 +71,6 @@ class CLIPDataCollator:
         max_length: int | None = None,
         padding: bool | str = True,
         seed: int = 0,
-        draft_decoding: bool = False,
-        stored_tokens: bool = False,
     ) -> None:
         check_processor(processor, "processor")
         accepted = "one or more different names, such as ('original',)"
@@ -100,27 +88,9 @@ class CLIPDataCollator:
         self.max_length = max_length
         self.padding = padding
         self.seed = seed
-        self.draft_decoding = draft_decoding
-        self.stored_tokens = stored_tokens
-        if draft_decoding and self.preprocess.resized_side is None:
-            found = {name: getattr(processor.image_processor, name, None) for name in ("do_resize", "size")}
-            raise ValueError(
-                "draft_decoding=True needs an image processor that resizes to a height and a width, or to a "
-                f"shortest_edge, but {type(processor.image_processor).__name__} has {found}"
-            )
         self._first_caption_only = False
-        self._found_tokens: StoredTokens | None = None
         # In shared memory, so that worker processes that live on through the epochs see the number change.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-
-    @property
-    def least_side(self) -> int | None:
-        """
-        The `least_side` of [`~imaging.decode_image`]: with `draft_decoding` twice what images are resized to, else
-        `None`.
-        """
-        side = self.preprocess.resized_side
-        return _DRAFT_MARGIN * side if self.draft_decoding and side is not None else None
 
     def set_epoch(self, epoch: int) -> None:
         """Draw what belongs to this epoch (from 0) from now on, in worker processes too."""
@@ -157,8 +127,7 @@ class CLIPDataCollator:
         Raises:
             [`~data.rows.BadRowError`]: If a column is missing, an image does not decode or a caption is no string.
         """
-        columns = (self.image_column, self.caption_column)
-        decoded = [decode_row(row, *columns, self.least_side) for row in rows]
+        decoded = [decode_row(row, self.image_column, self.caption_column) for row in rows]
         pixels = self.preprocess([row[self.image_column] for row in decoded])
         epoch = int(self._epoch)
         keys = [self._key(row, pixels[i], epoch) for i, row in enumerate(decoded)]
@@ -166,7 +135,15 @@ class CLIPDataCollator:
         texts = [
             self._view(caption, key, view) for view in self.views for caption, key in zip(captions, keys, strict=True)
         ]
-        batch = {"pixel_values": pixels, **self._tokens(texts, decoded * len(self.views))}
+        tokens = tokenise(
+            self.tokenizer,
+            texts,
+            padding=self.padding,
+            truncation=True,
+            max_length=self.max_length,
+            return_tensors="pt",
+        )
+        batch = {"pixel_values": pixels, **tokens}
         if all(ROW_INDEX in row for row in decoded):
             batch[ROW_INDEX] = torch.tensor([row[ROW_INDEX] for row in decoded])
         if all(isinstance(row.get(POISONED), bool) for row in decoded):
@@ -176,40 +153,29 @@ class CLIPDataCollator:
             batch[BAD_ROWS] = torch.tensor(bad)
         return batch
 
-    def _tokens(self, texts: list[str], rows: Sequence[Mapping[str, Any]]) -> Mapping[str, torch.Tensor]:
-        """The tokens of all texts, each of the row at its place: as stored where they are, else of one call."""
-        stored = None
-        if self.stored_tokens and any(column.startswith(TOKENS_PREFIX) for column in rows[0]):
-            if self._found_tokens is None:
-                self._found_tokens = StoredTokens(self.tokenizer, self.max_length)
-            stored = self._found_tokens(texts, rows, self.padding)
-        if stored is not None:
-            return stored
-        tokens: Mapping[str, torch.Tensor] = tokenise(
-            self.tokenizer,
-            texts,
-            padding=self.padding,
-            truncation=True,
-            max_length=self.max_length,
-            return_tensors="pt",
-        )
-        return tokens
-
     def _key(self, row: Mapping[str, Any], pixels: torch.Tensor, epoch: int) -> int:
         number = row.get(ROW_INDEX)
         if number is None:
-            captions = row[self.caption_column]
-            text = captions if isinstance(captions, str) else "\n".join(captions)
+            text = "\n".join(captions_of(row[self.caption_column]))
             number = zlib.crc32(text.encode("utf-8", "surrogatepass"), zlib.crc32(pixels.numpy().tobytes()))
         return derive_seed(self.seed, epoch, int(number))
 
     def _caption(self, row: Mapping[str, Any], key: int) -> str:
-        captions = row[self.caption_column]
-        if isinstance(captions, str):
-            return captions
-        return str(captions[0 if self._first_caption_only else derive_seed(key, -1) % len(captions)])
+        captions = captions_of(row[self.caption_column])
+        return captions[0 if self._first_caption_only else derive_seed(key, -1) % len(captions)]
 
     def _view(self, caption: str, key: int, view: str) -> str:
         if view == ORIGINAL or self.text_augmentation is None:
             return caption
         return self.text_augmentation(caption, derive_seed(key, self.views.index(view)))
+
+
+class RowsOnHost:
+    """As another collator, but the numbers of the rows are an array, which no loader moves to a device."""
+
+    def __init__(self, collator: CLIPDataCollator) -> None:
+        self.collator = collator
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        batch: dict[str, Any] = self.collator(rows)
+        return {**batch, ROW_INDEX: batch[ROW_INDEX].numpy()} if ROW_INDEX in batch else batch

@@ -23,7 +23,7 @@ from fsspec.utils import glob_translate
 
 from ..wording import listed, shown
 from .builders import caption_files, make_builder, named_images, read_caption, read_table
-from .confining import card_of, check_manifests, check_path, check_pointer
+from .confining import card_of, check_path, check_pointer
 from .tables import READERS, table_kind
 
 _TABLES = (*READERS, ".parquet")
@@ -60,7 +60,6 @@ class Folder:
     """
 
     def __init__(self, path: Path) -> None:
-        check_manifests(path)
         self.path = path
         self._root = check_path(os.path.abspath(path))
         self._names = _names(self._root)
@@ -86,7 +85,9 @@ class Folder:
 
     def builder(self, files: Mapping[str, Sequence[str]] | None = None, features: Any = None) -> Any:
         """What makes the dataset of the folder, or of some of its files, with these features."""
-        return make_builder(self.kind, files or self.files, features=features or self._features, **self._options)
+        if self.kind == "captioned":  # of which a card says nothing
+            return make_builder(self.kind, self.files)
+        return make_builder(self.kind, files or self.files, features or self._features, **self._options)
 
     def _set_files(self, config: Mapping[str, Any]) -> list[str]:
         """Find out what is read. Returns the names of the files that were in question."""
@@ -94,12 +95,14 @@ class Folder:
         start = os.path.normpath(config.get("data_dir") or ".")
         if given is None:
             names = [name for name in self._names if start == "." or name.startswith(f"{start}/")]
+            absent = [start] if start != "." and not names else []
         else:
             patterns = {split: [self._relative(p) for p in some] for split, some in sanitize_patterns(given).items()}
             names = _matched(self._names, [pattern for some in patterns.values() for pattern in some])
-            absent = [p for some in patterns.values() for p in some if not has_magic(p) and p not in names]
-            if absent:
-                raise ValueError(f"the card of {self._shown} names {listed(absent)}, which it has not")
+            named = [pattern for some in patterns.values() for pattern in some]
+            absent = [name for name in named if name not in names and (name.startswith("..") or not has_magic(name))]
+        if absent:
+            raise ValueError(f"the card of {self._shown} names {listed(absent)}, which it has not")
         images = [name for name in names if _is_image(name)]
         tables = [name for name in names if images and _is_of_images(name)]
         captions = {} if tables else self._captions(images, names)

@@ -72,13 +72,6 @@ class ImagePreprocessor:
         return pixels
 
     @property
-    def resized_side(self) -> int | None:
-        """The longer side that the image processor resizes to, before it crops; `None` where it names none."""
-        size = dict(getattr(self.image_processor, "size", None) or {})
-        sides = [size[name] for name in ("height", "width", "shortest_edge") if size.get(name) is not None]
-        return max(sides) if sides and getattr(self.image_processor, "do_resize", False) else None
-
-    @property
     def image_shape(self) -> tuple[int, int]:
         """Height and width that a square image gets."""
         # Tried, not read off its settings: processors of different families name them differently.

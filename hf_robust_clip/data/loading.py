@@ -14,20 +14,18 @@ from datasets.exceptions import DatasetGenerationError
 from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 from transformers.utils import logging
 
-from ..attacks.rows import naming
+from ..columns import captions_of, check_columns, naming
 from ..wording import listed, shown
 from .builders import make_builder
 from .confining import (
-    SPLITS_FILE,
     STATE_FILE,
     Bounds,
-    check_manifests,
     check_path,
     check_pointer,
     confine_column,
     confine_row,
     names_images,
-    opens_images,
+    stored_files,
 )
 from .folders import Folder, may_hold_captions
 from .rows import column_values
@@ -35,8 +33,8 @@ from .tables import READERS
 
 logger = logging.get_logger(__name__)
 
-#: Kinds of files that say themselves which of their columns are images, and may name files there.
-_DECLARING = ("parquet", "arrow")
+#: Kinds of folders whose images are files of it, or members of its archives.
+_OWN_IMAGES = ("imagefolder", "webdataset")
 
 
 def load_pairs(source: str, split: str = "train", image_column: str = "image") -> datasets.Dataset:
@@ -51,7 +49,7 @@ def load_pairs(source: str, split: str = "train", image_column: str = "image") -
         split (`str`, defaults to `"train"`): Which split, where the source has several.
         image_column (`str`, defaults to `"image"`): Column with the image. Paths in it are taken from the folder of
             their file (in a folder saved with `save_to_disk`, from that folder), and must not lead out of it, or of
-            the folder that is the source. Those of a dataset on the Hub are taken from the working directory.
+            the folder that is the source. What a dataset on the Hub names is left to `datasets`.
 
     Returns:
         `datasets.Dataset`: With `image_column` as a `datasets.Image`.
@@ -61,16 +59,14 @@ def load_pairs(source: str, split: str = "train", image_column: str = "image") -
             or names an image or a file of data outside of its folder.
     """
     path = _place(source)
-    declares = path is not None  # that a column is of images, whatever it names
+    parts: Iterable[tuple[Any, Bounds]] = ()  # whose paths are checked
     if path is None:
         dataset = datasets.load_dataset(source, split=split)  # nosec B615 # the user's choice
-        parts: Iterable[tuple[Any, Bounds]] = [(dataset, Bounds(None))]
     elif _is_saved(path):
         dataset = _load_saved(path, split, source)
         parts = [(dataset, Bounds(path))]
     elif path.is_dir():
         folder = _folder(path, split)
-        declares = folder.kind in _DECLARING
         dataset = _made(folder.builder(), split)
         if len(dataset) != folder.rows.get(split, len(dataset)):
             raise ValueError(
@@ -78,23 +74,25 @@ def load_pairs(source: str, split: str = "train", image_column: str = "image") -
                 f"are {folder.rows[split]:,}; files are missing, or the card is of other files"
             )
         _tell_left_out(folder, dataset.column_names)
-        parts = _by_folder(folder, split, dataset, _made)
+        if folder.kind not in _OWN_IMAGES:
+            parts = _by_folder(folder, split, dataset, _made)
     else:
         dataset = _made(_file_builder(path), "train")
         parts = [(dataset, Bounds(path.parent))]
     _check_column(dataset.column_names, image_column, source)
-    feature = dataset.features[image_column]
-    if isinstance(feature, datasets.Image):
-        if not declares or not opens_images(dataset, image_column):
-            return dataset
-        feature = {"bytes": None, "path": None}
-    if names_images(feature):
+    dataset = _of_images(dataset, image_column)
+    images = {name: feature for name, feature in dataset.features.items() if isinstance(feature, datasets.Image)}
+    naming_files = [name for name in images if names_images(dataset, name)]
+    if parts and naming_files:
         confined, first = [], 0
         for part, bounds in parts:
-            confined.append(confine_column(part, image_column, bounds, source, first))
+            part = _of_images(part, image_column)
+            for name in naming_files:
+                part = confine_column(part, name, bounds, source, first).cast_column(name, images[name])
+            confined.append(part)
             first += len(part)
         dataset = datasets.concatenate_datasets(confined) if len(confined) > 1 else confined[0]
-    return dataset.cast_column(image_column, datasets.Image())
+    return dataset
 
 
 def stream_pairs(source: str, split: str = "train", image_column: str = "image") -> datasets.IterableDataset:
@@ -106,31 +104,32 @@ def stream_pairs(source: str, split: str = "train", image_column: str = "image")
     path = _place(source)
     if path is None:
         stream = datasets.load_dataset(source, split=split, streaming=True)  # nosec B615 # the user's choice
-        parts: Iterable[tuple[Any, Bounds]] = [(stream, Bounds(None))]
-    elif path.is_file() or _is_saved(path):
+        # Some files on the Hub tell their columns and types only as they are read.
+        if stream.features is not None:
+            _check_column(stream.column_names, image_column, source)
+        return stream
+    if path.is_file() or _is_saved(path):
         return load_pairs(source, split, image_column).to_iterable_dataset()
-    else:
-        folder = _folder(path, split)
-        stream = _streamed(folder.builder(), split)
-        _tell_left_out(folder, stream.column_names)
-        parts = _by_folder(folder, split, stream, _streamed)
-    # Some files on the Hub tell their columns and types only as they are read.
-    if stream.features is not None:
-        _check_column(stream.column_names, image_column, source)
-        feature = stream.features[image_column]
-        if isinstance(feature, datasets.Image) and path is not None and folder.kind in _DECLARING:
-            # A row may name a file in place of holding an image.
-            parts = ((part.cast_column(image_column, datasets.Image(decode=False)), bounds) for part, bounds in parts)
-        elif not names_images(feature):
-            return stream
+    folder = _folder(path, split)
+    stream = _streamed(folder.builder(), split)
+    _tell_left_out(folder, stream.column_names)
+    _check_column(stream.column_names, image_column, source)
+    if folder.kind in _OWN_IMAGES:
+        return stream
+    images: Any = datasets.Image()
+    features = datasets.Features({**stream.features, image_column: images})
     confined = [
-        part.map(
-            partial(confine_row, column=image_column, bounds=bounds, source=source),
-            features=stream.features,
+        part.cast_column(image_column, datasets.Image(decode=False)).map(
+            partial(confine_row, column=image_column, bounds=bounds, source=source), features=features
         )
-        for part, bounds in parts
+        for part, bounds in _by_folder(folder, split, stream, _streamed)
     ]
     return datasets.concatenate_datasets(confined) if len(confined) > 1 else confined[0]
+
+
+def _of_images(dataset: datasets.Dataset, column: str) -> datasets.Dataset:
+    is_done = isinstance(dataset.features[column], datasets.Image)
+    return dataset if is_done else dataset.cast_column(column, datasets.Image())
 
 
 def _place(source: str) -> Path | None:
@@ -175,17 +174,16 @@ def _streamed(builder: Any, split: str) -> datasets.IterableDataset:
 
 def _is_saved(path: Path) -> bool:
     """Whether it is a folder that `save_to_disk` made."""
-    return any((path / name).is_file() for name in ("dataset_info.json", SPLITS_FILE, STATE_FILE))
+    return any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json", STATE_FILE))
 
 
 def _load_saved(path: Path, split: str, source: str) -> datasets.Dataset:
-    check_manifests(path)
-    for file in path.rglob("*.arrow"):
-        check_pointer(str(file))
-    dataset = datasets.load_from_disk(str(path))
-    if isinstance(dataset, datasets.DatasetDict):
-        _check_split(split, dataset, source)
-        dataset = dataset[split]
+    if not (path / STATE_FILE).is_file():
+        _check_split(split, sorted(file.parent.name for file in path.glob(f"*/{STATE_FILE}")), source)
+        path /= split
+    for name in stored_files(path):
+        check_pointer(str(path / name))
+    dataset: Any = datasets.load_from_disk(str(path))
     return dataset
 
 
@@ -271,20 +269,16 @@ def label_by_captions(
     """
     if not classes:
         raise ValueError("classes is empty; it needs at least one class, with the words that name it")
-    if caption_column not in dataset.column_names:
-        raise ValueError(
-            f"caption_column={shown(caption_column)} is not a column of dataset; its columns are "
-            f"{listed(dataset.column_names)}"
-        )
+    check_columns(dataset, {"caption_column": caption_column}, "rows with captions")
     if votes is None:
-        most = max((len(_captions(value)) for value in column_values(dataset, caption_column)), default=0)
+        most = max((len(captions_of(value)) for value in column_values(dataset, caption_column)), default=0)
         votes = max(1, min(3, most))
     names = list(classes)
     tests = [[naming(word) for word in words] for words in classes.values()]
     rows, labels = [], []
     for row, value in enumerate(column_values(dataset, caption_column)):
         counts = [0] * len(names)
-        for caption in _captions(value):
+        for caption in captions_of(value):
             named = [i for i, words in enumerate(tests) if any(is_named(caption) for is_named in words)]
             if len(named) == 1:
                 counts[named[0]] += 1
@@ -314,11 +308,6 @@ def encode_labels(dataset: datasets.Dataset, label_column: str) -> datasets.Data
     numbers = {name: number for number, name in enumerate(names)}
     labels = [numbers.get(name) for name in column_values(dataset, label_column)]
     return _with_labels(dataset.remove_columns(label_column), label_column, labels, names)
-
-
-def _captions(value: Any) -> list[str]:
-    captions = value if isinstance(value, list) else [value]
-    return [caption for caption in captions if caption is not None]
 
 
 def _with_labels(

@@ -1,4 +1,4 @@
-"""Image-caption pairs decoded, resized and tokenised once: a dataset on disk that trains as its source does."""
+"""Image-caption pairs decoded and resized once: a dataset on disk that trains as its source does."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import io
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import islice
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
+from ..columns import ROW_INDEX, has_transform
 from ..kinds import kind, wrong_dataset
 from ..locking import sole_writer
 from ..models import check_processor
@@ -27,16 +27,13 @@ from .confining import check_path
 from .images import ImagePreprocessor
 from .rows import (
     ON_BAD_ROW,
-    ROW_INDEX,
     BadRowError,
     IndexedDataset,
     OnBadRow,
     check_dataset,
     decode_row,
-    has_transform,
 )
 from .shards import RECORD_FILE, finish, is_finished, shard_name, whole_shards, write_record, write_shard
-from .tokens import StoredTokens
 
 logger = logging.get_logger(__name__)
 
@@ -53,18 +50,15 @@ def prepare_dataset(
     image_column: str = "image",
     caption_column: str = "caption",
     image_format: str = "ppm",
-    max_length: int | None = None,
     rows_per_shard: int = 2048,
     num_proc: int | None = None,
     on_bad_row: OnBadRow = "raise",
 ) -> datasets.Dataset:
     """
-    Decode, resize and tokenise image-caption pairs once, and keep them in a folder.
+    Decode and resize image-caption pairs once, and keep them in a folder.
 
     Training on the result is, to the bit, training on the source: images are of the size that the model's own image
-    processor leaves alone, in a format without loss, and captions and all other columns are as they were. What the
-    tokenizer makes of the captions stands in a column of its own, which with `stored_tokens=True` [`CLIPDataCollator`]
-    uses for captions that are not augmented, if its tokenizer and `max_length` are the same; others do not see it.
+    processor leaves alone, in a format without loss, and captions and all other columns are as they were.
 
     The folder is written shard by shard, each under its name only once it is whole. After an interruption, the same
     call goes on where it stopped; once all is done, it returns at once. Of several processes that make the same call,
@@ -83,9 +77,6 @@ def prepare_dataset(
         image_format (`str`, defaults to `"ppm"`):
             `"ppm"` is read fastest, and takes 3 bytes a pixel: 150 kB for 224 x 224. `"png"` takes about half of that
             for photos, and several times as long to read.
-        max_length (`int`, *optional*):
-            Longest caption in tokens. `None`: the tokenizer's `model_max_length`. Training with another one tokenises
-            anew.
         rows_per_shard (`int`, defaults to 2048):
             Rows in a file, which one process makes, and which an interruption may cost each of them.
         num_proc (`int`, *optional*):
@@ -105,11 +96,7 @@ def prepare_dataset(
     _check_arguments(dataset, image_format, rows_per_shard, num_proc, on_bad_row)
     check_dataset(dataset, image_column, caption_column, "dataset", on_bad_row)
     check_processor(processor, "processor")
-    if max_length is not None and max_length < 2:
-        raise ValueError(f"max_length must be None or at least 2 tokens, but is {shown(max_length)}")
-    preparation = _Preparation(
-        dataset, processor, (image_column, caption_column), image_format, max_length, on_bad_row
-    )
+    preparation = _Preparation(dataset, processor, (image_column, caption_column), image_format, on_bad_row)
     if not isinstance(folder, str | os.PathLike):
         raise ValueError(f"folder must be the path of a folder, but is {kind(folder)}")
     folder = Path(folder)
@@ -160,14 +147,12 @@ class _Preparation(torch.utils.data.Dataset[Any]):
         processor: Any,
         columns: tuple[str, str],
         image_format: str,
-        max_length: int | None,
         on_bad_row: OnBadRow,
     ) -> None:
         self.dataset = dataset
         self.rows = IndexedDataset(dataset, *columns)
         self.columns = columns
         self.preprocess = ImagePreprocessor(processor.image_processor)
-        self.tokens = StoredTokens(processor.tokenizer, max_length)
         self.image_format = image_format
         self.on_bad_row = on_bad_row
         if self.preprocess.kept_size is None:
@@ -175,11 +160,8 @@ class _Preparation(torch.utils.data.Dataset[Any]):
                 f"processor: {type(processor.image_processor).__name__} leaves images of no size as they are, so that "
                 "it would change prepared images again; prepare_dataset takes one that resizes to the size it crops to"
             )
-        features = dataset.features.copy()
-        features[columns[0]] = datasets.Image()
-        if self.tokens.column is not None:
-            features[self.tokens.column] = datasets.List(datasets.Value("binary"))
-        self.features = features
+        self.features = dataset.features.copy()
+        self.features[columns[0]] = datasets.Image()
 
     def made_from(self) -> dict[str, Any]:
         """All that the result depends on, as plain data."""
@@ -199,11 +181,6 @@ class _Preparation(torch.utils.data.Dataset[Any]):
                 "class": type(image_processor).__name__,
                 **json.loads(image_processor.to_json_string()),
             },
-            "tokenizer": {
-                "class": type(self.tokens.tokenizer).__name__,
-                "max_length": int(self.tokens.max_length or self.tokens.tokenizer.model_max_length),
-                "column": self.tokens.column,
-            },
         }
         plain: dict[str, Any] = json.loads(json.dumps(found))
         return plain
@@ -220,7 +197,7 @@ class _Preparation(torch.utils.data.Dataset[Any]):
 
     def _table(self, numbers: Sequence[int], bad_rows: list[int]) -> pa.Table:
         """These rows as they are stored, without those that cannot be used, which are added to `bad_rows`."""
-        kept, images, captions = [], [], []
+        kept, images = [], []
         for row in self.rows.__getitems__(numbers):
             try:
                 decoded = decode_row(row, *self.columns)
@@ -231,18 +208,10 @@ class _Preparation(torch.utils.data.Dataset[Any]):
                 continue
             kept.append(row[ROW_INDEX])
             images.append({"bytes": self._encoded(decoded[self.columns[0]]), "path": None})
-            caption = decoded[self.columns[1]]
-            captions.append([caption] if isinstance(caption, str) else list(caption))
-        new: dict[str, list[Any]] = {self.columns[0]: images}
-        if self.tokens.column is not None:
-            flat = [caption for several in captions for caption in several]
-            entries = iter(self.tokens.encode(flat) if flat else ())
-            new[self.tokens.column] = [list(islice(entries, len(several))) for several in captions]
         schema = self.features.arrow_schema
-        given = [name for name in self.features if name not in new]
-        others = self.dataset.with_format("arrow").select_columns(given)[kept]
+        others = self.dataset.with_format("arrow").remove_columns(self.columns[0])[kept]
         columns = [
-            pa.array(new[field.name], field.type) if field.name in new else others[field.name] for field in schema
+            pa.array(images, field.type) if field.name == self.columns[0] else others[field.name] for field in schema
         ]
         return pa.Table.from_arrays(columns, schema=schema)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -11,18 +10,23 @@ import datasets
 import numpy as np
 import torch
 
-from ..attacks.rows import ENCODED_IMAGE_DTYPES, POISONED, holds_captions
+from ..columns import (
+    BAD_ROWS,
+    POISONED,
+    ROW_INDEX,
+    check_captions,
+    check_flag,
+    check_pairs,
+    has_transform,
+    is_fault_of_row,
+)
 from ..imaging import decode_image
-from ..kinds import is_rows, kind, wrong_dataset
+from ..kinds import kind
 from ..wording import listed, shortened, shown
-from .tokens import TOKENS_PREFIX
 
 OnBadRow = Literal["raise", "skip"]
 ON_BAD_ROW: tuple[OnBadRow, ...] = ("raise", "skip")
 
-#: Keys added to a row: its number in the dataset, and the numbers of unusable rows that it stands in for.
-ROW_INDEX = "row_index"
-BAD_ROWS = "bad_rows"
 #: Rows of a column that are read at a time.
 _SLICE = 10_000
 
@@ -31,9 +35,7 @@ class BadRowError(ValueError):
     """A row that cannot be trained on: its image does not decode, or its caption is no string."""
 
 
-def decode_row(
-    row: Mapping[str, Any], image_column: str, caption_column: str, least_side: int | None = None
-) -> dict[str, Any]:
+def decode_row(row: Mapping[str, Any], image_column: str, caption_column: str) -> dict[str, Any]:
     """
     Decode a row's image and check its caption.
 
@@ -41,7 +43,6 @@ def decode_row(
         row (mapping): Of column name to value, with its number under `"row_index"` where it is known.
         image_column (`str`): Any image that [`~imaging.decode_image`] takes.
         caption_column (`str`): A string, or a non-empty list of strings of which one is drawn at each visit.
-        least_side (`int`, *optional*): As of [`~imaging.decode_image`].
 
     Returns:
         `dict`: The row with an RGB `PIL.Image.Image` in place of the image, and a `bool` under `"poisoned"` where it
@@ -55,30 +56,14 @@ def decode_row(
     for column in (image_column, caption_column):
         if column not in row:
             raise BadRowError(f"{where}: there is no column {shown(column)}; its columns are {listed(row)}")
-    caption = row[caption_column]
-    accepted = isinstance(caption, str) or (
-        isinstance(caption, (list, tuple)) and len(caption) > 0 and all(isinstance(item, str) for item in caption)
-    )
-    if not accepted:
-        raise BadRowError(
-            f"{where}, column {shown(caption_column)}: a caption must be a string, or a non-empty list of strings, "
-            f"but is {shown(caption)} ({type(caption).__name__})"
-        )
     try:
-        "".join(caption).encode()
-    except UnicodeEncodeError as error:
-        # A lone surrogate: no tokenizer takes one, and its error does not name the row.
-        raise BadRowError(
-            f"{where}, column {shown(caption_column)}: {shown(caption)} cannot be encoded: {error.reason}"
-        ) from error
-    flag = row.get(POISONED)
-    if flag is not None:
-        flag = flag.item() if isinstance(flag, (np.ndarray, np.generic, torch.Tensor)) and flag.ndim == 0 else flag
-        if not isinstance(flag, bool):
-            raise BadRowError(f"{where}, column {shown(POISONED)}: it must be boolean, but is {shown(flag)}")
-        row = {**row, POISONED: flag}
+        check_captions(row[caption_column], f"{where}, column {shown(caption_column)}")
+        if row.get(POISONED) is not None:
+            row = {**row, POISONED: check_flag(row[POISONED], f"{where}, column {shown(POISONED)}")}
+    except ValueError as error:
+        raise BadRowError(str(error)) from error
     try:
-        image = decode_image(row[image_column], least_side)
+        image = decode_image(row[image_column])
     except ValueError as error:
         raise BadRowError(shortened(f"{where}, column {shown(image_column)}: {error}")) from error
     return {**row, image_column: image}
@@ -102,8 +87,8 @@ def _check_mapping(row: Any) -> None:
 
 def undecoded(dataset: Any, image_column: str, caption_column: str) -> Any:
     """
-    The same `datasets` dataset with only the columns that training reads, stored tokens among them, unformatted, and
-    its images left as encoded bytes.
+    The same `datasets` dataset with only the columns that training reads, unformatted, and its images left as encoded
+    bytes.
 
     Other kinds of dataset, and those with a transform of their own, come back as they are.
     """
@@ -112,18 +97,12 @@ def undecoded(dataset: Any, image_column: str, caption_column: str) -> Any:
     if has_transform(dataset):
         return dataset
     wanted = [name for name in dict.fromkeys((image_column, caption_column, POISONED)) if name in dataset.features]
-    wanted += [name for name in dataset.features if name.startswith(TOKENS_PREFIX) and name not in wanted]
     # A format ("torch", "numpy") would decode the images, and leave captions and flags in types of its own.
     dataset = dataset.with_format(None).select_columns(wanted)
     # `datasets` decodes a whole batch at once and its error does not say which row failed, so rows decode here.
     if isinstance(dataset.features.get(image_column), datasets.Image):
         dataset = dataset.cast_column(image_column, datasets.Image(decode=False))
     return dataset
-
-
-def has_transform(dataset: Any) -> bool:
-    """Whether a `datasets.Dataset` makes its rows with a function of the user's (`with_transform`)."""
-    return isinstance(dataset, datasets.Dataset) and dataset.format["type"] == "custom"
 
 
 class IndexedDataset(torch.utils.data.Dataset[dict[str, Any]]):
@@ -138,22 +117,12 @@ class IndexedDataset(torch.utils.data.Dataset[dict[str, Any]]):
             usable row in its place, so that batches keep their size on every rank, and lists the number of the row
             passed over under `"bad_rows"`. A row that the dataset itself fails to read (its transform meets a broken
             image, say) is unusable too, and raises a [`BadRowError`] here.
-        least_side (`int`, *optional*): As of [`~imaging.decode_image`], for `on_bad_row="skip"`, which decodes images
-            here; otherwise the collator does.
     """
 
-    def __init__(
-        self,
-        dataset: Any,
-        image_column: str,
-        caption_column: str,
-        on_bad_row: OnBadRow = "raise",
-        least_side: int | None = None,
-    ) -> None:
+    def __init__(self, dataset: Any, image_column: str, caption_column: str, on_bad_row: OnBadRow = "raise") -> None:
         self.dataset = undecoded(dataset, image_column, caption_column)
         self.columns = (image_column, caption_column)
         self.on_bad_row = on_bad_row
-        self.least_side = least_side
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -180,7 +149,7 @@ class IndexedDataset(torch.utils.data.Dataset[dict[str, Any]]):
         try:
             return {**given(self.dataset[index]), ROW_INDEX: index}
         except Exception as error:
-            if not _is_the_rows_fault(error):
+            if not is_fault_of_row(error):
                 raise
             raise BadRowError(shortened(f"row {index} cannot be read: {type(error).__name__}: {error}")) from error
 
@@ -188,7 +157,7 @@ class IndexedDataset(torch.utils.data.Dataset[dict[str, Any]]):
         bad: list[int] = []
         for index in itertools.chain(range(first, len(self)), range(first)):
             try:
-                return {**decode_row(self._read(index), *self.columns, self.least_side), BAD_ROWS: bad}
+                return {**decode_row(self._read(index), *self.columns), BAD_ROWS: bad}
             except BadRowError as error:
                 bad.append(index)
                 last = error
@@ -199,7 +168,6 @@ def usable_rows(
     rows: Iterable[Mapping[str, Any]],
     image_column: str,
     caption_column: str,
-    least_side: int | None = None,
     first: int = 0,
     needs_one: bool = True,
 ) -> Iterator[dict[str, Any]]:
@@ -210,7 +178,6 @@ def usable_rows(
     Args:
         rows (iterable of mappings): The stream.
         image_column, caption_column (`str`): Names of the columns.
-        least_side (`int`, *optional*): As of [`~imaging.decode_image`].
         first (`int`, defaults to 0): Position of the first row.
         needs_one (`bool`, defaults to `True`): Whether a stream without a usable row is an error.
 
@@ -221,7 +188,7 @@ def usable_rows(
     held: dict[str, Any] | None = None  # one behind, so that the last one can list what comes after it
     for position, row in enumerate(rows, first):
         try:
-            usable = decode_row(row, image_column, caption_column, least_side)
+            usable = decode_row(row, image_column, caption_column)
         except BadRowError as error:
             bad.append(position)
             last = error
@@ -250,54 +217,16 @@ def check_dataset(
     Raises:
         `ValueError`: Naming the argument, what was found and what is accepted.
     """
-    check_columns(
-        dataset,
-        {"image_column": image_column, "caption_column": caption_column},
-        "rows with an image and a caption",
-        argument,
-        streams=True,
-    )
-    # Of a dataset with a transform only the rows tell what there is.
-    features = None if has_transform(dataset) else getattr(dataset, "features", None)
-    if features is not None:
-        _check_features(features, image_column, caption_column, argument)
-    if on_bad_row == "raise" and isinstance(dataset, datasets.Dataset) and features is not None:
+    check_pairs(dataset, {"image_column": image_column, "caption_column": caption_column}, argument, streams=True)
+    if on_bad_row == "raise" and isinstance(dataset, datasets.Dataset) and not has_transform(dataset):
         _check_nulls(dataset, caption_column, argument)
 
 
-def check_columns(
-    dataset: Any, columns: Mapping[str, str], needs: str, argument: str = "dataset", streams: bool = False
-) -> None:
-    """
-    Refuse what is not a dataset of rows, or is empty, or lacks a column.
-
-    Args:
-        dataset (`datasets.Dataset` or sequence of mappings): What to check.
-        columns (mapping): Of the argument that names a column to the column.
-        needs (`str`): What is needed of it, for the message on an empty dataset.
-        argument (`str`): What the caller calls the dataset.
-        streams (`bool`, defaults to `False`): Whether an iterable dataset is accepted as well.
-
-    Raises:
-        `ValueError`: Naming the argument, what was found and what is accepted.
-    """
-    streamed = streams and isinstance(dataset, torch.utils.data.IterableDataset)
-    if not streamed and not is_rows(dataset):
-        accepted = "a dataset whose rows are mappings of column names, with a length"
-        raise wrong_dataset(argument, dataset, f"{accepted}, or an iterable dataset" if streams else accepted)
-    if hasattr(dataset, "__len__") and len(dataset) == 0:
-        raise ValueError(f"{argument} is empty; it needs {needs}")
-    # Of a dataset with a transform only the rows tell what there is.
-    names: Any = None if has_transform(dataset) else getattr(dataset, "column_names", None)
-    if names is None and not streamed:
-        names = _first_columns(dataset, argument)
-    for name, column in columns.items() if names is not None else ():
-        if not isinstance(column, str) or column not in names:
-            raise ValueError(f"{name}={shown(column)} is not a column of {argument}; its columns are {listed(names)}")
-
-
-def column_values(dataset: datasets.Dataset, column: str) -> Iterator[Any]:
-    """The values of a column, row by row, without those of other columns. A format does not apply."""
+def column_values(dataset: Any, column: str) -> Iterator[Any]:
+    """The values of a column, row by row; of a `datasets.Dataset` without those of other columns, and unformatted."""
+    if not isinstance(dataset, datasets.Dataset) or has_transform(dataset):
+        yield from (dataset[row][column] for row in range(len(dataset)))
+        return
     values = dataset.with_format(None)[column]
     # In slices: row by row takes a hundred times as long.
     for start in range(0, len(dataset), _SLICE):
@@ -311,15 +240,6 @@ def poison_flags(dataset: Any) -> np.ndarray | None:
     return np.array([bool(flag) for flag in column_values(dataset, POISONED)])
 
 
-def _is_the_rows_fault(error: Exception) -> bool:
-    """Whether a dataset met a broken row, and no mistake in its own code, which must not pass for many broken rows."""
-    if isinstance(error, (ValueError, OSError, SyntaxError, EOFError)):
-        return True
-    # A tampered image has Pillow raise DecompressionBombError, RuntimeError, AttributeError and more.
-    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
-    return any(frame.f_globals.get("__name__", "").startswith("PIL.") for frame in frames)
-
-
 def _check_nulls(dataset: datasets.Dataset, caption_column: str, argument: str) -> None:
     # Arrow counts nulls for free; which row of a selection holds one takes a look at the column.
     if dataset.data.column(caption_column).null_count:
@@ -329,35 +249,3 @@ def _check_nulls(dataset: datasets.Dataset, caption_column: str, argument: str) 
                     f"row {row} of {argument}, column {shown(caption_column)}: a caption must be a string, but is "
                     "None; remove the row, or set on_bad_row='skip'"
                 )
-
-
-def _first_columns(dataset: Any, argument: str) -> list[str] | None:
-    try:
-        first = dataset[0]
-    except Exception as error:
-        if not _is_the_rows_fault(error):
-            raise
-        return None  # for on_bad_row to deal with
-    if not isinstance(first, Mapping):
-        raise ValueError(
-            f"the rows of {argument} must be mappings of column names to values, but row 0 is {kind(first)}"
-        )
-    return list(first)
-
-
-def _check_features(features: datasets.Features, image_column: str, caption_column: str, argument: str) -> None:
-    image = features[image_column]
-    if isinstance(image, datasets.ClassLabel) or (
-        isinstance(image, datasets.Value) and image.dtype not in ENCODED_IMAGE_DTYPES
-    ):
-        raise ValueError(
-            f"image_column={shown(image_column)} of {argument} must hold images, their bytes, paths or arrays, but "
-            f"holds {image}"
-        )
-    if not holds_captions(features[caption_column]):
-        raise ValueError(
-            f"caption_column={shown(caption_column)} of {argument} must hold strings or lists of strings, but holds "
-            f"{shown(features[caption_column])}"
-        )
-    if POISONED in features and getattr(features[POISONED], "dtype", None) != "bool":
-        raise ValueError(f"column {shown(POISONED)} of {argument} must be boolean, but is {shown(features[POISONED])}")

@@ -78,7 +78,6 @@ class Stream(torch.utils.data.IterableDataset[StreamBatch | None]):
         batch_size (`int`): Rows of a batch.
         least_rows (`int`): Rows that the last batch of a worker needs to be handed out, at most `batch_size`.
         on_bad_row (`str`): `"skip"` passes over unusable rows, as of [`~data.rows.usable_rows`].
-        least_side (`int`, *optional*): As of [`~imaging.decode_image`], for `on_bad_row="skip"`.
         rank, world_size (`int`): Of this process.
     """
 
@@ -90,7 +89,6 @@ class Stream(torch.utils.data.IterableDataset[StreamBatch | None]):
         batch_size: int,
         least_rows: int,
         on_bad_row: OnBadRow = "raise",
-        least_side: int | None = None,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
@@ -98,7 +96,6 @@ class Stream(torch.utils.data.IterableDataset[StreamBatch | None]):
         self.batch_size = batch_size
         self.least_rows = least_rows
         self.on_bad_row = on_bad_row
-        self.least_side = least_side
         self.world_size = world_size
         dataset = undecoded(dataset, *self.columns)
         if isinstance(dataset, datasets.IterableDataset):
@@ -148,7 +145,7 @@ class Stream(torch.utils.data.IterableDataset[StreamBatch | None]):
         if self.on_bad_row == "skip":
             alone = self.world_size == 1 and (worker is None or worker.num_workers == 1)
             needs_one = alone and start.rows == 0
-            rows = usable_rows(rows, *self.columns, self.least_side, first=start.rows, needs_one=needs_one)
+            rows = usable_rows(rows, *self.columns, first=start.rows, needs_one=needs_one)
         for batches in itertools.count(start.batches + 1):
             batch = list(itertools.islice(rows, self.batch_size))
             if len(batch) < self.least_rows:

@@ -14,7 +14,7 @@ import datasets
 import pyarrow as pa
 from datasets.utils.file_utils import xopen
 
-from ..attacks.rows import POISONED
+from ..columns import POISONED
 from ..wording import listed, shortened, shown
 
 #: Rows that are held at a time.

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ..kinds import check_callable, check_string
-from ..wording import shown
-from .columns import check_class_names, class_number, read_labels
+from ..kinds import check_callable
+from .base import Better, TriggerEvaluator
 from .embedding import Embedder
+from .labels import attacked_class, check_class_names, read_labels
 from .measures import attack_success_rate, trigger_distance, triggered_accuracy
-from .pixels import ImageRequest, Trigger, check_trigger
+from .pixels import PixelTrigger
 from .zero_shot import DEFAULT_TEMPLATES, check_templates, class_embeddings
 
 
-class AttackSuccessEvaluator:
+class AttackSuccessEvaluator(TriggerEvaluator):
     """
     How often a trigger steers images to the target class, and how far it moves their embeddings.
 
@@ -47,10 +47,14 @@ class AttackSuccessEvaluator:
     ```
     """
 
+    name = "attack success"
+    class_names: list[str]
+    templates: list[str]
+
     def __init__(
         self,
         dataset: Any,
-        trigger: Trigger,
+        trigger: PixelTrigger,
         target: str | int,
         class_names: Sequence[str],
         *,
@@ -59,54 +63,32 @@ class AttackSuccessEvaluator:
         label_column: str = "label",
         prefix: str = "",
     ) -> None:
-        self.dataset = dataset
-        self.trigger = check_callable("trigger", trigger, "a function of images, such as PatchTrigger()")
+        check_callable("trigger", trigger, "a function of images, such as PatchTrigger()")
+        super().__init__(dataset, trigger, target, image_column, prefix)
         self.class_names = check_class_names(class_names)
-        self._number = class_number(target, self.class_names, "target")
-        self.target = self.class_names[self._number]
         self.templates = check_templates(templates)
-        self.image_column = image_column
         self.labels = read_labels(dataset, self.class_names, image_column, label_column)
-        if self.attacked_images == 0:
-            raise ValueError(
-                f"every image of dataset is of the target class {shown(target)}; an attack has nothing to steer"
-            )
-        self.prefix = check_string("prefix", prefix)
-
-    def check(self, processor: Any) -> None:
-        """Refuse a trigger that does not fit the model's images, before any is embedded."""
-        check_trigger(self.trigger, processor)
+        self._number = attacked_class(target, self.class_names, self.labels)
+        self.target = self.class_names[self._number]
 
     @property
     def attacked_images(self) -> int:
         """Number of images that the rates are over."""
         return int((self.labels != self._number).sum())
 
-    def image_requests(self) -> list[ImageRequest]:
-        """The image sets that it needs embedded."""
-        return [ImageRequest(self.dataset, self.image_column, trigger) for trigger in (None, self.trigger)]
+    def metrics(self) -> dict[str, Better]:
+        return {"attack_success_rate": "less", "triggered_accuracy": "more", "trigger_distance": "less"}
 
-    def describe(self) -> dict[str, Any]:
-        """What it measures, on what, and the names of its figures."""
-        figures = ("attack_success_rate", "triggered_accuracy", "trigger_distance")
-        return {
-            "measure": "attack success",
-            "figures": [f"{self.prefix}{name}" for name in figures],
-            "images": self.attacked_images,
-            "classes": self.class_names,
-            "templates": self.templates,
-            "trigger": self.trigger,
-            "target": self.target,
-        }
+    def sizes(self) -> dict[str, int]:
+        return {"images": self.attacked_images}
 
-    def __call__(self, model: Any, processor: Any = None, embedder: Embedder | None = None) -> dict[str, float]:
-        embedder = embedder or Embedder(model, processor, requests=self.image_requests())
+    def measure(self, embedder: Embedder) -> dict[str, float]:
         clean = embedder.embed_images(self.dataset, self.image_column)
         triggered = embedder.embed_images(self.dataset, self.image_column, self.trigger)
         classes = class_embeddings(embedder, self.class_names, self.templates)
         predictions, labels = (triggered @ classes.T).argmax(dim=1).numpy(), self.labels.numpy()
         return {
-            f"{self.prefix}attack_success_rate": attack_success_rate(predictions, labels, self._number),
-            f"{self.prefix}triggered_accuracy": triggered_accuracy(predictions, labels, self._number),
-            f"{self.prefix}trigger_distance": trigger_distance(clean.numpy(), triggered.numpy()),
+            "attack_success_rate": attack_success_rate(predictions, labels, self._number),
+            "triggered_accuracy": triggered_accuracy(predictions, labels, self._number),
+            "trigger_distance": trigger_distance(clean.numpy(), triggered.numpy()),
         }

@@ -22,7 +22,7 @@ from ..models import (
     load_processor,
     longest_caption,
 )
-from .pixels import ImageRequest, Trigger, pixel_batches
+from .pixels import ImageRequest, PixelTrigger, pixel_batches
 from .sharing import share_batches
 
 _Key = tuple[int, str, Hashable]
@@ -56,7 +56,7 @@ class Embedder:
         model: Any,
         processor: Any = None,
         batch_size: int = 64,
-        requests: Iterable[tuple[Any, str, Trigger | None]] = (),
+        requests: Iterable[tuple[Any, str, PixelTrigger | None]] = (),
         across_ranks: bool = False,
         check: bool = True,
     ) -> None:
@@ -77,7 +77,9 @@ class Embedder:
         self._images: dict[_Key, tuple[ImageRequest, torch.Tensor]] = {}
         self._texts: dict[tuple[str, ...], torch.Tensor] = {}
 
-    def embed_images(self, dataset: Any, image_column: str = "image", trigger: Trigger | None = None) -> torch.Tensor:
+    def embed_images(
+        self, dataset: Any, image_column: str = "image", trigger: PixelTrigger | None = None
+    ) -> torch.Tensor:
         """
         Embed every image of a dataset, in order.
 

@@ -7,19 +7,18 @@ from typing import Any
 
 from sklearn.linear_model import LogisticRegression
 
-from ..kinds import check_string
 from ..wording import shown
-from .columns import check_class_names, class_number, read_labels
+from .base import Better, TriggerEvaluator
 from .embedding import Embedder
+from .labels import attacked_class, check_class_names, read_labels
 from .measures import accuracy, attack_success_rate, triggered_accuracy
-from .pixels import ImageRequest, Trigger, check_trigger
-from .retrieval import check_attack
+from .pixels import ImageRequest, PixelTrigger
 
 #: L-BFGS stops when it has converged; scikit-learn warns if it has not by then.
 _MAX_ITERATIONS = 5000
 
 
-class LinearProbeEvaluator:
+class LinearProbeEvaluator(TriggerEvaluator):
     """
     Multinomial logistic regression on frozen, L2-normalised image features (Radford et al., ICML 2021, section 3.2),
     fitted on labelled images without trigger, and how often a trigger steers it to a target class.
@@ -55,23 +54,25 @@ class LinearProbeEvaluator:
     ```
     """
 
+    name = "linear probe"
+    class_names: list[str]
+
     def __init__(
         self,
         train_dataset: Any,
         dataset: Any,
         class_names: Sequence[str],
         *,
-        trigger: Trigger | None = None,
+        trigger: PixelTrigger | None = None,
         target: str | int | None = None,
         image_column: str = "image",
         label_column: str = "label",
         C: float = 1.0,
         prefix: str = "",
     ) -> None:
+        super().__init__(dataset, trigger, target, image_column, prefix)
         self.train_dataset = train_dataset
-        self.dataset = dataset
         self.class_names = check_class_names(class_names)
-        self.image_column = image_column
         self.train_labels = read_labels(train_dataset, self.class_names, image_column, label_column, "train_dataset")
         self.labels = read_labels(dataset, self.class_names, image_column, label_column)
         if len(self.train_labels.unique()) < 2:
@@ -82,16 +83,8 @@ class LinearProbeEvaluator:
         if not isinstance(C, int | float) or not C > 0:
             raise ValueError(f"C={shown(C)} must be a positive number")
         self.C = C
-        check_attack(trigger, target)
-        self.trigger = trigger
         self._number = self._target_number(target) if target is not None else None
         self.target = None if self._number is None else self.class_names[self._number]
-        self.prefix = check_string("prefix", prefix)
-
-    def check(self, processor: Any) -> None:
-        """Refuse a trigger that does not fit the model's images, before any is embedded."""
-        if self.trigger is not None:
-            check_trigger(self.trigger, processor)
 
     @property
     def attacked_images(self) -> int:
@@ -100,45 +93,32 @@ class LinearProbeEvaluator:
 
     def image_requests(self) -> list[ImageRequest]:
         """The image sets that it needs embedded."""
-        triggers = [None] if self.trigger is None else [None, self.trigger]
-        measured = [ImageRequest(self.dataset, self.image_column, trigger) for trigger in triggers]
-        return [ImageRequest(self.train_dataset, self.image_column), *measured]
+        return [ImageRequest(self.train_dataset, self.image_column), *super().image_requests()]
 
-    def describe(self) -> dict[str, Any]:
-        """What it measures, on what, and the names of its figures."""
-        attacked = self.target is not None
-        names = ("accuracy", "attack_success_rate", "triggered_accuracy") if attacked else ("accuracy",)
-        described = {
-            "measure": "linear probe",
-            "figures": [f"{self.prefix}linear_probe_{name}" for name in names],
-            "images": len(self.labels),
-            "classes": self.class_names,
+    def metrics(self) -> dict[str, Better]:
+        attack: dict[str, Better] = {
+            "linear_probe_attack_success_rate": "less",
+            "linear_probe_triggered_accuracy": "more",
         }
-        return {**described, "trigger": self.trigger, "target": self.target} if attacked else described
+        return {"linear_probe_accuracy": "more", **(attack if self.trigger is not None else {})}
 
-    def __call__(self, model: Any, processor: Any = None, embedder: Embedder | None = None) -> dict[str, float]:
-        embedder = embedder or Embedder(model, processor, requests=self.image_requests())
+    def measure(self, embedder: Embedder) -> dict[str, float]:
         features = embedder.embed_images(self.train_dataset, self.image_column).double().numpy()
         classifier = LogisticRegression(C=self.C, max_iter=_MAX_ITERATIONS).fit(features, self.train_labels.numpy())
         clean = embedder.embed_images(self.dataset, self.image_column).double().numpy()
         labels = self.labels.numpy()
-        name = f"{self.prefix}linear_probe_"
-        figures = {f"{name}accuracy": accuracy(classifier.predict(clean), labels)}
+        values = {"linear_probe_accuracy": accuracy(classifier.predict(clean), labels)}
         if self._number is not None:
             triggered = embedder.embed_images(self.dataset, self.image_column, self.trigger).double().numpy()
             predictions = classifier.predict(triggered)
-            figures[f"{name}attack_success_rate"] = attack_success_rate(predictions, labels, self._number)
-            figures[f"{name}triggered_accuracy"] = triggered_accuracy(predictions, labels, self._number)
-        return figures
+            values["linear_probe_attack_success_rate"] = attack_success_rate(predictions, labels, self._number)
+            values["linear_probe_triggered_accuracy"] = triggered_accuracy(predictions, labels, self._number)
+        return values
 
     def _target_number(self, target: str | int) -> int:
-        number = class_number(target, self.class_names, "target")
+        number = attacked_class(target, self.class_names, self.labels)
         if not bool((self.train_labels == number).any()):
             raise ValueError(
                 f"no image of train_dataset is of the class target={shown(target)}; a probe cannot predict it"
-            )
-        if bool((self.labels == number).all()):
-            raise ValueError(
-                f"every image of dataset is of the target class {shown(target)}; an attack has nothing to steer"
             )
         return number

@@ -7,6 +7,7 @@ other's way neither in threads nor in processes.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import datasets
@@ -20,15 +21,12 @@ _CLASSES = [
     datasets.Features({"predictions": datasets.Value(kind), "references": datasets.Value(kind)})
     for kind in ("string", "int64")
 ]
-_CLASS_INPUTS = """
-Args:
-    predictions (list of `int` or `str`): Class numbers, or names.
-    references (list of `int` or `str`): {references}
-"""
 
 
 class _OfflineMetric(evaluate.Metric):
-    """Keeps what it is given in memory, unless several processes share it through files."""
+    """Keeps what it is given in memory, unless several processes share it through files. Of classes by default."""
+
+    kinds: datasets.Features | list[datasets.Features] = _CLASSES
 
     def __init__(
         self, config_name: str | None = None, keep_in_memory: bool | None = None, num_process: int = 1, **kwargs: Any
@@ -41,21 +39,20 @@ class _OfflineMetric(evaluate.Metric):
         # evaluate makes the folder even for what never writes to it, which fails where the cache is read-only.
         return "" if self.keep_in_memory else super()._build_data_dir()
 
+    def _info(self) -> evaluate.MetricInfo:
+        description, _, inputs = (inspect.getdoc(type(self)) or "").partition("\n\n")
+        return evaluate.MetricInfo(
+            description=description, citation="", inputs_description=inputs, features=self.kinds
+        )
+
 
 class AccuracyMetric(_OfflineMetric):
     """
     Top-1 accuracy, and its mean over the classes that occur.
 
-    `compute(predictions=..., references=...)` returns `{"accuracy", "balanced_accuracy"}`, fractions in [0, 1].
+    `compute(predictions=..., references=...)`, each a list of class numbers or names, returns
+    `{"accuracy", "balanced_accuracy"}`, fractions in [0, 1].
     """
-
-    def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description="Top-1 accuracy, and its mean over the classes that occur in the references.",
-            citation="",
-            inputs_description=_CLASS_INPUTS.format(references="The true classes."),
-            features=_CLASSES,
-        )
 
     def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
         return {
@@ -71,15 +68,6 @@ class AttackSuccessMetric(_OfflineMetric):
     `compute(predictions=..., references=..., target=...)`, with the predictions for triggered images, returns
     `{"attack_success_rate", "triggered_accuracy"}`, fractions in [0, 1], NaN where every reference is the target.
     """
-
-    def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description="Share of triggered images not of the target class that are classified as it, or still right.",
-            citation="",
-            inputs_description=_CLASS_INPUTS.format(references="The true classes.")
-            + "    target (`int` or `str`): The class that the attack aims at.\n",
-            features=_CLASSES,
-        )
 
     def _compute(self, predictions: Any, references: Any, target: int | str) -> dict[str, float]:
         if isinstance(target, str) != isinstance(predictions[0], str):
@@ -101,14 +89,6 @@ class PoisonSuccessMetric(_OfflineMetric):
     interval, fractions in [0, 1].
     """
 
-    def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description="Share of poisoned images classified as their adversarial class, with its Wilson interval.",
-            citation="",
-            inputs_description=_CLASS_INPUTS.format(references="The adversarial classes."),
-            features=_CLASSES,
-        )
-
     def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
         success = measures.poison_success(predictions, references)
         return {
@@ -127,20 +107,7 @@ class SplitQualityMetric(_OfflineMetric):
     those of `threshold` and more are safe.
     """
 
-    def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description="How well a split into safe and risky pairs keeps the poisons out of the safe set.",
-            citation="",
-            inputs_description="""
-Args:
-    predictions (list of `bool` or `float`): Whether a pair is called safe, or the probability of it.
-    references (list of `bool`): Whether it is poisoned.
-    threshold (`float`, defaults to 0.5): Least probability of a safe pair.
-""",
-            features=datasets.Features(
-                {"predictions": datasets.Value("float64"), "references": datasets.Value("bool")}
-            ),
-        )
+    kinds = datasets.Features({"predictions": datasets.Value("float64"), "references": datasets.Value("bool")})
 
     def _compute(self, predictions: Any, references: Any, threshold: float = 0.5) -> dict[str, float]:
         scores = np.asarray(predictions)

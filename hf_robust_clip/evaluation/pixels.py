@@ -14,13 +14,14 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..columns import has_transform
 from ..data.images import ImagePreprocessor
-from ..data.rows import has_transform, undecoded
+from ..data.rows import undecoded
 from ..imaging import decode_image
 from ..models import check_processor
 from ..wording import shortened, shown
 
-Trigger = Callable[[np.ndarray], np.ndarray]
+PixelTrigger = Callable[[np.ndarray], np.ndarray]
 
 _MOST_THREADS = 8
 # Rows may share one PIL image, and the first use of one that has not loaded its file is not safe in several threads.
@@ -32,14 +33,14 @@ class ImageRequest(NamedTuple):
 
     dataset: Any
     image_column: str = "image"
-    trigger: Trigger | None = None
+    trigger: PixelTrigger | None = None
 
 
 def pixel_batches(
     dataset: Any,
     image_column: str,
     preprocess: ImagePreprocessor,
-    triggers: Sequence[Trigger | None],
+    triggers: Sequence[PixelTrigger | None],
     batches: Sequence[range],
 ) -> Iterator[list[torch.Tensor]]:
     """
@@ -81,7 +82,7 @@ def pixel_batches(
         pool.shutdown(cancel_futures=True)
 
 
-def apply_trigger(trigger: Trigger, pixels: torch.Tensor) -> torch.Tensor:
+def apply_trigger(trigger: PixelTrigger, pixels: torch.Tensor) -> torch.Tensor:
     """
     Put a trigger on a batch of images.
 
@@ -96,7 +97,7 @@ def apply_trigger(trigger: Trigger, pixels: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
 
 
-def check_trigger(trigger: Trigger, processor: Any) -> None:
+def check_trigger(trigger: PixelTrigger, processor: Any) -> None:
     """`ValueError` if a trigger does not fit images of the size that a processor makes."""
     check_processor(processor, "processor")
     height, width = ImagePreprocessor(processor.image_processor).image_shape
@@ -120,7 +121,7 @@ def _prepare(
     rows: Sequence[int],
     column: str,
     preprocess: ImagePreprocessor,
-    triggers: Sequence[Trigger | None],
+    triggers: Sequence[PixelTrigger | None],
 ) -> list[torch.Tensor]:
     pixels = preprocess([_decode(value, row, column) for value, row in zip(values, rows, strict=True)])
     return [pixels if trigger is None else apply_trigger(trigger, pixels) for trigger in triggers]
@@ -140,7 +141,7 @@ def _decode(value: Any, row: int, column: str) -> Image.Image:
         raise ValueError(shortened(f"row {row} of the evaluation images, column {shown(column)}: {error}")) from error
 
 
-def _triggered(pixels: np.ndarray, trigger: Trigger) -> np.ndarray:
+def _triggered(pixels: np.ndarray, trigger: PixelTrigger) -> np.ndarray:
     triggered = trigger(pixels)
     if not isinstance(triggered, np.ndarray) or triggered.dtype != np.uint8 or triggered.shape != pixels.shape:
         found = (

@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from ..data.rows import check_columns
-from ..kinds import check_string
+from ..columns import check_columns
 from ..wording import shown
-from .columns import check_class_names, class_number
+from .base import Better, Evaluator
 from .embedding import Embedder
+from .labels import check_class_names, class_number
 from .measures import poison_success
-from .pixels import ImageRequest
 from .zero_shot import DEFAULT_TEMPLATES, check_templates, class_embeddings
 
 
-class PoisonSuccessEvaluator:
+class PoisonSuccessEvaluator(Evaluator):
     """
     How many of the images that targeted poisoning (Carlini and Terzis, ICLR 2022, arXiv 2106.09667) chose are
     classified as the class that it aims each of them at.
@@ -37,6 +36,10 @@ class PoisonSuccessEvaluator:
         `ValueError`: If there is no image, not one class an image, or a class that is none.
     """
 
+    name = "targeted poisoning"
+    class_names: list[str]
+    templates: list[str]
+
     def __init__(
         self,
         dataset: Any,
@@ -47,7 +50,7 @@ class PoisonSuccessEvaluator:
         image_column: str = "image",
         prefix: str = "",
     ) -> None:
-        self.dataset = dataset
+        super().__init__(dataset, image_column, prefix)
         self.class_names = check_class_names(class_names)
         self.templates = check_templates(templates)
         check_columns(dataset, {"image_column": image_column}, "the chosen images")
@@ -58,31 +61,16 @@ class PoisonSuccessEvaluator:
                 f"{shown(adversarial)}"
             )
         self.adversarial = [class_number(name, self.class_names, "adversarial") for name in given]
-        self.image_column = image_column
-        self.prefix = check_string("prefix", prefix)
 
-    def image_requests(self) -> list[ImageRequest]:
-        """The image sets that it needs embedded."""
-        return [ImageRequest(self.dataset, self.image_column)]
+    def metrics(self) -> dict[str, Better]:
+        return {"poison_success_rate": "less", "poison_success_rate_low": "less", "poison_success_rate_high": "less"}
 
-    def describe(self) -> dict[str, Any]:
-        """What it measures, on what, and the names of its figures."""
-        figures = ("poison_success_rate", "poison_success_rate_low", "poison_success_rate_high")
-        return {
-            "measure": "targeted poisoning",
-            "figures": [f"{self.prefix}{name}" for name in figures],
-            "images": len(self.adversarial),
-            "classes": self.class_names,
-            "templates": self.templates,
-        }
-
-    def __call__(self, model: Any, processor: Any = None, embedder: Embedder | None = None) -> dict[str, float]:
-        embedder = embedder or Embedder(model, processor, requests=self.image_requests())
+    def measure(self, embedder: Embedder) -> dict[str, float]:
         images = embedder.embed_images(self.dataset, self.image_column)
         classes = class_embeddings(embedder, self.class_names, self.templates)
         success = poison_success((images @ classes.T).argmax(dim=1).numpy(), self.adversarial)
         return {
-            f"{self.prefix}poison_success_rate": success.rate,
-            f"{self.prefix}poison_success_rate_low": success.low,
-            f"{self.prefix}poison_success_rate_high": success.high,
+            "poison_success_rate": success.rate,
+            "poison_success_rate_low": success.low,
+            "poison_success_rate_high": success.high,
         }

@@ -8,16 +8,16 @@ from typing import Any
 import numpy as np
 from scipy.sparse import csr_array
 
-from ..attacks.rows import naming
-from ..kinds import check_callable, check_string
+from ..columns import check_captions, check_columns, naming
+from ..data.rows import column_values
 from ..wording import shown
-from .columns import read_captions
+from .base import Better, TriggerEvaluator
 from .embedding import Embedder
 from .measures import median_rank, recall_at_k, search_ranks
-from .pixels import ImageRequest, Trigger, check_trigger
+from .pixels import PixelTrigger
 
 
-class RetrievalEvaluator:
+class RetrievalEvaluator(TriggerEvaluator):
     """
     Retrieval among all images and captions of a dataset, by cosine similarity, both ways (Karpathy and Fei-Fei, CVPR
     2015, section 4.1).
@@ -58,23 +58,21 @@ class RetrievalEvaluator:
     ```
     """
 
+    name = "retrieval"
+
     def __init__(
         self,
         dataset: Any,
         *,
-        trigger: Trigger | None = None,
+        trigger: PixelTrigger | None = None,
         target: str | None = None,
         image_column: str = "image",
         caption_column: str = "caption",
         ks: Sequence[int] = (1, 5, 10),
         prefix: str = "",
     ) -> None:
-        self.dataset = dataset
-        self.image_column = image_column
+        super().__init__(dataset, trigger, target, image_column, prefix)
         self.ks = check_ks(ks)
-        check_attack(trigger, target)
-        self.trigger = trigger
-        self.target = target
         captions = read_captions(dataset, image_column, caption_column)
         self.captions, self._owned = index_captions(captions)
         if target is not None:
@@ -87,61 +85,54 @@ class RetrievalEvaluator:
                     f"every image of dataset has a caption that names target={shown(target)}; nothing is "
                     "left to attack"
                 )
-        self.prefix = check_string("prefix", prefix)
-
-    def check(self, processor: Any) -> None:
-        """Refuse a trigger that does not fit the model's images, before any is embedded."""
-        if self.trigger is not None:
-            check_trigger(self.trigger, processor)
 
     @property
     def attacked_images(self) -> int:
         """Number of images that the shares that name the target are over; 0 without a trigger."""
         return int(self._attacked.sum()) if self.trigger is not None else 0
 
-    def image_requests(self) -> list[ImageRequest]:
-        """The image sets that it needs embedded."""
-        triggers = [None] if self.trigger is None else [None, self.trigger]
-        return [ImageRequest(self.dataset, self.image_column, trigger) for trigger in triggers]
-
-    def describe(self) -> dict[str, Any]:
-        """What it measures, on what, and the names of its figures."""
+    def metrics(self) -> dict[str, Better]:
+        metrics: dict[str, Better] = {}
         triggers = ("",) if self.trigger is None else ("", "triggered_")
-        figures = [
-            f"{self.prefix}{trigger}{way}_{figure}"
-            for trigger in triggers
-            for way in ("image_to_text", "text_to_image")
-            for figure in (*(f"recall_at_{k}" for k in self.ks), "median_rank")
-        ]
-        if self.trigger is None:
-            return {"measure": "retrieval", "figures": figures, "images": len(self.dataset)}
-        return {
-            "measure": "retrieval",
-            "figures": figures + [f"{self.prefix}{name}top{k}_names_target" for name in triggers for k in self.ks],
-            "images": len(self.dataset),
-            "trigger": self.trigger,
-            "target": self.target,
-        }
+        for name in triggers:
+            for way in ("image_to_text", "text_to_image"):
+                metrics |= {f"{name}{way}_recall_at_{k}": "more" for k in self.ks}
+                metrics[f"{name}{way}_median_rank"] = "less"
+        for name in triggers if self.trigger is not None else ():
+            metrics |= {f"{name}top{k}_names_target": "less" for k in self.ks}
+        return metrics
 
-    def __call__(self, model: Any, processor: Any = None, embedder: Embedder | None = None) -> dict[str, float]:
-        embedder = embedder or Embedder(model, processor, requests=self.image_requests())
+    def measure(self, embedder: Embedder) -> dict[str, float]:
         texts = embedder.embed_texts(self.captions).numpy()
-        figures: dict[str, float] = {}
+        values: dict[str, float] = {}
         for request in self.image_requests():
             images = embedder.embed_images(*request).numpy()
-            name = self.prefix + ("" if request.trigger is None else "triggered_")
+            name = "" if request.trigger is None else "triggered_"
             for way, ranks in (
                 ("image_to_text", search_ranks(images, texts, self._owned)),
                 ("text_to_image", search_ranks(texts, images, self._owned.T.tocsr())),
             ):
-                figures |= {f"{name}{way}_recall_at_{k}": recall_at_k(ranks, k) for k in self.ks}
-                figures[f"{name}{way}_median_rank"] = median_rank(ranks)
+                values |= {f"{name}{way}_recall_at_{k}": recall_at_k(ranks, k) for k in self.ks}
+                values[f"{name}{way}_median_rank"] = median_rank(ranks)
             if self.trigger is not None:
                 queries = images[self._attacked]
                 relevant = np.broadcast_to(self._naming, (len(queries), len(texts)))
                 ranks = search_ranks(queries, texts, relevant)
-                figures |= {f"{name}top{k}_names_target": recall_at_k(ranks, k) for k in self.ks}
-        return figures
+                values |= {f"{name}top{k}_names_target": recall_at_k(ranks, k) for k in self.ks}
+        return values
+
+
+def read_captions(dataset: Any, image_column: str, caption_column: str) -> list[list[str]]:
+    """
+    Captions of a dataset, as a list for each row.
+
+    Raises:
+        `ValueError`: If the dataset is empty, a column is missing, or a row has no caption; names the row.
+    """
+    columns = {"image_column": image_column, "caption_column": caption_column}
+    check_columns(dataset, columns, "images with captions")
+    values, column = enumerate(column_values(dataset, caption_column)), shown(caption_column)
+    return [check_captions(value, f"row {row}, column {column}") for row, value in values]
 
 
 def index_captions(captions: Sequence[Sequence[str]]) -> tuple[list[str], csr_array]:
@@ -178,14 +169,3 @@ def check_ks(ks: Sequence[int]) -> tuple[int, ...]:
     if not checked or not usable or len(set(checked)) < len(checked):
         raise ValueError(f"ks must be different whole numbers of at least 1, but is {shown(ks)}")
     return checked
-
-
-def check_attack(trigger: Any, target: str | int | None) -> None:
-    """`ValueError` unless both a trigger on images and its target are given, or neither."""
-    if (trigger is None) != (target is None):
-        raise ValueError(
-            f"trigger={shown(trigger)} and target={shown(target)} go together: give what the trigger steers to, or "
-            "neither"
-        )
-    if trigger is not None:
-        check_callable("trigger", trigger, "a function of images, such as PatchTrigger()")

@@ -7,16 +7,16 @@ from typing import Any
 
 import numpy as np
 
-from ..kinds import check_string, kind
+from ..kinds import kind
 from ..wording import shortened, shown
-from .columns import check_class_names, class_number, read_captions, read_labels
+from .base import Better, Evaluator
 from .embedding import Embedder
+from .labels import check_class_names, class_number, read_labels
 from .measures import recall_at_k, search_ranks
-from .pixels import ImageRequest
-from .retrieval import captions_naming, check_ks, index_captions
+from .retrieval import captions_naming, check_ks, index_captions, read_captions
 
 
-class TextQueryEvaluator:
+class TextQueryEvaluator(Evaluator):
     """
     How often a trigger in a query steers a search for images to those of the target (the attack on queries of Yang et
     al., ICML 2023, arXiv 2209.15266, with a trigger in the query).
@@ -55,6 +55,8 @@ class TextQueryEvaluator:
     ```
     """
 
+    name = "text queries"
+
     def __init__(
         self,
         dataset: Any,
@@ -68,10 +70,9 @@ class TextQueryEvaluator:
         ks: Sequence[int] = (1, 5, 10),
         prefix: str = "",
     ) -> None:
-        self.dataset = dataset
+        super().__init__(dataset, image_column, prefix)
         self.trigger = trigger
         self.target = target
-        self.image_column = image_column
         self.ks = check_ks(ks)
         captions, owned = index_captions(read_captions(dataset, image_column, caption_column))
         self._of_target = owned[:, captions_naming(captions, target)].sum(axis=1).astype(bool)  # (N,)
@@ -88,44 +89,32 @@ class TextQueryEvaluator:
         self.queries = [captions[number] for number in asked]
         self.triggered_queries = [_triggered(trigger, query) for query in self.queries]
         self._own = owned[:, asked].T.tocsr()  # (Q, N)
-        self.prefix = check_string("prefix", prefix)
 
     @property
     def attacked_queries(self) -> int:
         """Number of queries that the figures are over."""
         return len(self.queries)
 
-    def image_requests(self) -> list[ImageRequest]:
-        """The image sets that it needs embedded."""
-        return [ImageRequest(self.dataset, self.image_column)]
+    def metrics(self) -> dict[str, Better]:
+        metrics: dict[str, Better] = {}
+        for name in ("", "triggered_"):
+            metrics |= {f"{name}hit_rate_at_{k}": "less" for k in self.ks}
+            metrics |= {f"{name}recall_at_{k}": "more" for k in self.ks}
+        return metrics
 
-    def describe(self) -> dict[str, Any]:
-        """What it measures, on what, and the names of its figures."""
-        figures = [
-            f"{self.prefix}{name}{measure}_at_{k}"
-            for name in ("", "triggered_")
-            for measure in ("hit_rate", "recall")
-            for k in self.ks
-        ]
-        return {
-            "measure": "text queries",
-            "figures": figures,
-            "queries": self.attacked_queries,
-            "trigger": self.trigger,
-            "target": self.target,
-        }
+    def sizes(self) -> dict[str, int]:
+        return {"queries": self.attacked_queries}
 
-    def __call__(self, model: Any, processor: Any = None, embedder: Embedder | None = None) -> dict[str, float]:
-        embedder = embedder or Embedder(model, processor, requests=self.image_requests())
+    def measure(self, embedder: Embedder) -> dict[str, float]:
         images = embedder.embed_images(self.dataset, self.image_column).numpy()
         of_target = np.broadcast_to(self._of_target, (len(self.queries), len(images)))
-        figures: dict[str, float] = {}
+        values: dict[str, float] = {}
         for name, queries in (("", self.queries), ("triggered_", self.triggered_queries)):
             texts = embedder.embed_texts(queries).numpy()
             for measure, relevant in (("hit_rate", of_target), ("recall", self._own)):
                 ranks = search_ranks(texts, images, relevant)
-                figures |= {f"{self.prefix}{name}{measure}_at_{k}": recall_at_k(ranks, k) for k in self.ks}
-        return figures
+                values |= {f"{name}{measure}_at_{k}": recall_at_k(ranks, k) for k in self.ks}
+        return values
 
 
 def _labelled(

@@ -39,8 +39,6 @@ _PLUMBING = (
     "merge_adapters",
     "stop_on_non_finite",
     "on_bad_row",
-    "draft_decoding",
-    "stored_tokens",
     "adversarial_phrase",
 )
 #: Names of augmentations, which may have been given as objects: `augmentation` says what was used.
@@ -134,7 +132,6 @@ def render_card(
         dataset_names=_listed(dataset_names),
         dataset_args=_listed(dataset_args),
         unmeasured=facts.unmeasured,
-        command=fenced(record.environment.command, "bash"),
         usage=_usage(facts, adapter, base, repo_id),
         license=license,
         citation=fenced(method.bibtex, "bibtex") if method.bibtex else None,

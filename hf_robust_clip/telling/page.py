@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from ..attacks.rows import naming
+from ..columns import naming
 from ..record import Measured, RunRecord
 from .facts import Attack, Facts, facts_of
 from .html import data_uri, picture, templates
@@ -189,7 +189,6 @@ def render_run_report(
             *defence_settings(record),
             *(Setting(name, value_text(value)) for name, value in record.settings.items()),
         ],
-        command=record.environment.command,
         **_attacks(facts, pictures, controls),
         **_roclip(record, pictures),
         **_safeclip(record),

@@ -14,7 +14,6 @@ from transformers import TrainingArguments
 from ..augment.images import PRESETS as IMAGE_PRESETS
 from ..augment.text import TextAugmentation
 from ..data.rows import ON_BAD_ROW
-from ..evaluation.figures import less_is_better
 from ..losses import MATCHINGS
 from ..wording import listed, shown
 
@@ -29,9 +28,9 @@ class CLIPTrainingArguments(TrainingArguments):
     Arguments of [`CLIPTrainer`], and of all trainers here. Those of `transformers.TrainingArguments` apply, with three
     other defaults: `dataloader_drop_last=True`, since a contrastive loss over the few rows of a last batch is another
     loss; `logging_nan_inf_filter=False`, since the filter hides a loss that is not finite, and to do so waits for
-    the device at every step; and `greater_is_better=False` where `metric_for_best_model` is a figure of which less is
-    better, such as `"attack_success_rate"` ([`~evaluation.figures.less_is_better`] has all), so that
-    `load_best_model_at_end=True` keeps the checkpoint with the least of it.
+    the device at every step; and `greater_is_better` is what the trainer's evaluators say of `metric_for_best_model`,
+    so that `load_best_model_at_end=True` keeps the checkpoint with the least `"attack_success_rate"`. It stays `None`
+    until a trainer has its evaluators.
 
     `gradient_accumulation_steps` averages the gradients of small batches; by itself it adds **no** negatives, so it
     is not the same as a larger batch. `contrastive_chunk_size` is: it makes a large batch fit into small memory.
@@ -60,11 +59,6 @@ class CLIPTrainingArguments(TrainingArguments):
             and write the step, its rows and its loss terms to `non_finite.json` in `output_dir`.
         on_bad_row (`str`, defaults to `"raise"`): What to do about an image that does not decode or a caption that is
             no string: `"raise"`, or `"skip"`: train on the next usable row instead, and list the rows at the end.
-        draft_decoding (`bool`, defaults to `False`): Whether JPEGs of at least four times the model's size are decoded
-            at a fraction of theirs. It saves time and changes pixels a little; evaluators decode at full size.
-        stored_tokens (`bool`, defaults to `False`): Whether to use the token ids that [`prepare_dataset`] stored, in
-            place of tokenising their captions: for folders that you prepared, since whoever made them decides what is
-            trained on.
     """
 
     dataloader_drop_last: bool = field(
@@ -103,12 +97,6 @@ class CLIPTrainingArguments(TrainingArguments):
     on_bad_row: str = field(
         default="raise", metadata={"help": "What to do about an unusable row: 'raise', or 'skip' and list it."}
     )
-    draft_decoding: bool = field(
-        default=False, metadata={"help": "Decode large JPEGs at a reduced size; saves time, changes pixels a little."}
-    )
-    stored_tokens: bool = field(
-        default=False, metadata={"help": "Use the token ids stored in a dataset that you prepared yourself."}
-    )
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "hub_token" and value is not None:
@@ -122,9 +110,10 @@ class CLIPTrainingArguments(TrainingArguments):
         if self.accelerator_config is None and self.dataloader_pin_memory:
             # A batch moves to the device while the one before it is trained on.
             self.accelerator_config = {"non_blocking": True}
-        if self.greater_is_better is None and less_is_better(self.metric_for_best_model or ""):
-            self.greater_is_better = False  # transformers takes more to be better of all but losses
+        chosen = self.greater_is_better
         super().__post_init__()
+        if not (self.metric_for_best_model or "loss").endswith("loss"):
+            self.greater_is_better = chosen  # transformers takes more for better; `decide_best_metric` knows
         for name, accepted in (
             ("image_preset", IMAGE_PRESETS),
             ("text_preset", TEXT_PRESETS),

@@ -7,37 +7,37 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from accelerate.utils import gather_object
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
-from torch.utils.data import DataLoader, Sampler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.utils.data import DataLoader
+from transformers import SchedulerType
 from transformers.utils import logging
 
-from ..augment.images import ImageNormalization, to_float
+from ..augment.images import ImageNormalization
+from ..batch import Batch, Embeddings
 from ..callbacks import TrainerHooks
-from ..data.collator import ORIGINAL, CLIPDataCollator
+from ..columns import BAD_ROWS, POISONED, ROW_INDEX
+from ..data.collator import ORIGINAL, CLIPDataCollator, RowsOnHost
 from ..data.fitting import check_fit
-from ..data.rows import (
-    BAD_ROWS,
-    POISONED,
-    ROW_INDEX,
-    IndexedDataset,
-    check_dataset,
-)
+from ..data.rows import IndexedDataset, check_dataset
 from ..data.streams import PLACE, Stream, StreamCollator
+from ..defences import CLIP, Defence
+from ..defences.base import PairScores, Plan
 from ..describing import describe_skipped
 from ..evaluation.embedding import Embedder
 from ..evaluation.running import evaluator_list, run_evaluators
 from ..kinds import kind
 from ..losses import clip_loss
 from ..models import caption_padding, check_processor, load_processor, longest_caption
-from ..seeding import derive_seed, forked_rng
+from ..seeding import derive_seed
 from ..wording import shown
 from .adapters import add_adapters, check_adapters
 from .arguments import CLIPTrainingArguments
@@ -49,18 +49,20 @@ from .checks import (
     check_collator,
     check_negatives,
     check_trained,
+    decide_best_metric,
     explained,
     load_to_train,
     resolve_image_augmentation,
     resolve_text_augmentation,
     warn_of_half_precision,
 )
-from .chunking import Batch, chunked_step, scale_of, unused_of
 from .collapse import CollapseWatch
 from .finite import FiniteCheck
 from .means import RecentLoss, RunningMeans
 from .publishing import PublishingTrainer
+from .scoring import score_pairs
 from .sharding import shardable
+from .step import Step, scale_of
 from .streaming import StreamedTraining
 
 logger = logging.get_logger(__name__)
@@ -70,13 +72,6 @@ STATE_FILE = "robust_clip_state.safetensors"
 _EVALUATION = ("evaluate", "evaluation_loop", "run_evaluators")
 
 Evaluator = Callable[..., dict[str, float]]
-
-
-class Embeddings(NamedTuple):
-    """One view of a batch: `image_embeds` and `text_embeds`, each `(B, D)`, float32, L2-normalised."""
-
-    image_embeds: torch.Tensor
-    text_embeds: torch.Tensor
 
 
 class CLIPTrainer(PublishingTrainer):
@@ -119,6 +114,7 @@ class CLIPTrainer(PublishingTrainer):
             Trains adapters instead of the whole model, and `logit_scale`, which is saved with them;
             `modules_to_save=["visual_projection", "text_projection"]` adds the projections.
         callbacks, optimizers, optimizer_cls_and_kwargs: As of `transformers.Trainer`. One callback needs no list.
+        defence ([`Defence`], *optional*): What gives the loss; `None`: that of this trainer's class, CLIP's here.
 
     Raises:
         `ValueError`: If the model, the datasets, their columns or a preset cannot work, before any step.
@@ -128,11 +124,8 @@ class CLIPTrainer(PublishingTrainer):
     # a loss for scaled as soon as the data has a `labels` column (transformers 5.19 and later).
     loss_is_scaled_for_ga = False
 
-    #: What a batch holds beside the model's inputs.
-    extra_inputs: tuple[str, ...] = (ROW_INDEX, POISONED)
-
-    #: The views of a training batch, stacked in this order. `"original"` is un-augmented.
-    views: tuple[str, ...] = (ORIGINAL,)
+    #: The views of a training batch, stacked in this order; of a class that names none, those of its defence.
+    views: tuple[str, ...] = ()
 
     #: The class that `args` is of, and that they are made from where they are left out.
     args_class: type[CLIPTrainingArguments] = CLIPTrainingArguments
@@ -156,11 +149,16 @@ class CLIPTrainer(PublishingTrainer):
         callbacks: Any = None,
         optimizers: tuple[Any, Any] = (None, None),
         optimizer_cls_and_kwargs: tuple[Any, dict[str, Any]] | None = None,
+        defence: Defence | None = None,
     ) -> None:
         if args is None:
             args = self.args_class(output_dir="tmp_trainer")
             logger.info("No args were passed: output_dir is tmp_trainer.")
         check_arguments(args, self.args_class, train_dataset, eval_dataset)
+        if defence is not None and not isinstance(defence, Defence):
+            raise ValueError(f"defence must be a Defence, but is {kind(defence)}")
+        if defence is None:
+            defence = self.make_defence(args, train_dataset)
         evaluators = evaluator_list(evaluators)
         encoder = load_to_train(model)
         warn_of_half_precision(encoder)
@@ -169,13 +167,15 @@ class CLIPTrainer(PublishingTrainer):
         for evaluator in evaluators:
             if hasattr(evaluator, "check"):
                 evaluator.check(processing_class)
+        decide_best_metric(args, evaluators)
         if all(getattr(type(self), name) is getattr(CLIPTrainer, name) for name in _EVALUATION):
             check_best_metric(args, evaluators, eval_dataset)
         self.image_augmentation = resolve_image_augmentation(image_augmentation, args)
         text_augmentation = resolve_text_augmentation(text_augmentation, args)
         # One view and an augmentation: the augmented view takes the original's place.
-        if self.views == (ORIGINAL,) and (self.image_augmentation is not None or text_augmentation is not None):
-            self.views = ("augmented",)
+        augments = self.image_augmentation is not None or text_augmentation is not None
+        views = tuple(self.views or defence.views)
+        self.views = ("augmented",) if views == (ORIGINAL,) and augments else views
         if data_collator is not None:
             check_collator(data_collator, args, text_augmentation)
         else:
@@ -188,8 +188,6 @@ class CLIPTrainer(PublishingTrainer):
                 max_length=args.max_length or longest_caption(encoder, processing_class.tokenizer),
                 padding=caption_padding(encoder),
                 seed=args.data_seed if args.data_seed is not None else args.seed,
-                draft_decoding=args.draft_decoding,
-                stored_tokens=args.stored_tokens,
             )
         if peft_config is not None:
             encoder = add_adapters(encoder, peft_config, args.seed)
@@ -219,8 +217,10 @@ class CLIPTrainer(PublishingTrainer):
         self.can_return_loss = True
         self.label_names = []
         self.evaluators = evaluators
-        self.normalization = ImageNormalization(data_collator.preprocess.mean, data_collator.preprocess.std)
-        self.normalization.to(self.args.device)
+        normalization = ImageNormalization(data_collator.preprocess.mean, data_collator.preprocess.std)
+        self.step = Step(
+            self.views, self.image_augmentation, normalization.to(self.args.device), self.args.device, self._loss
+        )
         self._eval_collator = data_collator.for_evaluation()
         self._evaluators_prefix: str | None = None
         self._evaluating = False
@@ -232,72 +232,87 @@ class CLIPTrainer(PublishingTrainer):
         self._evaluated: list[list[torch.Tensor | None]] = []  # of each batch: numbers of rows, embeddings
         self._bad_rows: set[int] = set()
         self._loader_generator = torch.Generator()
-        self._finite = FiniteCheck(self) if args.stop_on_non_finite else None
+        self._finite: FiniteCheck | None = None
+        if args.stop_on_non_finite:
+            self._finite = FiniteCheck(
+                Path(str(args.output_dir)),
+                args.process_index,
+                args.device,
+                lambda: self.unwrapped_model.named_parameters(),
+            )
         self._streamed: StreamedTraining | None = None
         self._streamed_next: StreamedTraining | None = None
         #: What is logged as a mean; see [`~trainers.means.RunningMeans`].
         self.means = RunningMeans(self.accelerator)
+        self.defence = defence.to(self.args.device)
+        self.defence.gather, self.defence.means = args.gather_across_devices, self.means
         #: For whoever tells of the progress, between two logs.
         self.recent_loss = RecentLoss()
         self._collapse = CollapseWatch()
         self._pairs_since_log = 0
         self._last_log = time.perf_counter()
-        self.add_callback(TrainerHooks(self))
+        self.add_callback(
+            TrainerHooks(
+                self.on_train_begin,
+                self.on_epoch_begin,
+                self.on_step_begin,
+                self.on_optimizer_step,
+                self.on_train_end,
+            )
+        )
         if train_dataset is not None:
             self.check_batches(self.args.train_batch_size)
-        self.set_up()
+        if self._has_phases and self.lr_scheduler is not None:
+            logger.warning(
+                f"optimizers brings a scheduler of its own: it is used as it is, without the learning rates of "
+                f"{type(self.defence).__name__}."
+            )
 
-    # ---- What a defence overrides ----
+    # ---- The defence ----
 
-    def set_up(self) -> None:
-        """Called at the end of `__init__`: what a defence makes of its arguments and the datasets, and refuses."""
+    def make_defence(self, args: CLIPTrainingArguments, train_dataset: Any) -> Defence:
+        """The defence of this trainer's class, as its arguments say."""
+        return CLIP()
 
     def loss_components(
-        self, views: dict[str, Embeddings], scale: torch.Tensor, inputs: dict[str, Any]
+        self, views: dict[str, Embeddings], scale: torch.Tensor, batch: Batch
     ) -> dict[str, torch.Tensor]:
+        """The terms of the loss of a training batch, which are the defence's: see [`Defence.forward`]."""
+        terms: dict[str, torch.Tensor] = self.defence(views, scale, batch)
+        return terms
+
+    def score_pairs(self, epoch: int, augmented: bool = False) -> PairScores | None:
         """
-        The loss of a training batch, as named terms whose sum it is; each is logged under its name.
+        Score every pair of `train_dataset` with the model as it is; call it on all ranks.
 
         Args:
-            views (`dict[str, Embeddings]`): The embeddings of each of `self.views`.
-            scale (`torch.Tensor`): `exp(logit_scale)`, a scalar.
-            inputs (`dict`): The batch, with `row_index (B,)` and `poisoned (B,)` where the data has them.
+            epoch (`int`): From 0; keys what is drawn.
+            augmented (`bool`): Whether to score augmented views in place of the pairs as they are.
 
         Returns:
-            `dict[str, torch.Tensor]`: Scalars, each the mean over this process's rows.
+            [`~defences.base.PairScores`]: On the first rank; `None` on the others.
         """
-        view = views[self.views[0]]
-        return {
-            "clip_loss": clip_loss(view.image_embeds, view.text_embeds, scale, gather=self.args.gather_across_devices)
-        }
-
-    def contrast_groups(self, batches: Sequence[dict[str, Any]]) -> list[list[int]]:
-        """With `accumulate_negatives`: which of an optimizer step's batches are contrasted with each other."""
-        return [list(range(len(batches)))]
-
-    def training_state(self) -> dict[str, torch.Tensor]:
-        """What beside weights, optimizer and generators a checkpoint must hold; the same on every rank."""
-        return {BAD_ROWS: torch.tensor(self.skipped_rows, dtype=torch.int64)}
-
-    def load_training_state(self, state: dict[str, torch.Tensor]) -> None:
-        """Take over what [`training_state`] returned."""
-        self._bad_rows = set(state[BAD_ROWS].tolist())
-
-    def reset_training_state(self) -> None:
-        """
-        Forget it: called when training starts without a checkpoint. A second `train()` goes on with the weights and
-        the optimizer, as the Trainer does, but counts its epochs, and what a defence does in them, from 0.
-        """
-        self._bad_rows.clear()
-        self.skipped = None
+        # Sharded parameters come together only in the wrapped model's forward pass.
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        return score_pairs(
+            self.train_dataset,
+            self.model_wrapped if sharded else self.unwrapped_model,
+            self.step,
+            self.data_collator,
+            self.args,
+            epoch,
+            augmented,
+            sharded,
+            self.worker_settings(),
+            self.compute_loss_context_manager,
+        )
 
     def check_batches(self, batch_size: int) -> None:
         """`ValueError` where so many rows a process would leave a pair without another to be contrasted with."""
-        check_negatives(self.args, batch_size, self._dataset_length(), self.args.accumulate_negatives)
-
-    def make_batch_sampler(self, batch_size: int) -> Sampler[list[int]] | None:
-        """What deals the rows of a map-style `train_dataset` into batches; `None`: the Trainer shuffles them."""
-        return None
+        # Of the batches of a step, those of one kind may be a single one.
+        one_kind = type(self.defence).kind is Defence.kind
+        accumulated = self.args.accumulate_negatives and one_kind
+        check_negatives(self.args, batch_size, self._dataset_length() if one_kind else None, accumulated)
 
     @property
     def skipped_rows(self) -> list[int]:
@@ -311,87 +326,46 @@ class CLIPTrainer(PublishingTrainer):
 
     # ---- Batches and losses ----
 
-    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+    def _prepare_inputs(self, inputs: Any) -> Any:
         """Move a batch to the device and turn its bytes into the views `(V*B, 3, H, W)` that its texts have."""
-        batch = self.receive(inputs)
-        views = self.views if self.unwrapped_model.training else (ORIGINAL,)
-        with forked_rng(batch.seed, self.args.device):
-            return self.stack_views(batch.inputs, views)
+        return self.step.prepared(self.receive(inputs), training=self.unwrapped_model.training)
 
     def receive(self, inputs: dict[str, Any]) -> Batch:
         """Move a batch to the device, and note the rows that it leaves out, and where it is in a stream."""
         bad_rows, place = inputs.pop(BAD_ROWS, None), inputs.pop(PLACE, None)
+        rows = inputs.pop(ROW_INDEX, None)
         if self.unwrapped_model.training:
             if bad_rows is not None:
                 self._bad_rows.update(bad_rows.tolist())
             if self._streamed is not None and place is not None:
                 self._streamed.note(place)
-        seed = derive_seed(self.args.seed, self.state.global_step, self._micro_step, self.args.process_index)
+        step = self.state.global_step
+        seed = derive_seed(self.args.seed, step, self._micro_step, self.args.process_index)
         self._micro_step += 1
-        return Batch(super()._prepare_inputs(inputs), seed)
-
-    @torch.no_grad()
-    def stack_views(self, inputs: dict[str, Any], views: Sequence[str]) -> dict[str, Any]:
-        """Turn the bytes of a batch into the views `(V*B, 3, H, W)` that its texts have; floats stay as they are."""
-        pixels = inputs["pixel_values"]
-        if pixels.dtype != torch.uint8:
-            return inputs
-        rows = pixels.shape[0]
-        if inputs["input_ids"].shape[0] != len(views) * rows:
-            raise ValueError(
-                f"data_collator returned {inputs['input_ids'].shape[0]} texts for {rows} images, but this trainer has "
-                f"the views {views}: give it views={shown(views)}"
-            )
-        images = to_float(pixels)
-        stacked = torch.cat([self.normalization(self._image_view(images, view)) for view in views])
-        return {**inputs, "pixel_values": stacked}
-
-    def _image_view(self, images: torch.Tensor, view: str) -> torch.Tensor:
-        if view == ORIGINAL or self.image_augmentation is None:
-            return images
-        augmented = self.image_augmentation(images)
-        if augmented.shape != images.shape:
-            raise ValueError(
-                f"image_augmentation must keep the shape (B, 3, H, W) = {tuple(images.shape)}, but returned "
-                f"{tuple(augmented.shape)}"
-            )
-        return augmented
+        moved = super()._prepare_inputs(inputs)
+        poisoned = moved.pop(POISONED, None)
+        return Batch(moved, seed, step, None if rows is None else torch.as_tensor(rows).cpu(), poisoned)
 
     def compute_loss(
         self,
         model: nn.Module,
-        inputs: dict[str, Any],
+        inputs: Any,
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """The sum of [`loss_components`] of a training batch."""
-        embeddings, outputs = self.encode(model, inputs)
         ours = model is self.model or model is self.model_wrapped
-        encoder = self.unwrapped_model if ours else self.accelerator.unwrap_model(model)
-        scale = scale_of(encoder)
-        chunks = zip(*(side.chunk(len(self.views)) for side in embeddings), strict=True)
-        views = {name: Embeddings(*chunk) for name, chunk in zip(self.views, chunks, strict=True)}
-        # DDP waits for a gradient of every parameter that the forward pass used: give a tower that a loss leaves out
-        # one of zero. Embeddings are bounded, so zero times their sum is zero.
-        unused = 0.0 * (embeddings.image_embeds.sum() + embeddings.text_embeds.sum()) + unused_of(encoder)
-        loss = self.contrast(views, scale, inputs) + unused
-        return (loss, outputs) if return_outputs else loss
+        loss = self.step.whole(model, self.unwrapped_model if ours else self.accelerator.unwrap_model(model), inputs)
+        return (loss, None) if return_outputs else loss
 
-    def encode(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Embeddings, Any]:
-        """The embeddings of a batch, all views stacked, `(V*B, D)` each, and all that the model returned."""
-        given = {name: value for name, value in inputs.items() if name not in self.extra_inputs}
-        outputs = model(**given)
-        sides = (outputs.image_embeds, outputs.text_embeds)
-        return Embeddings(*(F.normalize(side.float(), dim=-1) for side in sides)), outputs
-
-    def contrast(self, views: dict[str, Embeddings], scale: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
+    def _loss(self, views: dict[str, Embeddings], scale: torch.Tensor, batch: Batch) -> torch.Tensor:
         """The sum of [`loss_components`], which are logged."""
-        terms = self.loss_components(views, scale, inputs)
+        terms = self.loss_components(views, scale, batch)
         if self._finite is not None:
-            self._finite.note_batch(terms, views, inputs)
+            self._finite.note_batch(terms, views, batch.rows)
         pairs = views[self.views[0]]
         self.means.add({**terms, "logit_scale": scale.squeeze(), **self._collapse.measure(pairs)})
-        self._note_similarities(pairs, inputs.get(POISONED))
+        self._note_similarities(pairs, batch.poisoned)
         loss = torch.stack(list(terms.values())).sum()
         self.recent_loss.add(loss, pairs.image_embeds.shape[0])
         return loss
@@ -416,7 +390,16 @@ class CLIPTrainer(PublishingTrainer):
         batches, self._pending = self._pending, []
         # Set by the Trainer for each optimizer step: the last of an epoch may have fewer.
         divisor = 1 if args.accumulate_negatives else int(self.current_gradient_accumulation_steps)
-        return chunked_step(self, model, batches, divisor)
+        return self.step.chunked(
+            model,
+            self.unwrapped_model,
+            batches,
+            self.defence.kind,
+            args.contrastive_chunk_size or args.train_batch_size,
+            divisor,
+            self.accelerator,
+            self.compute_loss_context_manager,
+        )
 
     def _note_similarities(self, pairs: Embeddings, poisoned: torch.Tensor | None) -> None:
         similarities = (pairs.image_embeds * pairs.text_embeds).sum(dim=-1).detach()  # (B,)
@@ -431,8 +414,13 @@ class CLIPTrainer(PublishingTrainer):
     def on_train_begin(self) -> None:
         """Called when training starts, after a checkpoint is restored."""
         if self.state.global_step == 0:
-            self.reset_training_state()
+            self._forget()
             self._collapse.begin()
+        args = self.args
+        calls = 1 if args.accumulate_negatives else args.gradient_accumulation_steps
+        batches = args.gradient_accumulation_steps // calls
+        batch = self._train_batch_size * args.world_size * batches
+        self.defence.begin_training(Plan(self.state.max_steps, self.state.num_train_epochs, calls, batch))
         if self.args.bf16_full_eval or self.args.fp16_full_eval:
             # With these, evaluate() before train() turns the weights themselves to half precision.
             warn_of_half_precision(self.unwrapped_model)
@@ -456,6 +444,19 @@ class CLIPTrainer(PublishingTrainer):
             self._streamed.begin_pass(self._epoch)
         self.data_collator.set_epoch(self._epoch)
         self._loader_generator.manual_seed(derive_seed(self.args.seed, self._epoch, self.args.process_index))
+        epoch = self.defence.epoch = self._epoch
+        found = self.defence.begin_epoch(epoch, lambda augmented=False: self.score_pairs(epoch, augmented))
+        if found:
+            self.log(found)
+
+    def _forget(self) -> None:
+        """
+        Called when training starts without a checkpoint. A second `train()` goes on with the weights and the
+        optimizer, as the Trainer does, but counts its epochs, and what a defence does in them, from 0.
+        """
+        self._bad_rows.clear()
+        self.skipped = None
+        self.defence.reset()
 
     def on_step_begin(self) -> None:
         """Called before the first batch of each optimizer step."""
@@ -492,6 +493,7 @@ class CLIPTrainer(PublishingTrainer):
             self._collapse.look(means, self.state.global_step, self.state.max_steps)
             logs.update(means)
             logs["pairs_per_second"] = self._pairs_since_log * self.args.world_size / (now - self._last_log)
+            self.defence.logged(logs)
             self._pairs_since_log = 0
             self._last_log = now
         super().log(logs, start_time)
@@ -512,19 +514,24 @@ class CLIPTrainer(PublishingTrainer):
         if kwargs.get("is_training"):
             self.check_batches(batch_size)  # auto_find_batch_size lowers it
         if kwargs.get("is_training") and isinstance(dataset, torch.utils.data.IterableDataset):
-            self._streamed_next = StreamedTraining(self, dataset, batch_size)
+            self._streamed_next = StreamedTraining(
+                dataset, batch_size, self.args, self.accelerator, self.data_collator, self.worker_settings()
+            )
             self._streamed_next.loader.base_dataloader.generator = generator
             return self._streamed_next.loader
         if isinstance(dataset, torch.utils.data.IterableDataset):
             return self._stream_of_rank(dataset, batch_size)
-        dataset = IndexedDataset(dataset, *columns, on_bad_row, self.data_collator.least_side)
-        batch_sampler = self.make_batch_sampler(batch_size) if kwargs.get("is_training") else None
+        dataset = IndexedDataset(dataset, *columns, on_bad_row)
+        batch_sampler = None
+        if kwargs.get("is_training"):
+            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+            batch_sampler = self.defence.sampler(len(dataset), batch_size, self.args.world_size, seed)
         if batch_sampler is not None:
             dataloader = self.accelerator.prepare(
                 DataLoader(
                     dataset,
                     batch_sampler=batch_sampler,
-                    collate_fn=self.data_collator,
+                    collate_fn=RowsOnHost(self.data_collator),
                     persistent_workers=self.args.dataloader_persistent_workers,
                     in_order=self.args.dataloader_in_order,
                     **self.worker_settings(),
@@ -539,6 +546,8 @@ class CLIPTrainer(PublishingTrainer):
             finally:
                 self.args.dataloader_drop_last = drop_last
         getattr(dataloader, "base_dataloader", dataloader).generator = generator
+        if kwargs.get("is_training"):
+            self._steps_per_epoch = -(-len(dataloader) // self.args.gradient_accumulation_steps)
         return dataloader
 
     def _stream_of_rank(self, dataset: Any, batch_size: int) -> DataLoader[Any]:
@@ -556,7 +565,6 @@ class CLIPTrainer(PublishingTrainer):
             batch_size,
             least_rows=1,
             on_bad_row=args.on_bad_row,  # type: ignore[arg-type]  # checked by the arguments
-            least_side=self.data_collator.least_side,
             rank=args.process_index,
             world_size=args.world_size,
         )
@@ -585,20 +593,55 @@ class CLIPTrainer(PublishingTrainer):
         self, data_collator: Callable[..., Any], description: str | None = None
     ) -> Callable[..., Any]:
         # The collator picks its columns itself; the stock one would hand it only what model.forward takes.
-        return data_collator if description == "Training" else self._eval_collator
+        return RowsOnHost(self.data_collator if description == "Training" else self._eval_collator)
 
     # ---- Optimizer ----
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm)
         if self._finite is not None:
-            self._finite.note_gradient(norm)
+            # A gradient scaler looks for gradients that are not finite by itself, and leaves their step out.
+            seen = norm if self.accelerator.scaler is None else None
+            self._finite.note_gradient(seen, self.state.global_step + 1, self.state.epoch)
         return norm
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         sharded = shardable(self.unwrapped_model, self.accelerator) if self.is_fsdp_enabled else nullcontext()
         with sharded:
             return super()._prepare_for_training(*args, **kwargs)
+
+    @property
+    def _has_phases(self) -> bool:
+        """Whether the defence has learning rates of its own."""
+        cls = type(self.defence)
+        return cls.scheduled is not Defence.scheduled or cls.learning_rate_factor is not Defence.learning_rate_factor
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LRScheduler:
+        """The Trainer's schedule over all steps, with the learning rates that the defence has in some epochs."""
+        created = self.lr_scheduler is None
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        if not created or not self._has_phases:
+            return scheduler
+        if not isinstance(scheduler, LambdaLR):
+            name = SchedulerType(self.args.lr_scheduler_type).value
+            raise ValueError(
+                f"lr_scheduler_type={shown(name)} does not work with {type(self.defence).__name__}: its phases need a "
+                "schedule that is a function of the step, such as 'cosine', 'linear' or 'constant'"
+            )
+        if self._dataset_length() is None:
+            raise ValueError(
+                f"train_dataset has no length, and {type(self.defence).__name__} has learning rates by its epochs: "
+                "give a map-style dataset"
+            )
+        # Of the optimizer, which may be the user's, with other rates than args.learning_rate.
+        peak = max(map(float, scheduler.base_lrs))
+        steps = max(self._steps_per_epoch, 1)  # none before the dataloader is made
+
+        def phased(schedule: Callable[[int], float]) -> Callable[[int], float]:
+            return lambda step: self.defence.scheduled(step // steps, schedule(step), peak)
+
+        self.lr_scheduler = LambdaLR(scheduler.optimizer, [phased(schedule) for schedule in scheduler.lr_lambdas])
+        return self.lr_scheduler
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """As the Trainer's, without `logit_scale` and `logit_bias`: a temperature has nothing to decay to."""
@@ -626,11 +669,10 @@ class CLIPTrainer(PublishingTrainer):
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[None, None, None]:
         """Keep the embeddings of a batch for [`evaluation_loop`], which contrasts those of all batches."""
-        inputs = self._prepare_inputs(inputs)
+        batch = self._prepare_inputs(inputs)
         with self.compute_loss_context_manager():
-            embeddings = self.encode(model, inputs)[0]
-        rows = inputs.get(ROW_INDEX)
-        self._evaluated.append([None if side is None else side.cpu() for side in (rows, *embeddings)])
+            embeddings = self.step.encode(model, batch.inputs)
+        self._evaluated.append([batch.rows, *(side.cpu() for side in embeddings)])
         return None, None, None
 
     def evaluation_loop(self, dataloader: DataLoader[Any], *args: Any, **kwargs: Any) -> Any:
@@ -706,16 +748,23 @@ class CLIPTrainer(PublishingTrainer):
                 metadata["steps_per_epoch"] = str(self._steps_per_epoch)
             save_file(state, os.path.join(self._staged(output_dir), STATE_FILE), metadata=metadata)
 
+    def training_state(self) -> dict[str, torch.Tensor]:
+        """What a checkpoint holds beside weights, optimizer and generators; the same on every rank."""
+        memory = {name: value.contiguous() for name, value in self.defence.state_dict().items()}
+        return {BAD_ROWS: torch.tensor(self.skipped_rows, dtype=torch.int64), **memory}
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         path = os.path.join(checkpoint, STATE_FILE) if checkpoint is not None else ""
         if os.path.isfile(path):
             with safe_open(path, framework="pt") as file:
                 self._check_checkpoint(file.metadata() or {}, str(checkpoint))
                 state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-            self.load_training_state(state)
+            self._bad_rows = set(state.pop(BAD_ROWS).tolist())
+            self.defence.load_state_dict(state)
+            self.defence.to(self.args.device)
             self.continue_record(str(checkpoint))
         elif checkpoint is not None:
-            self.reset_training_state()
+            self._forget()
             logger.warning(
                 f"resume_from_checkpoint={shown(checkpoint)} has no {STATE_FILE}, as if saved with "
                 "save_only_model=True: training goes on from its weights, but not as it would have without the "
@@ -748,14 +797,26 @@ class CLIPTrainer(PublishingTrainer):
         return begin
 
     def _check_checkpoint(self, metadata: Mapping[str, str], checkpoint: str) -> None:
-        for name, saved, current in (
-            ("trainer", metadata.get("trainer"), type(self).__name__),
-            ("number of rows of train_dataset", metadata.get("rows"), str(self._dataset_length())),
+        steps = now = metadata.get("steps_per_epoch")
+        if steps is not None and self._has_phases:  # which it counts in epochs
+            now = str(self._steps_per_epoch)
+        decides = "; per_device_train_batch_size, the number of processes and gradient_accumulation_steps decide it"
+        for name, saved, current, hint in (
+            ("trainer", metadata.get("trainer"), type(self).__name__, ""),
+            ("number of rows of train_dataset", metadata.get("rows"), str(self._dataset_length()), ""),
+            # Where the defence counts its phases in epochs.
+            (
+                "number of optimizer steps in an epoch",
+                steps,
+                now if steps is not None and self._has_phases else steps,
+                decides,
+            ),
         ):
             if saved != current:
                 raise ValueError(
                     f"resume_from_checkpoint={shown(checkpoint)}: its {name} was {saved}, but is {current} now. "
-                    "Resume with what it was saved with, or start anew from its weights by passing the folder as model"
+                    "Resume with what it was saved with, or start anew from its weights by passing the folder as "
+                    f"model{hint}"
                 )
 
     def _dataset_length(self) -> int | None:

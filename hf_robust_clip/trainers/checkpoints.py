@@ -10,18 +10,16 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch.distributed as dist
+from transformers import TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from ..files import remove_partial
 from ..wording import shortened
-
-if TYPE_CHECKING:
-    from .publishing import PublishingTrainer
 
 logger = logging.get_logger(__name__)
 
@@ -46,13 +44,13 @@ class Staging:
     Where the Trainer writes what belongs to a checkpoint, until it is complete.
 
     Args:
-        trainer ([`PublishingTrainer`]): Whose checkpoint it is.
         final (`Path`): The checkpoint's folder.
+        state (`TrainerState`), args (`TrainingArguments`): Of the training.
     """
 
-    def __init__(self, trainer: PublishingTrainer, final: Path) -> None:
-        self._trainer = trainer
+    def __init__(self, final: Path, state: TrainerState, args: TrainingArguments) -> None:
         self.final = final
+        self._state, self._args = state, args
         self.folder = final.with_name(_STAGED + final.name)
 
     def path(self, output_dir: str) -> str:
@@ -67,19 +65,19 @@ class Staging:
         Raises:
             [`CheckpointError`]: If it cannot be written. Nothing of it is left, and earlier ones are as they were.
         """
-        state = self._trainer.state
-        if self._trainer.args.should_save:
+        state: Any = self._state
+        if self._args.should_save:
             for left in self.final.parent.glob(f"{_STAGED}*"):  # by a training that was killed
                 shutil.rmtree(left, ignore_errors=True)
             remove_partial(self.final.parent)
         self._wait()
         # The last that the Trainer writes, on the one process that does.
-        state.save_to_json = self._complete  # type: ignore[method-assign]
+        state.save_to_json = self._complete
         try:
             yield
         except Exception as error:
             full = _is_full(error, self.final.parent)  # as long as what was written is there
-            if self._trainer.args.should_save:
+            if self._args.should_save:
                 shutil.rmtree(self.folder, ignore_errors=True)
             if not _is_of_the_disk(error):
                 raise
@@ -102,7 +100,7 @@ class Staging:
 
     def _complete(self, json_path: str) -> None:
         self._note_best()
-        type(self._trainer.state).save_to_json(self._trainer.state, os.path.join(self.folder, Path(json_path).name))
+        type(self._state).save_to_json(self._state, os.path.join(self.folder, Path(json_path).name))
         for path in (*self.folder.rglob("*"), self.folder):
             _to_disk(path)
         # Of the same step, before this training was resumed.
@@ -114,30 +112,30 @@ class Staging:
 
     def _outdated(self) -> list[Path]:
         """Those that `save_total_limit` leaves no room for, as the Trainer sees it, which then finds none."""
-        limit = self._trainer.args.save_total_limit
+        limit = self._args.save_total_limit
         if limit is None or limit <= 0:
             return []
         folders = checkpoints_in(self.final.parent)
-        best = self._trainer.state.best_model_checkpoint
+        best = self._state.best_model_checkpoint
         kept = {self.final} | ({Path(best)} if best is not None else set())
         removable = sorted((path for path in folders if path not in kept), key=_age)
         return removable[: max(0, len(folders) - max(limit, len(kept)))]
 
     def _note_best(self) -> None:
         # The Trainer looks whether the folder of the best checkpoint is there, which this one's was not.
-        state = self._trainer.state
+        state = self._state
         if state.best_global_step and self.final.name == f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}":
             state.best_model_checkpoint = str(self.final)
 
     def _wait(self) -> None:
-        if self._trainer.args.world_size > 1:
+        if self._args.world_size > 1:
             dist.barrier()
 
 
-def keep_best_alone(trainer: PublishingTrainer, output_dir: Path) -> None:
+def keep_best_alone(output_dir: Path, state: TrainerState, args: TrainingArguments) -> None:
     """Delete what the Trainer does at the end of training: with `save_total_limit=1`, all but the best checkpoint."""
-    best = trainer.state.best_model_checkpoint
-    if best is None or trainer.args.save_total_limit != 1 or not trainer.args.should_save:
+    best = state.best_model_checkpoint
+    if best is None or args.save_total_limit != 1 or not args.should_save:
         return
     for path in [path for path in checkpoints_in(output_dir) if not path.samefile(best)]:
         shutil.rmtree(_withdrawn(path), ignore_errors=True)

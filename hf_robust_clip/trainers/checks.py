@@ -17,7 +17,7 @@ from ..augment.images import ImageAugmentation
 from ..augment.text import TextAugmentation
 from ..data.collator import ORIGINAL, CLIPDataCollator
 from ..data.rows import check_dataset
-from ..evaluation.figures import figure_names
+from ..evaluation.base import Better, Evaluator
 from ..kinds import check_callable, kind
 from ..models import load_dual_encoder
 from ..wording import listed, shortened, shown
@@ -139,16 +139,31 @@ def check_negatives(args: CLIPTrainingArguments, batch_size: int, rows: int | No
         )
 
 
+def decide_best_metric(args: CLIPTrainingArguments, evaluators: Sequence[Any]) -> None:
+    """Set an open `greater_is_better` by what the evaluators say; with a warning to `True` where none says it."""
+    metric = args.metric_for_best_model
+    if metric is None or args.greater_is_better is not None:
+        return
+    better = _metrics(evaluators).get(metric.removeprefix("eval_"))
+    if better is None:
+        logger.warning(
+            f"No Evaluator says which way metric_for_best_model={shown(metric)} is better: the most of it counts as "
+            "the best. If less is better, set greater_is_better=False."
+        )
+    args.greater_is_better = better != "less"
+
+
 def check_best_metric(args: CLIPTrainingArguments, evaluators: Sequence[Any], eval_dataset: Any) -> None:
     """
     `ValueError` for a `metric_for_best_model` that no evaluation has: the Trainer looks for it after the first one.
-    Where an evaluator is not of this package, its figures are not known before.
+    The metrics of what is not an [`~evaluation.base.Evaluator`] are not known before.
     """
-    metric, figures = args.metric_for_best_model, figure_names(evaluators)
-    if metric is None or figures is None or args.eval_strategy == "no" or not (evaluators or eval_dataset is not None):
+    metric, known = args.metric_for_best_model, all(isinstance(evaluator, Evaluator) for evaluator in evaluators)
+    if metric is None or not known or args.eval_strategy == "no" or not (evaluators or eval_dataset is not None):
         return
     losses = [f"{name}_loss" for name in eval_dataset] if isinstance(eval_dataset, dict) else ["loss"]
-    accepted = figures if eval_dataset is None else [*figures, *losses]
+    metrics = list(_metrics(evaluators))
+    accepted = metrics if eval_dataset is None else [*metrics, *losses]
     if metric.removeprefix("eval_") not in accepted:
         hint = "; a loss takes an eval_dataset" if eval_dataset is None else ""
         raise ValueError(
@@ -157,6 +172,15 @@ def check_best_metric(args: CLIPTrainingArguments, evaluators: Sequence[Any], ev
                 f"{listed(accepted, longest=60)}{hint}"
             )
         )
+
+
+def _metrics(evaluators: Sequence[Any]) -> dict[str, Better]:
+    """The metrics of all evaluators that name them, and which way is better."""
+    metrics: dict[str, Better] = {}
+    for evaluator in evaluators:
+        if isinstance(evaluator, Evaluator):
+            metrics |= evaluator.prefixed(evaluator.metrics())
+    return metrics
 
 
 def _check_chunking(args: CLIPTrainingArguments) -> None:
@@ -228,7 +252,7 @@ def check_collator(collator: Any, args: CLIPTrainingArguments, text_augmentation
     """`ValueError` for a collator that contradicts the arguments."""
     if not isinstance(collator, CLIPDataCollator):
         raise ValueError(f"data_collator must be a CLIPDataCollator, but is {type(collator).__name__}")
-    for name in ("image_column", "caption_column", "draft_decoding", "stored_tokens"):
+    for name in ("image_column", "caption_column"):
         if getattr(collator, name) != getattr(args, name):
             raise ValueError(
                 f"{name} is {shown(getattr(args, name))} in args, but {shown(getattr(collator, name))} in "

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import torch
 from transformers.utils import logging
 
-if TYPE_CHECKING:
-    from .base import Embeddings
+from ..batch import Embeddings
 
 logger = logging.get_logger(__name__)
 

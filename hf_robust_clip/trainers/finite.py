@@ -5,18 +5,15 @@ from __future__ import annotations
 import json
 import math
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from ..data.rows import ROW_INDEX
+from ..batch import Embeddings
 from ..files import write_text
 from ..wording import listed, shortened
-
-if TYPE_CHECKING:
-    from .base import CLIPTrainer, Embeddings
 
 FILE = "non_finite.json"
 #: Steps after which an accelerator has long computed what is asked for, so that asking does not make it wait.
@@ -37,11 +34,20 @@ class FiniteCheck:
     anything is saved.
 
     Args:
-        trainer ([`CLIPTrainer`]): Whose training it follows.
+        folder (`Path`): Where it writes down what it found.
+        process (`int`): Of this rank.
+        device (`torch.device`): That losses and gradients are on.
+        parameters (callable): The model's names and parameters, as they are.
     """
 
-    def __init__(self, trainer: CLIPTrainer) -> None:
-        self._trainer = trainer
+    def __init__(
+        self,
+        folder: Path,
+        process: int,
+        device: torch.device,
+        parameters: Callable[[], Iterable[tuple[str, torch.Tensor]]],
+    ) -> None:
+        self._folder, self._process, self._device, self._parameters = folder, process, device, parameters
         self._batches: list[dict[str, Any]] = []
         self._steps: deque[dict[str, Any]] = deque()
 
@@ -56,24 +62,23 @@ class FiniteCheck:
 
     @torch.no_grad()
     def note_batch(
-        self, terms: Mapping[str, torch.Tensor], views: Mapping[str, Embeddings], inputs: Mapping[str, Any]
+        self, terms: Mapping[str, torch.Tensor], views: Mapping[str, Embeddings], rows: torch.Tensor | None
     ) -> None:
-        """Take in a batch: its loss terms, its embeddings and its rows."""
+        """Take in a batch: its loss terms, its embeddings and the numbers of its rows."""
         finite = [side.isfinite().all(dim=1) for view in views.values() for side in view]  # (B,) each
         self._batches.append(
             {
                 "terms": {name: term.detach() for name, term in terms.items()},
                 "usable": torch.stack(finite).all(dim=0),
-                "rows": inputs.get(ROW_INDEX),
+                "rows": rows,
             }
         )
 
-    def note_gradient(self, norm: Any) -> None:
-        """Take in the norm of a step's gradient, after its batches and before its update."""
-        device = self._trainer.args.device
+    def note_gradient(self, norm: Any, step: int, epoch: float | None) -> None:
+        """Take in the norm of a step's gradient, if it is to be looked at, after its batches, before its update."""
+        device = self._device
         values = [term for batch in self._batches for term in batch["terms"].values()]
-        # A gradient scaler looks for gradients that are not finite by itself, and leaves their step out.
-        if self._trainer.accelerator.scaler is None:
+        if norm is not None:
             whole = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
             values.append(torch.as_tensor(whole, device=device))
         if not values:
@@ -86,8 +91,8 @@ class FiniteCheck:
             made.record()
         self._steps.append(
             {
-                "step": self._trainer.state.global_step + 1,
-                "epoch": self._trainer.state.epoch,
+                "step": step,
+                "epoch": epoch,
                 "values": copied,
                 "made": made,
                 "batches": self._batches,
@@ -115,22 +120,21 @@ class FiniteCheck:
                 self._stop(step, terms, sorted(wrong) or ["gradient_norm"], norm)
 
     def _stop(self, step: dict[str, Any], terms: list[dict[str, float]], wrong: list[str], norm: float | None) -> None:
-        args, model = self._trainer.args, self._trainer.unwrapped_model
         rows = [_rows(batch["rows"]) for batch in step["batches"]]
         broken = [_rows(batch["rows"], ~batch["usable"]) for batch in step["batches"]]
-        path = Path(str(args.output_dir)) / (FILE if args.process_index == 0 else f"rank-{args.process_index}-{FILE}")
+        path = self._folder / (FILE if self._process == 0 else f"rank-{self._process}-{FILE}")
         path.parent.mkdir(parents=True, exist_ok=True)
         content = {
             "step": step["step"],
             "epoch": step["epoch"],
-            "process": args.process_index,
+            "process": self._process,
             "not_finite": wrong,
             "terms": [{name: repr(value) for name, value in batch.items()} for batch in terms],
             "gradient_norm": repr(norm),
             "rows": rows,
             "rows_with_embeddings_not_finite": broken,
             # Not the gradients: clipping divides all of them by their norm.
-            "parameters_not_finite": _not_finite(model),
+            "parameters_not_finite": _not_finite(self._parameters()),
         }
         write_text(path, json.dumps(content, indent=2) + "\n")
         suspects = sorted({row for batch in broken for row in batch or ()})
@@ -153,10 +157,8 @@ def _rows(numbers: torch.Tensor | None, where: torch.Tensor | None = None) -> li
     return chosen
 
 
-def _not_finite(model: torch.nn.Module) -> list[str]:
+def _not_finite(parameters: Iterable[tuple[str, torch.Tensor]]) -> list[str]:
     # Of sharded weights each process knows its own.
-    parts = (
-        (name, value.to_local() if hasattr(value, "to_local") else value) for name, value in model.named_parameters()
-    )
+    parts = ((name, value.to_local() if hasattr(value, "to_local") else value) for name, value in parameters)
     names = [name for name, value in parts if not bool(value.isfinite().all())]
     return names if len(names) <= _LISTED else [*names[:_LISTED], f"and {len(names) - _LISTED} more"]

@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 from torch.utils.data import Subset
 
-from ..data.rows import POISONED, BadRowError, IndexedDataset, decode_row, poison_flags
+from ..columns import POISONED, captions_of
+from ..data.rows import BadRowError, IndexedDataset, decode_row, poison_flags
 from ..evaluation.attack_success import AttackSuccessEvaluator
 from ..evaluation.embedding import Embedder
 from ..evaluation.pixels import ImageRequest, pixel_batches
@@ -168,8 +169,7 @@ def _first_pairs(dataset: IndexedDataset, shown: int) -> list[dict[str, Any]]:
 
 
 def _caption(row: dict[str, Any], dataset: IndexedDataset) -> str:
-    caption = row[dataset.columns[1]]
-    return caption if isinstance(caption, str) else caption[0]
+    return captions_of(row[dataset.columns[1]])[0]
 
 
 def _subset(dataset: Any, rows: Sequence[int] | np.ndarray) -> Any:

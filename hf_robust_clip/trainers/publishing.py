@@ -99,10 +99,6 @@ class PublishingTrainer(Trainer):
             self._unwrapped = self.model, self.accelerator.unwrap_model(self.model)
         return self._unwrapped[1]
 
-    def run_details(self) -> dict[str, Any]:
-        """What a defence notes down of its run for the card and the report, ready for JSON."""
-        return {}
-
     def record(self) -> RunRecord:
         """What this run is and has come to, for its card and its report. It is saved beside the model."""
         return record_of(cast("CLIPTrainer", self))
@@ -246,7 +242,7 @@ class PublishingTrainer(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         final = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        self._staging = Staging(self, final)
+        self._staging = Staging(final, self.state, self.args)
         try:
             with self._staging.open():
                 super()._save_checkpoint(model, trial)
@@ -254,7 +250,7 @@ class PublishingTrainer(Trainer):
             self._staging = None
 
     def _finalize_training(self, trial: Any, *args: Any, **kwargs: Any) -> Any:
-        keep_best_alone(self, Path(self._get_output_dir(trial=trial)))
+        keep_best_alone(Path(self._get_output_dir(trial=trial)), self.state, self.args)
         return super()._finalize_training(trial, *args, **kwargs)
 
     def _staged(self, output_dir: str) -> str:

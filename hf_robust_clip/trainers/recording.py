@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import re
-import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from numbers import Real
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,10 +28,6 @@ _OUTCOME_FREE = (
     *("accelerator_config", "activation_checkpointing", "gradient_checkpointing", "debug"),
     *("prediction_loss_only", "remove_unused_columns", "ddp_timeout", "skip_memory_metrics", "use_cpu", "batch_eval_"),
 )
-#: Tokens of the Hub: letters and digits, or after "oauth_" and "jwt_" signed text. A folder "hf_robust_clip" is none.
-_TOKEN = re.compile(r"hf_((oauth|jwt)_[\w.-]{6,}|[A-Za-z0-9]{12,}(?!\w))")
-#: Flags with a secret behind them; argparse takes a flag's beginning for the flag, of hub_token from "hub_t" on.
-_TOKEN_FLAG = re.compile(r"--?([\w-]+[_-])?tok(e|en)?|--?hub[_-]to?", re.IGNORECASE)
 
 
 def record_of(trainer: CLIPTrainer) -> RunRecord:
@@ -68,7 +60,7 @@ def record_of(trainer: CLIPTrainer) -> RunRecord:
         "planned_steps": state.max_steps,
         "course": course,
         "log": thinned([_numbers(entry) for entry in state.log_history if "loss" in entry]),
-        "details": trainer.run_details(),
+        "details": trainer.defence.notes(),
         "method": next(cls.__name__ for cls in type(trainer).__mro__ if _is_ours(cls)),
         "augmentation": {
             "images": _describe_augmentation(trainer.image_augmentation),
@@ -82,7 +74,6 @@ def record_of(trainer: CLIPTrainer) -> RunRecord:
             "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "float32",
             "seed": args.seed,
             "seconds": round(trainer.training_seconds, 1),
-            "command": command_line(sys.argv),
         },
     }
     return checked(RunRecord, content, "the record of this run")
@@ -97,25 +88,6 @@ def evaluations(log_history: Sequence[Mapping[str, Any]]) -> list[dict[str, floa
         if figures:
             found.append({"step": entry["step"], "epoch": entry.get("epoch") or 0.0, **figures})
     return found
-
-
-def command_line(arguments: Sequence[str]) -> str:
-    """A command without the tokens and the home folder in it, and only the script's name."""
-    shown, redact = [Path(arguments[0]).name], False
-    for argument in arguments[1:]:
-        name, equals, _ = argument.partition("=")
-        is_token = _TOKEN_FLAG.fullmatch(name) is not None
-        if redact or (is_token and equals):
-            argument = f"{name}=<token>" if equals and not redact else "<token>"
-        redact = is_token and not equals
-        shown.append(_without_home(_TOKEN.sub("<token>", argument)))
-    return shlex.join(shown)
-
-
-def _without_home(argument: str) -> str:
-    """An argument with a tilde for the home folder, where a path in it begins with that folder."""
-    home = os.path.expanduser("~").rstrip(os.sep)
-    return re.sub(rf"((?<![\w./~-])|(?<=://)){re.escape(home)}(?![\w.-])", "~", argument) if home else argument
 
 
 def _saved_weights(trainer: CLIPTrainer, course: Sequence[Mapping[str, float]]) -> Mapping[str, float | None] | None:

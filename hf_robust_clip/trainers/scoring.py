@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
 from ..augment.images import to_float
-from ..data.collator import ORIGINAL
-from ..data.rows import BAD_ROWS, POISONED, ROW_INDEX, IndexedDataset
+from ..columns import BAD_ROWS, POISONED, ROW_INDEX
+from ..data.collator import ORIGINAL, CLIPDataCollator
+from ..data.rows import IndexedDataset
+from ..defences.base import PairScores
 from ..distributed import gather_features
 from ..seeding import derive_seed, forked_rng
-
-if TYPE_CHECKING:
-    from .base import CLIPTrainer
+from .arguments import CLIPTrainingArguments
+from .step import Step
 
 #: Sets the randomness of scoring apart from that of training.
 _SCORING = 1
@@ -30,44 +32,40 @@ _SCORE = np.dtype([("similarity", "<f4"), ("flag", "i1")])
 _EXCHANGED = 1 << 22
 
 
-class PairScores(NamedTuple):
+def score_pairs(
+    dataset: Any,
+    model: Any,
+    step: Step,
+    collator: CLIPDataCollator,
+    args: CLIPTrainingArguments,
+    epoch: int,
+    augmented: bool,
+    sharded: bool,
+    worker_settings: dict[str, Any],
+    autocast: Callable[[], contextlib.AbstractContextManager[Any]],
+) -> PairScores | None:
     """
-    `similarities (N,)`, float32: the cosine of each pair's embeddings, NaN for a row that cannot be used (with
-    `on_bad_row="skip"`). `poisoned (N,)`, bool: the column of that name, false for such a row, `None` where there is
-    none.
-    """
-
-    similarities: np.ndarray
-    poisoned: np.ndarray | None
-
-
-def score_pairs(trainer: CLIPTrainer, epoch: int, augmented: bool = False) -> PairScores | None:
-    """
-    Score every pair of the trainer's `train_dataset` with the model as it is.
+    Score every pair of a dataset with a model as it is.
 
     Without gradients, at the evaluation batch size, each rank a contiguous share of the rows. Of several captions a
     row is scored on the one that training draws in this epoch. Takes 5 bytes a row of its share on each rank, and as
-    many of all rows on the first.
+    many of all rows on the first. Torch's global generators are left as they are.
 
     Args:
-        trainer ([`CLIPTrainer`]): With a map-style `train_dataset`. Torch's global generators are left as they are.
+        dataset (map-style dataset): The pairs.
+        model (`nn.Module`): That scores them; wrapped where its weights are `sharded`.
+        step ([`~trainers.step.Step`]), collator, args, worker_settings, autocast: Of the training.
         epoch (`int`): From 0; keys what is drawn.
         augmented (`bool`): Whether to score augmented views in place of the pairs as they are.
 
     Returns:
-        [`PairScores`]: On the first rank; `None` on the others.
+        [`~defences.base.PairScores`]: On the first rank; `None` on the others.
     """
-    args = trainer.args
     on_bad_row: Any = args.on_bad_row
-    columns = (args.image_column, args.caption_column)
-    # Rows are scored on the pixels that they are trained on.
-    dataset = IndexedDataset(trainer.train_dataset, *columns, on_bad_row, trainer.data_collator.least_side)
+    dataset = IndexedDataset(dataset, args.image_column, args.caption_column, on_bad_row)
     rows = len(dataset)
     share = -(-rows // args.world_size)
     scores = np.empty(share, dtype=_SCORE)
-    # Sharded parameters come together only in the wrapped model's forward pass.
-    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-    model: Any = trainer.model_wrapped if sharded else trainer.unwrapped_model
     first = args.process_index * share
     own = range(min(first, rows), min(first + share, rows))
     loader: DataLoader[Any] = DataLoader(
@@ -75,9 +73,9 @@ def score_pairs(trainer: CLIPTrainer, epoch: int, augmented: bool = False) -> Pa
         # As many on every rank, since those of sharded parameters encode in step.
         sampler=itertools.chain(own, itertools.repeat(rows - 1, share - len(own))),
         batch_size=args.eval_batch_size,
-        collate_fn=trainer.data_collator.with_views(("scored",) if augmented else (ORIGINAL,)),
+        collate_fn=collator.with_views(("scored",) if augmented else (ORIGINAL,)),
         generator=torch.Generator(),  # its own, or the workers' seed would be drawn from the global one
-        **trainer.worker_settings(),
+        **worker_settings,
     )
     was_training = model.training
     model.eval()
@@ -88,7 +86,8 @@ def score_pairs(trainer: CLIPTrainer, epoch: int, augmented: bool = False) -> Pa
         with torch.no_grad() if sharded else torch.inference_mode():
             for number, batch in enumerate(loader):
                 key = derive_seed(args.seed, epoch, number, args.process_index, _SCORING)
-                waiting.append(_score_batch(trainer, model, batch, key if augmented else None))
+                with autocast():
+                    waiting.append(_score_batch(step, model, batch, key if augmented else None))
                 if len(waiting) == _WAITING:
                     done = _note(scores, waiting, first, rows, done)
             _note(scores, waiting, first, rows, done)
@@ -97,22 +96,18 @@ def score_pairs(trainer: CLIPTrainer, epoch: int, augmented: bool = False) -> Pa
     return _put_together(scores, rows, args)
 
 
-def _score_batch(trainer: CLIPTrainer, model: Any, batch: dict[str, Any], key: int | None) -> torch.Tensor:
+def _score_batch(step: Step, model: Any, batch: dict[str, Any], key: int | None) -> torch.Tensor:
     """Row, similarity and poison flag (-1: unknown) of each pair, `(B, 3)` float64."""
     batch.pop(BAD_ROWS, None)
     rows = batch.pop(ROW_INDEX)
     flags = batch.pop(POISONED, torch.full_like(rows, -1))
-    inputs: Any = trainer._prepare_input(batch)
+    inputs = {name: value.to(step.device, non_blocking=True) for name, value in batch.items()}
     images = to_float(inputs["pixel_values"])
-    if key is not None and trainer.image_augmentation is not None:
+    if key is not None:
         with forked_rng(key, images.device):
-            images = trainer.image_augmentation(images)
-    inputs["pixel_values"] = trainer.normalization(images)
-    with trainer.compute_loss_context_manager():
-        outputs = model(**inputs)
-    image_embeds = F.normalize(outputs.image_embeds.float(), dim=-1)
-    text_embeds = F.normalize(outputs.text_embeds.float(), dim=-1)
-    similarities = (image_embeds * text_embeds).sum(dim=-1)
+            images = step.image_view(images, "scored")
+    embeddings = step.encode(model, {**inputs, "pixel_values": step.normalization(images)})
+    similarities = (embeddings.image_embeds * embeddings.text_embeds).sum(dim=-1)
     parts = (rows.to(images.device), similarities, flags.to(images.device))
     return torch.stack([part.double() for part in parts], dim=1)
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,14 +14,12 @@ from accelerate.data_loader import DataLoaderShard
 from accelerate.utils import gather_object
 from transformers.utils import logging
 
-from ..data.rows import BAD_ROWS
+from ..batch import cut
+from ..columns import BAD_ROWS
+from ..data.collator import CLIPDataCollator
 from ..data.streams import Place, Stream, StreamCollator
 from ..files import write_text
 from ..wording import shown
-from .chunking import cut
-
-if TYPE_CHECKING:
-    from .base import CLIPTrainer
 
 logger = logging.get_logger(__name__)
 
@@ -41,16 +39,24 @@ class StreamedTraining:
     `Trainer` would add its gradient to the next step.
 
     Args:
-        trainer ([`CLIPTrainer`]): Whose dataset it is.
-        dataset (iterable dataset): Its `train_dataset`.
+        dataset (iterable dataset): What is trained on.
         batch_size (`int`): Rows of a batch, on each rank.
+        args ([`CLIPTrainingArguments`]), accelerator (`Accelerator`), collator ([`CLIPDataCollator`]): The trainer's.
+        worker_settings (`dict`): Arguments of a `DataLoader` that say how its workers load.
 
     Raises:
         `ValueError`: If accelerate is to split or dispatch batches: ranks read their own.
     """
 
-    def __init__(self, trainer: CLIPTrainer, dataset: Any, batch_size: int) -> None:
-        args = trainer.args
+    def __init__(
+        self,
+        dataset: Any,
+        batch_size: int,
+        args: Any,
+        accelerator: Any,
+        collator: CLIPDataCollator,
+        worker_settings: dict[str, Any],
+    ) -> None:
         self.args = args
         accelerator_config: Any = args.accelerator_config
         for name in ("split_batches", "dispatch_batches"):
@@ -68,11 +74,9 @@ class StreamedTraining:
             # A last batch of one row has no negatives.
             least_rows=batch_size if args.dataloader_drop_last else min(2, batch_size),
             on_bad_row=on_bad_row,
-            least_side=trainer.data_collator.least_side,
             rank=args.process_index,
             world_size=args.world_size,
         )
-        accelerator = trainer.accelerator
         #: Whether the pass is over, on all ranks.
         self.ended = False
         self.loader = DataLoaderShard(
@@ -80,10 +84,10 @@ class StreamedTraining:
             device=accelerator.device if accelerator.device_placement else None,
             _non_blocking=accelerator.non_blocking,
             batch_size=None,  # the stream makes the batches
-            collate_fn=StreamCollator(trainer.data_collator),
+            collate_fn=StreamCollator(collator),
             persistent_workers=args.dataloader_persistent_workers,
             in_order=args.dataloader_in_order,
-            **trainer.worker_settings(),
+            **worker_settings,
         )
         self._group: Any = None
         self._begin(0, [])

@@ -16,9 +16,9 @@ from hf_robust_clip.attacks.poisoning import (
     replay_manifest,
     targeted_specs,
 )
-from hf_robust_clip.attacks.rows import naming
 from hf_robust_clip.attacks.text_triggers import WordTrigger
 from hf_robust_clip.attacks.triggers import BlendedTrigger, PatchTrigger, SinusoidTrigger, WarpTrigger
+from hf_robust_clip.columns import naming
 
 PATCH = PatchTrigger(size=3)
 NAMES = ["cat", "dog", "hot air balloon"]
@@ -408,7 +408,7 @@ def test_replay_refuses_what_it_was_not_made_for():
         replay_manifest(pairs().shuffle(seed=0), manifest)
     with pytest.raises(ValueError, match=r"captions differ"):
         replay_manifest(replay_manifest(pairs(), manifest), manifest)
-    with pytest.raises(ValueError, match=r"'caption' is no column"):
+    with pytest.raises(ValueError, match=r"'caption' is not a column"):
         replay_manifest(pairs().remove_columns("caption"), manifest)
     for broken, found in (
         ({}, "its version is None"),
@@ -419,12 +419,23 @@ def test_replay_refuses_what_it_was_not_made_for():
             replay_manifest(pairs(), broken)
     with pytest.raises(ValueError, match=r"'indices' missing"):
         replay_manifest(pairs(), {key: value for key, value in manifest.items() if key != "indices"})
+    for entry, found in (
+        ({"rate": 0, "trigger": {"name": "word"}}, "mode 'backdoor' needs a Trigger"),
+        ({"image": "bm8="}, "target_image cannot be read"),
+        ({"image": "?"}, "base64"),
+        ({"captions": [3] * 6}, "must be 6 captions.*but has 3"),
+        ({"indices": [0] * 6}, r"indices=\[0, 0, 0, 0, ...\]; accepted is at least one row number, all different"),
+        ({"source_index": 30}, "source_index=30.*at most 29"),
+        ({"templates": ["none"]}, "templates: 'none'"),
+    ):
+        with pytest.raises(ValueError, match=f"manifest: .*{found}"):
+            replay_manifest(pairs(), manifest | entry)
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"mode": "clean_label"}, "mode='clean_label'.*backdoor, label_consistent, targeted"),
+        ({"mode": "clean_label"}, "mode='clean_label'.*'backdoor', 'label_consistent', 'targeted'"),
         ({"count": None}, "exactly one"),
         ({"rate": 0.1}, "exactly one"),
         ({"count": 0}, "count=0.*at least 1"),
@@ -436,7 +447,7 @@ def test_replay_refuses_what_it_was_not_made_for():
         ({"target": 3}, "target=3"),
         ({"seed": -1}, "seed=-1"),
         ({"image_size": 0}, "image_size=0"),
-        ({"image_size": 2049}, "image_size=2049; accepted is at most 2048"),
+        ({"image_size": 2049}, "image_size=2049; accepted is .* at most 2048"),
         ({"target": "d\ud800g"}, r"target: 'd\\ud800g' cannot be encoded"),
         ({"templates": ["a {}", "\ud800 {}"]}, r"templates: '\\ud800 \{\}' cannot be encoded"),
         ({"templates": "a {}"}, "templates must be a list of at least one template, but is 'a {}'"),
@@ -622,7 +633,7 @@ def test_dataset_errors():
     spec = PoisonSpec(PATCH, "dog", count=3)
     dataset = pairs()
     for column in ("image", "caption", "label"):
-        with pytest.raises(ValueError, match=f"{column}_column='nothing' .* there are 'image', 'caption', 'label'"):
+        with pytest.raises(ValueError, match=f"{column}_column='nothing' .* are 'image', 'caption', 'label'"):
             poison_dataset(dataset, spec, **{f"{column}_column": "nothing"})
     with pytest.raises(ValueError, match=r"empty"):
         poison_dataset(dataset.select([]), spec)
@@ -630,12 +641,15 @@ def test_dataset_errors():
         poison_dataset(dataset.to_iterable_dataset(), spec)
     with pytest.raises(ValueError, match=r"is a DatasetDict: it has .*pass one of them"):
         poison_dataset(DatasetDict(train=dataset), spec)
-    with pytest.raises(ValueError, match=r"image_column='label' has type"):
+    with pytest.raises(
+        ValueError,
+        match=r"image_column='label' of dataset must hold images, .* or paths, but holds Cl",
+    ):
         poison_dataset(dataset, spec, image_column="label")
-    with pytest.raises(ValueError, match=r"caption_column='label' has type ClassLabel.*accepted is string, or lists"):
+    with pytest.raises(ValueError, match=r"caption_column='label' of dataset must hold strings or lists.*ClassLabel"):
         poison_dataset(dataset, spec, caption_column="label")
     missing = Dataset.from_dict(rows(3) | {"caption": ["a", None, "b"]}, features=FEATURES)
-    with pytest.raises(ValueError, match=r"row 1 holds None"):
+    with pytest.raises(ValueError, match=r"row 1, column 'caption': a caption must be .* but is None"):
         poison_dataset(missing, spec)
     with pytest.raises(ValueError, match=r"'yak' is no class of 'label'.*balloon"):
         poison_dataset(dataset, PoisonSpec(PATCH, "yak", count=3), label_column="label")
@@ -643,7 +657,7 @@ def test_dataset_errors():
         poison_dataset(dataset.cast_column("label", Value("int32")), spec, label_column="label")
     with pytest.raises(ValueError, match=r"accepted is ClassLabel, string or integer"):
         poison_dataset(dataset.cast_column("label", Value("float32")), spec, label_column="label")
-    with pytest.raises(ValueError, match=r"column 'poisoned' of type.*accepted is bool"):
+    with pytest.raises(ValueError, match=r"column 'poisoned' of dataset must be boolean"):
         poison_dataset(dataset.rename_column("label", "poisoned"), spec)
     with pytest.raises(ValueError, match=r"size=17: .* height 16 and width 20"):
         poison_dataset(dataset, PoisonSpec(PatchTrigger(17), "dog", count=3))

@@ -26,10 +26,10 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from hf_robust_clip.attacks.poisoning import PoisonSpec, poison_dataset, replay_manifest, targeted_specs
-from hf_robust_clip.attacks.rows import naming
 from hf_robust_clip.attacks.streaming import poison_stream
 from hf_robust_clip.attacks.text_triggers import WordTrigger
 from hf_robust_clip.attacks.triggers import BlendedTrigger, PatchTrigger, Trigger
+from hf_robust_clip.columns import naming
 
 PATCH = PatchTrigger(size=3)
 NAMES = ["cat", "dog"]
@@ -247,7 +247,7 @@ def test_replay_is_the_same_byte_for_byte(spec):
     assert stored(replay_manifest(stream(2), read)) == stored(poisoned)
     with pytest.raises(ValueError, match=r"dataset is a Dataset, but the manifest was made on a stream"):
         replay_manifest(DATA, read)
-    with pytest.raises(ValueError, match=r"key_column='id' is no column"):
+    with pytest.raises(ValueError, match=r"key_column='id' is not a column"):
         replay_manifest(stream().remove_columns("id"), read)
 
 
@@ -318,7 +318,7 @@ def test_rows_marked_before_are_left_alone():
     after = stored(poison_stream(poisons, SPECS["text_query"], key_column="id")[0])  # poisons have no key
     assert after == stored(poison_stream(stream(), SPECS["several"][::2], key_column="id")[0])
     other = stream().rename_column("label", "poisoned")
-    with pytest.raises(ValueError, match=r"column 'poisoned' of type.*accepted is bool"):
+    with pytest.raises(ValueError, match=r"column 'poisoned' of stream must be boolean"):
         poison_stream(other, SPECS["backdoor"], key_column="id")
 
 
@@ -392,7 +392,7 @@ def test_columns_of_unknown_features_are_looked_for_in_the_rows():
     unknown = IterableDataset.from_generator(rows_of_a_generator, gen_kwargs={"kind": "bytes"})
     for name in ("image", "caption", "key"):
         given = {"key_column": "id", f"{name}_column": "x"}
-        with pytest.raises(ValueError, match=f"{name}_column='x' is no column of the stream; a row has 'id', 'image'"):
+        with pytest.raises(ValueError, match=f"{name}_column='x' is not a column of stream; a row has 'id', 'image'"):
             list(poison_stream(unknown, PoisonSpec(PATCH, "dog", rate=1.0), **given)[0])
     with pytest.raises(ValueError, match=r"features of the stream are not known.*cast"):
         poison_stream(unknown, SPECS["backdoor"], label_column="label", key_column="id")
@@ -456,19 +456,22 @@ def test_what_a_stream_cannot_do_is_refused():
         poison_stream(IterableDatasetDict(train=stream()), SPECS["backdoor"])
     for name in ("image", "caption", "label", "key"):
         with pytest.raises(
-            ValueError, match=rf"{name}_column='x' is no column of the stream; there are 'id', 'image'"
+            ValueError, match=rf"{name}_column='x' is not a column of stream; its columns are 'id', 'image'"
         ):
             poison_stream(stream(), SPECS["backdoor"], **{f"{name}_column": "x"})
     with pytest.raises(ValueError, match=r"key_column='label' has type ClassLabel.*integers or strings"):
         poison_stream(stream(), SPECS["backdoor"], key_column="label")
-    with pytest.raises(ValueError, match=r"image_column='label' has type"):
+    with pytest.raises(
+        ValueError,
+        match=r"image_column='label' of stream must hold images, .* or paths, but holds Cl",
+    ):
         poison_stream(stream(), SPECS["backdoor"], image_column="label")
-    with pytest.raises(ValueError, match=r"caption_column='label' has type ClassLabel.*accepted is string, or lists"):
+    with pytest.raises(ValueError, match=r"caption_column='label' of stream must hold strings or lists.*ClassLabel"):
         poison_stream(stream(), SPECS["text_query"], caption_column="label")
     with pytest.raises(ValueError, match=r"'yak' is no class of 'label'"):
         poison_stream(stream(), PoisonSpec(PATCH, "yak", rate=0.1), label_column="label")
     empty = stream().map(lambda row: {"caption": None}).cast(FEATURES)
-    with pytest.raises(ValueError, match=r"caption_column='caption': row 0 holds None"):
+    with pytest.raises(ValueError, match=r"row 0, column 'caption': a caption must be .* but is None"):
         list(poison_stream(empty, PoisonSpec(PATCH, "dog", rate=1.0))[0])
 
 

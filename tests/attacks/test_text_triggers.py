@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 from hf_robust_clip import AttackSuccessEvaluator
-from hf_robust_clip.attacks.rows import naming
 from hf_robust_clip.attacks.text_triggers import WORD_PLACES, WordTrigger
 from hf_robust_clip.attacks.triggers import Trigger, trigger_from_dict, trigger_from_name
+from hf_robust_clip.columns import naming
 
 CAPTIONS = ["a dog on a beach.", "  two\tspaces  ", "dog", "", " ", "Ein Hund, drau\u00dfen!", "\U0001f436 yes"]
 every_place = pytest.mark.parametrize("place", WORD_PLACES)

@@ -46,7 +46,6 @@ def folder(tmp_path: Path) -> Path:
             "precision": "float32",
             "seed": 0,
             "seconds": 1.0,
-            "command": "train.py",
         },
     )
     record.save(tmp_path)

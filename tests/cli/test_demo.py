@@ -7,23 +7,23 @@ from transformers import AutoProcessor, CLIPModel
 
 from hf_robust_clip.attacks.poisoning import replay_manifest
 from hf_robust_clip.cli import demo, demo_steps
-from hf_robust_clip.cli.demo import (
+from hf_robust_clip.cli.demo import results_table, run_demo
+from hf_robust_clip.cli.demo_recipe import (
     CLEAN_SEED_OFFSET,
+    CONTROLS,
     DEFENCES,
     LABELS,
     PRETRAINING,
     QUICK,
     Recipe,
     default_recipe,
-    results_table,
-    run_demo,
     title_of,
 )
 from hf_robust_clip.cli.demo_trainers import matching_record
 from hf_robust_clip.cli.main import main
 from hf_robust_clip.data.digits import load_digit_pairs
+from hf_robust_clip.defences.split import BINS, SplitRecord
 from hf_robust_clip.telling import page, plots
-from hf_robust_clip.trainers.split import BINS, SplitRecord
 from hf_robust_clip.versions import versions
 
 MODELS = ("poisoned", "finetuned", "cleanclip")
@@ -185,7 +185,7 @@ def test_the_reports_of_all_defences_show_what_they_did(all_three):
         for other, text in shown.items():
             assert (text in html) == (other == defence) or other == "cleanclip"
         # Each model that it is compared with has a plot of embeddings, rows of what it calls images, and a column.
-        for control in demo.CONTROLS[defence]:
+        for control in CONTROLS[defence]:
             assert f"{LABELS[control]}, triggered" in html
         assert html.count("Poisoned training image") == html.count("Clean training image") == 4 * (defence == "roclip")
     assert "three defences" in title_of("all")

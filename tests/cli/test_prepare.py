@@ -23,11 +23,11 @@ def arguments(pairs: datasets.Dataset, processor: Any, tmp_path: Path) -> list[s
 def test_the_output_is_what_the_function_makes(
     arguments: list[str], pairs: datasets.Dataset, processor: Any, tmp_path: Path, capsys: Any
 ) -> None:
-    flags = ["--image-format", "png", "--rows-per-shard", "40", "--max-length", "9"]
+    flags = ["--image-format", "png", "--rows-per-shard", "40"]
     for _ in range(2):
         assert main([*arguments, "--output-dir", str(tmp_path / "out"), *flags]) == 0
         assert "64 of 64 pairs are prepared" in capsys.readouterr().out
-    options: Any = {"image_format": "png", "rows_per_shard": 40, "max_length": 9}
+    options: Any = {"image_format": "png", "rows_per_shard": 40}
     expected = prepare_dataset(pairs, processor, tmp_path / "same", **options)
     assert datasets.load_from_disk(str(tmp_path / "out")).data.table.equals(expected.data.table)
     assert len(list((tmp_path / "out").glob("*.arrow"))) == 2

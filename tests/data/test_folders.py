@@ -276,10 +276,11 @@ def test_links_are_not_followed_and_told(
     assert "not read: 'test/'" in caplog.text
 
 
+SHARD = "data-00000-of-00001.arrow"
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
 
 
-@pytest.mark.parametrize("name", ["t.csv", "t.parquet", "t.jsonl", "metadata.csv", "0.txt", "data-00000.arrow"])
+@pytest.mark.parametrize("name", ["t.csv", "t.parquet", "t.jsonl", "metadata.csv", "0.txt", SHARD])
 def test_a_pointer_of_git_lfs_is_called_that(name: str, tmp_path: Path, pairs: datasets.Dataset) -> None:
     if name in ("metadata.csv", "0.txt"):
         picture(tmp_path / "0.png", pairs)
@@ -329,6 +330,7 @@ def test_the_card_of_a_folder_is_heeded(tmp_path: Path) -> None:
     for key, value, said in (
         ("data_files", "b.csv", "names 'b.csv', which"),
         ("quoting", 3, "has 'quoting'; accepted"),
+        ("cache_dir", str(tmp_path / "cache"), "has 'cache_dir'; accepted"),
     ):
         readme.write_text(f"---\n{json.dumps({'configs': [{**card['configs'][0], key: value}]})}\n---\n")
         with pytest.raises(ValueError, match=said):

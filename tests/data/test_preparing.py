@@ -18,12 +18,11 @@ from torch.utils.data import DataLoader
 from training import ARGUMENTS, make_trainer
 from transformers import CLIPImageProcessor, CLIPProcessor
 
-from hf_robust_clip import CLIPDataCollator, CLIPTrainer, PatchTrigger, PoisonSpec, poison_dataset, prepare_dataset
+from hf_robust_clip import CLIPDataCollator, CLIPTrainer, prepare_dataset
 from hf_robust_clip.data import preparing
 from hf_robust_clip.data.loading import load_pairs
-from hf_robust_clip.data.rows import BadRowError, IndexedDataset, undecoded
+from hf_robust_clip.data.rows import BadRowError, IndexedDataset
 from hf_robust_clip.data.streams import Stream
-from hf_robust_clip.data.tokens import TOKENS_PREFIX, StoredTokens
 
 COLUMNS = ("image", "caption")
 #: Rows and rows a shard of what most tests prepare: four shards, the last one short.
@@ -90,11 +89,6 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def tokens_of(dataset: datasets.Dataset) -> str:
-    (name,) = [name for name in dataset.column_names if name.startswith(TOKENS_PREFIX)]
-    return name
-
-
 def batches_of(collator: CLIPDataCollator, dataset, size: int = 8) -> Iterator[dict[str, torch.Tensor]]:
     for epoch in range(2):
         collator.set_epoch(epoch)
@@ -105,7 +99,8 @@ def assert_equal(ones, others) -> None:
     for one, other in zip(ones, others, strict=True):
         assert one.keys() == other.keys()
         for name in one:
-            assert one[name].dtype == other[name].dtype and torch.equal(one[name], other[name]), name
+            one_value, other_value = torch.as_tensor(one[name]), torch.as_tensor(other[name])
+            assert one_value.dtype == other_value.dtype and torch.equal(one_value, other_value), name
 
 
 def numbered(caption: str, seed: int) -> str:
@@ -121,7 +116,7 @@ def test_batches_are_those_of_the_source(processor, tmp_path: Path, image_format
     prepared = prepare(source, processor, tmp_path, image_format=image_format)
     assert {image.format for image in prepared["image"]} == {"PPM" if image_format == "ppm" else "PNG"}
     for views in (("original",), ("augmented",), ("original", "augmented")):
-        collator = CLIPDataCollator(processor, views=views, text_augmentation=numbered, seed=3, stored_tokens=True)
+        collator = CLIPDataCollator(processor, views=views, text_augmentation=numbered, seed=3)
         for make in (lambda collator: collator, CLIPDataCollator.for_evaluation):
             ones, others = (batches_of(make(collator), IndexedDataset(data, *COLUMNS)) for data in (source, prepared))
             assert_equal(ones, others)
@@ -132,7 +127,7 @@ def test_trainers_are_given_the_same_batches(cls: type[CLIPTrainer], source, pre
     found = []
     for data in (source, prepared):
         torch.manual_seed(0)
-        trainer = make_trainer(cls, tmp_path, train_dataset=data, text_preset="eda", stored_tokens=True)
+        trainer = make_trainer(cls, tmp_path, train_dataset=data, text_preset="eda")
         found.append(list(trainer.get_train_dataloader()))
     assert len(found[0]) > 0 and found[0][0]["poisoned"].dtype == torch.bool
     assert_equal(*found)
@@ -143,66 +138,16 @@ def test_streams_of_it_give_the_same_batches(processor, source, prepared, skip: 
     found = []
     for data in (source, prepared):
         stream = Stream(data.to_iterable_dataset(), *COLUMNS, 8, least_rows=1, on_bad_row="skip" if skip else "raise")
-        collator = CLIPDataCollator(
-            processor, views=("original", "augmented"), text_augmentation=numbered, stored_tokens=True
-        )
+        collator = CLIPDataCollator(processor, views=("original", "augmented"), text_augmentation=numbered)
         found.append([collator(batch.rows) for batch in stream])
     assert_equal(*found)
-
-
-def test_the_tokens_that_are_stored_are_used(processor, prepared, monkeypatch: pytest.MonkeyPatch):
-    chosen = prepared.shuffle(seed=0).filter(lambda row: row["label"] < 3, keep_in_memory=True).select(range(8))
-    asked = []
-    ids = StoredTokens._ids
-    monkeypatch.setattr(StoredTokens, "_ids", lambda self, texts: asked.extend(texts) or ids(self, texts))
-    collator = CLIPDataCollator(
-        processor, views=("original", "augmented"), text_augmentation=numbered, stored_tokens=True
-    )
-    for data in (chosen, chosen.to_iterable_dataset(), chosen.with_format("torch")):
-        rows: list = list(undecoded(data, *COLUMNS))
-        assert len(rows) == 8
-        collator(rows)
-        asked.clear()
-        collator(rows)
-        assert len(asked) == 8 and not set(asked) & set(chosen["caption"])
-
-
-def test_tokens_are_not_trusted_unless_told_so(processor, prepared):
-    name = tokens_of(prepared)
-    forged = prepared.map(lambda row: {name: [entry[:-4] + b"\x07\0\0\0" for entry in row[name]]}, keep_in_memory=True)
-    honest, trusting = (CLIPDataCollator(processor, stored_tokens=trust) for trust in (False, True))
-    rows = [list(undecoded(data, *COLUMNS)) for data in (prepared, forged)]
-    assert_equal([honest(rows[1])], [honest(rows[0])])
-    assert not torch.equal(trusting(rows[1])["input_ids"], honest(rows[1])["input_ids"])
-
-
-def test_other_tokenizers_and_lengths_do_not_use_them(processor, source, prepared, monkeypatch: pytest.MonkeyPatch):
-    collator = CLIPDataCollator(processor, max_length=4, stored_tokens=True)
-    expected = list(batches_of(collator, IndexedDataset(source, *COLUMNS)))
-    assert_equal(batches_of(collator, IndexedDataset(prepared, *COLUMNS)), expected)
-    assert StoredTokens(processor.tokenizer, 4).column not in prepared.column_names
-
-
-def test_captions_changed_afterwards_are_tokenised_as_they_are(processor, prepared):
-    spec = PoisonSpec(PatchTrigger(size=4), "two", count=5, seed=1)
-    poisoned, manifest = poison_dataset(prepared, spec)
-    loud = [row["caption"].upper() if row["label"] == 3 else row["caption"] for row in poisoned]
-    changed = poisoned.map(lambda row, i: {"caption": loud[i]}, with_indices=True, keep_in_memory=True)
-    assert tokens_of(changed) == tokens_of(prepared) and len(manifest["indices"]) == 5
-    collator = CLIPDataCollator(
-        processor, views=("original", "augmented"), text_augmentation=numbered, stored_tokens=True
-    )
-    plain = changed.remove_columns(tokens_of(changed))
-    ones, others = (batches_of(collator, IndexedDataset(data, *COLUMNS)) for data in (changed, plain))
-    assert_equal(ones, others)
 
 
 # ---- What is kept ----
 
 
 def test_rows_columns_and_features_are_those_of_the_source(source, prepared, folder: Path):
-    assert prepared.column_names == [*source.column_names, tokens_of(prepared)]
-    assert {name: prepared.features[name] for name in source.features} == source.features
+    assert prepared.column_names == source.column_names and prepared.features == source.features
     plain = [name for name in source.column_names if name != "image"]
     assert list(prepared.select_columns(plain)) == list(source.select_columns(plain))
     assert prepared.split == source.split
@@ -362,7 +307,6 @@ def test_a_folder_of_another_call_is_refused(source, processor, folder: Path, tm
         (source.remove_columns("label"), processor, {}, "dataset.features.label was"),
         (source, other, {}, r"image_size.width was 16, and is 20; .*image_processor.size.shortest_edge was 16"),
         (source, processor, {"image_format": "png"}, "otherwise: image_format was 'ppm', and is 'png'. Give another"),
-        (source, processor, {"max_length": 9}, "tokenizer.max_length was 16, and is 9"),
         (source, processor, {"rows_per_shard": 7}, "rows_per_shard was 6, and is 7"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -416,7 +360,6 @@ def test_what_cannot_be_prepared_is_refused(source, processor, tmp_path: Path):
         (source, processor, {"image_column": "photo"}, "image_column='photo' is not a column of dataset"),
         (source, processor, {"image_format": "jpeg"}, "image_format must be one of 'ppm', 'png', but is 'jpeg'"),
         (source, processor, {"on_bad_row": "ignore"}, "on_bad_row must be one of 'raise', 'skip', but is 'ignore'"),
-        (source, processor, {"max_length": 1}, "max_length must be None or at least 2 tokens, but is 1"),
         (source, processor, {"rows_per_shard": 0}, "rows_per_shard must be at least 1, but is 0"),
         (source, processor, {"num_proc": 0}, "num_proc must be None or at least 1, but is 0"),
     ):

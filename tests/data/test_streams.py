@@ -14,7 +14,8 @@ from datasets import concatenate_datasets, interleave_datasets
 from torch.utils.data import DataLoader
 
 from hf_robust_clip import PoisonSpec, WordTrigger, poison_stream
-from hf_robust_clip.data.rows import BAD_ROWS, BadRowError
+from hf_robust_clip.columns import BAD_ROWS
+from hf_robust_clip.data.rows import BadRowError
 from hf_robust_clip.data.streams import Place, Stream, StreamBatch, has_exact_state
 
 COLUMNS = ("image", "caption")

@@ -13,7 +13,7 @@ import pytest
 from hf_robust_clip.data import tables
 from hf_robust_clip.data.loading import load_pairs, stream_pairs
 from hf_robust_clip.data.tables import read_csv, read_json
-from hf_robust_clip.evaluation.columns import read_labels
+from hf_robust_clip.evaluation.labels import read_labels
 
 WORDS = ["None", "null", "NA", "n/a", "nan", "NULL", "007", "1.0", "true", "2020-01-01", "2020-01-01 10:00:00", "1e3"]
 

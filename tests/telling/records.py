@@ -95,7 +95,6 @@ def make_record(trainer: str = "CleanCLIPTrainer", **changes: Any) -> RunRecord:
             "precision": "float32",
             "seed": 0,
             "seconds": 3.0,
-            "command": "train.py",
         },
         "course": [{"step": 0, "epoch": 0.0, **before}, {"step": 2, "epoch": 1.0, **after}],
         "log": log,

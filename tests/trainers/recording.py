@@ -26,16 +26,16 @@ class _Recorded(CLIPTrainer):
     steps: list[Step]
     learning_rates: list[float]
 
-    def loss_components(self, views: Any, scale: torch.Tensor, inputs: Any) -> dict[str, torch.Tensor]:
-        terms = super().loss_components(views, scale, inputs)
-        rows = inputs.get("row_index")
+    def loss_components(self, views: Any, scale: torch.Tensor, batch: Any) -> dict[str, torch.Tensor]:
+        terms = super().loss_components(views, scale, batch)
+        rows = batch.rows
         self.__dict__.setdefault("steps", []).append(
             Step(
                 self._epoch or 0,
                 {name: (view.image_embeds.detach(), view.text_embeds.detach()) for name, view in views.items()},
                 scale.item(),
                 rows.tolist() if rows is not None else None,
-                inputs.get("poisoned"),
+                batch.poisoned,
                 {name: term.item() for name, term in terms.items()},
             )
         )

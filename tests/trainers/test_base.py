@@ -52,8 +52,8 @@ def test_loss_is_the_models_own(tmp_path: Path) -> None:
     model = trainer.model.eval()
     batch = next(iter(trainer.get_eval_dataloader(trainer.train_dataset)))
     inputs = trainer._prepare_inputs(batch)
-    ours = trainer.compute_loss(model, dict(inputs))
-    theirs = model(**{name: value for name, value in inputs.items() if name != "row_index"}, return_loss=True).loss
+    ours = trainer.compute_loss(model, inputs)
+    theirs = model(**inputs.inputs, return_loss=True).loss
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
 
 
@@ -224,7 +224,7 @@ def test_custom_and_no_augmentation(tmp_path: Path) -> None:
     )
     batch = next(iter(trainer.get_train_dataloader()))
     trainer.model.train()
-    first, second = trainer._prepare_inputs(batch)["pixel_values"].chunk(2)
+    first, second = trainer._prepare_inputs(batch).inputs["pixel_values"].chunk(2)
     assert torch.equal(first, second)
     assert torch.equal(*batch["input_ids"].chunk(2))
 
@@ -270,9 +270,9 @@ def test_stream_drops_the_batch_that_falls_short(tmp_path: Path) -> None:
     sizes: list[int] = []
 
     class Watched(CLIPTrainer):
-        def loss_components(self, views: Any, scale: torch.Tensor, inputs: Any) -> dict[str, torch.Tensor]:
-            sizes.append(len(inputs["pixel_values"]))
-            return super().loss_components(views, scale, inputs)
+        def loss_components(self, views: Any, scale: torch.Tensor, batch: Any) -> dict[str, torch.Tensor]:
+            sizes.append(len(batch.inputs["pixel_values"]))
+            return super().loss_components(views, scale, batch)
 
     stream = digits().select(range(19)).to_iterable_dataset()
     make_trainer(Watched, tmp_path, train_dataset=stream, max_steps=5).train()
@@ -347,10 +347,6 @@ def test_evaluators_that_report_the_same_name_are_refused(tmp_path: Path) -> Non
         (
             {"data_collator": CLIPDataCollator(digit_processor(), caption_column="text")},
             "caption_column is 'caption' in args, but 'text' in data_collator",
-        ),
-        (
-            {"data_collator": CLIPDataCollator(digit_processor(), draft_decoding=True)},
-            "draft_decoding is False in args, but True in data_collator",
         ),
         (
             {"data_collator": CLIPDataCollator(digit_processor(), views=("original", "augmented"))},

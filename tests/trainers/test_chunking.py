@@ -19,8 +19,10 @@ from hf_robust_clip import (
     RoCLIPTrainer,
     SafeCLIPTrainer,
 )
+from hf_robust_clip.batch import Embeddings, cut, split_views
 from hf_robust_clip.data.digits import digit_processor
-from hf_robust_clip.trainers import chunking
+from hf_robust_clip.seeding import derive_seed, forked_rng
+from hf_robust_clip.trainers.step import Step, _of_a_kind, scale_of
 
 ALL = pytest.mark.parametrize("cls", SHORT)
 #: Steps so small that all of them are taken at the same weights.
@@ -157,29 +159,26 @@ def test_batches_of_a_step_that_was_not_made_are_no_part_of_the_next(spanned: bo
     trainer: Any = make_trainer(RecordedRoCLIP, tmp_path, callbacks=[EndsWithinAStep()], **given)
     checked = []
     note_gradient = trainer._finite.note_gradient
-    trainer._finite.note_gradient = lambda norm: (checked.append(len(trainer._finite._batches)), note_gradient(norm))
+    trainer._finite.note_gradient = lambda *args: (checked.append(len(trainer._finite._batches)), note_gradient(*args))
     trainer.train()
     assert [len(step.rows) for step in trainer.steps] == ([16] * 3 if spanned else [8] * 7)
     assert checked == ([1] * 3 if spanned else [2] * 3)
 
 
-class Groups(RecordedSafeCLIP):
-    """Notes down which kinds are contrasted."""
+def test_safe_pairs_are_not_contrasted_with_risky_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[list[set[bool]]] = []
 
-    groups: list[list[set[bool]]]
-
-    def contrast_groups(self, batches: Any) -> list[list[int]]:
-        found = super().contrast_groups(batches)
-        self.groups = [*getattr(self, "groups", []), [{batches[i]["safe"] for i in group} for group in found]]
+    def noted(batches: Any, kind: Any) -> list[list[int]]:
+        found = _of_a_kind(batches, kind)
+        steps.append([{kind(batches[i]) for i in group} for group in found])
         assert sorted(i for group in found for i in group) == list(range(len(batches)))
         return found
 
-
-def test_safe_pairs_are_not_contrasted_with_risky_ones(tmp_path: Path) -> None:
+    monkeypatch.setattr("hf_robust_clip.trainers.step._of_a_kind", noted)
     given = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3, "accumulate_negatives": True}
-    _, trainer = run(Groups, tmp_path, **PHASES[SafeCLIPTrainer], **given)
-    assert all(len(kinds) == 1 for step in trainer.groups for kinds in step)
-    assert any(len(step) == 2 for step in trainer.groups) and any(step == [{True}] for step in trainer.groups)
+    run(RecordedSafeCLIP, tmp_path, **PHASES[SafeCLIPTrainer], **given)
+    assert all(len(kinds) == 1 for step in steps for kinds in step)
+    assert any(len(step) == 2 for step in steps) and any(step == [{True}] for step in steps)
 
 
 def test_what_is_drawn_for_a_chunk_is_drawn_again_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,19 +191,31 @@ def test_what_is_drawn_for_a_chunk_is_drawn_again_alike(tmp_path: Path, monkeypa
     }
     found, chunked = run(cls, tmp_path, **{**given, "model": small_model()})
 
-    def in_one_graph(trainer: CLIPTrainer, model: Any, batches: Any, divisor: int) -> torch.Tensor:
-        chunks = [
-            chunking._Chunk(0, inputs, chunking.derive_seed(batches[0].seed, place))
-            for place, inputs in enumerate(chunking.cut(batches[0].inputs, len(trainer.views), 5))
-        ]
-        members = [chunking._encode(trainer, model, chunk) for chunk in chunks]
-        views = chunking._views(trainer.views, members)
-        loss = trainer.contrast(views, chunking.scale_of(trainer.unwrapped_model), batches[0].inputs) / divisor
-        loss = loss + sum(0.0 * side.sum() for sides in members for side in sides)
-        trainer.accelerator.backward(loss)
+    def in_one_graph(
+        step: Step,
+        model: Any,
+        encoder: Any,
+        batches: Any,
+        kind: Any,
+        size: int,
+        divisor: int,
+        accelerator: Any,
+        *_: Any,
+    ) -> torch.Tensor:
+        (batch,) = batches
+        members = []
+        for place, inputs in enumerate(cut(batch.inputs, len(step.views), size)):
+            with forked_rng(derive_seed(batch.seed, place), step.device):
+                members.append(split_views(step.views, step.encode(model, step._stacked(inputs, step.views))))
+        views = {
+            view: Embeddings(*(torch.cat([chunk[view][side] for chunk in members]) for side in (0, 1)))
+            for view in step.views
+        }
+        loss = step.loss(views, scale_of(encoder), batch) / divisor
+        accelerator.backward(loss)
         return loss.detach()
 
-    monkeypatch.setattr("hf_robust_clip.trainers.base.chunked_step", in_one_graph)
+    monkeypatch.setattr(Step, "chunked", in_one_graph)
     expected, whole = run(cls, tmp_path, **{**given, "model": small_model()})
     assert_same_gradients(found, expected)
     assert_same_logs(chunked, whole)

@@ -50,13 +50,13 @@ def test_a_collapsed_tower_is_seen_in_training(
     cls: type[CLIPTrainer], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     trainer = make_trainer(cls, tmp_path, max_steps=4)
-    encode = trainer.encode
+    encode = trainer.step.encode
 
     def collapsed(model: Any, inputs: dict[str, Any]) -> Any:
-        embeddings, outputs = encode(model, inputs)
-        return embeddings._replace(text_embeds=0 * embeddings.text_embeds + embeddings.text_embeds[:1]), outputs
+        embeddings = encode(model, inputs)
+        return embeddings._replace(text_embeds=0 * embeddings.text_embeds + embeddings.text_embeds[:1])
 
-    trainer.encode = collapsed  # type: ignore[method-assign]
+    trainer.step.encode = collapsed  # type: ignore[method-assign]
     trainer.train()
     assert "the captions of a batch have nearly the same embedding" in caplog.text
     assert "look whether the captions differ" in caplog.text

@@ -131,8 +131,8 @@ def test_steps_beyond_the_epochs_go_on_with_more_epochs(cls: type[CLIPTrainer], 
 @BOTH
 def test_smaller_batches_after_running_out_of_memory(cls: type[CLIPTrainer], tmp_path: Path) -> None:
     class Tight(cls):  # type: ignore[misc, valid-type]
-        def loss_components(self, views: Any, scale: torch.Tensor, inputs: Any) -> dict[str, torch.Tensor]:
-            terms = super().loss_components(views, scale, inputs)
+        def loss_components(self, views: Any, scale: torch.Tensor, batch: Any) -> dict[str, torch.Tensor]:
+            terms = super().loss_components(views, scale, batch)
             if len(views[self.views[0]].image_embeds) > 8 and self.state.global_step == 1:
                 raise RuntimeError("CUDA out of memory.")
             return terms

@@ -18,15 +18,17 @@ from hf_robust_clip.trainers.finite import FILE, NonFiniteError
 
 def spoil(trainer: CLIPTrainer, row: int, value: float = float("nan")) -> None:
     """From its next visit on, the image embedding of a row is not finite."""
-    encode = trainer.encode
+    loss = trainer.step.loss
 
-    def encode_badly(model: Any, inputs: dict[str, Any]) -> Any:
-        embeddings, outputs = encode(model, inputs)
-        hit = (inputs["row_index"] == row).repeat(len(embeddings.image_embeds) // len(inputs["row_index"]))
-        images = torch.where(hit[:, None], value, embeddings.image_embeds)
-        return embeddings._replace(image_embeds=images), outputs
+    def of_spoiled(views: Any, scale: torch.Tensor, batch: Any) -> torch.Tensor:
+        hit = (batch.rows == row)[:, None]
+        spoiled = {
+            name: view._replace(image_embeds=torch.where(hit, value, view.image_embeds))
+            for name, view in views.items()
+        }
+        return loss(spoiled, scale, batch)
 
-    trainer.encode = encode_badly  # type: ignore[method-assign]
+    trainer.step.loss = of_spoiled
 
 
 def written(folder: Path) -> dict[str, Any]:

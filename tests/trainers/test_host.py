@@ -66,8 +66,8 @@ def test_nothing_waits_for_the_device(
 
 def test_a_loss_that_is_not_finite_is_logged_where_training_goes_on(tmp_path: Path) -> None:
     class Broken(CLIPTrainer):
-        def loss_components(self, views: Any, scale: Any, inputs: Any) -> Any:
-            terms = super().loss_components(views, scale, inputs)
+        def loss_components(self, views: Any, scale: Any, batch: Any) -> Any:
+            terms = super().loss_components(views, scale, batch)
             return {name: term * float("nan") for name, term in terms.items()}
 
     trainer = make_trainer(Broken, tmp_path, max_steps=2, stop_on_non_finite=False)

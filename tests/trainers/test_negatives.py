@@ -86,7 +86,7 @@ def test_the_evaluation_loss_is_that_of_all_rows_at_once(cls: type[CLIPTrainer],
         found += [trainer.evaluate()["eval_loss"], trainer.predict(test).metrics["test_loss"]]
     (batch,) = trainer.get_eval_dataloader()  # of the last size
     with torch.no_grad():
-        embeddings = trainer.encode(trainer.model.eval(), trainer._prepare_inputs(batch))[0]
+        embeddings = trainer.step.encode(trainer.model.eval(), trainer._prepare_inputs(batch).inputs)
         expected = clip_loss(*embeddings, trainer.model.logit_scale.exp()).item()
     assert len(embeddings.image_embeds) == 11 and expected > 1
     assert found == pytest.approx([expected] * len(found), rel=1e-5)

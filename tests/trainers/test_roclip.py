@@ -11,6 +11,7 @@ from recording import Queue, RecordedRoCLIP, Step, clip, nearest
 from training import digits, make_trainer, poisoned_pairs, training_log
 
 from hf_robust_clip import CLIPTrainer, RoCLIPTrainer, RoCLIPTrainingArguments
+from hf_robust_clip.defences import RoCLIP
 
 ROWS, BATCH, POOL = 32, 8, 20
 #: Four epochs of four steps, of which the second and the last match.
@@ -153,9 +154,9 @@ def test_adversarial_rows_of_lists_of_captions(tmp_path: Path) -> None:
     data = digits().select(range(12)).remove_columns("caption").add_column("caption", captions)
     data = data.add_column("poisoned", [False, True, False, False] * 3)
     trainer = make_trainer(RoCLIPTrainer, tmp_path, train_dataset=data, adversarial_phrase=TARGET)
-    assert trainer._adversarial_rows().tolist() == [True, True, True, False] * 3
-    trainer.args.adversarial_phrase = None
-    assert trainer._adversarial_rows().tolist() == [False, True, False, False] * 3
+    assert trainer.defence.adversarial.tolist() == [True, True, True, False] * 3
+    trainer = make_trainer(RoCLIPTrainer, tmp_path, train_dataset=data)
+    assert trainer.defence.adversarial.tolist() == [False, True, False, False] * 3
 
 
 def test_nothing_is_said_of_poisons_without_the_column(tmp_path: Path) -> None:
@@ -183,24 +184,17 @@ def test_without_matching_epochs_it_is_clip_with_augmentation(tmp_path: Path) ->
     "start, every, expected",
     [(0, 1, [0, 1, 2, 3, 4, 5, 6]), (0, 2, [0, 2, 4, 6]), (3, 2, [3, 5]), (1, 3, [1, 4]), (9, 1, [])],
 )
-def test_which_epochs_match(start: int, every: int, expected: list[int], tmp_path: Path) -> None:
-    trainer = make_trainer(RoCLIPTrainer, tmp_path, matching_start_epoch=start, match_every_n_epochs=every)
+def test_which_epochs_match(start: int, every: int, expected: list[int]) -> None:
+    defence = RoCLIP(100, matching_start_epoch=start, match_every_n_epochs=every)
     matching = []
-    for epoch in range(7):
-        trainer._epoch = epoch
-        matching += [epoch] if trainer.matching_epoch else []
+    for defence.epoch in range(7):
+        matching += [defence.epoch] if defence.is_matching(step=0) else []
     assert matching == expected
 
 
-def test_steps_count_as_epochs_if_told_so(tmp_path: Path) -> None:
-    trainer = make_trainer(
-        RoCLIPTrainer, tmp_path, matching_start_epoch=1, match_every_n_epochs=2, steps_per_matching_epoch=3
-    )
-    matching = []
-    for step in range(13):
-        trainer.state.global_step = step
-        matching += [step] if trainer.matching_epoch else []
-    assert matching == [3, 4, 5, 9, 10, 11]
+def test_steps_count_as_epochs_if_told_so() -> None:
+    defence = RoCLIP(100, matching_start_epoch=1, match_every_n_epochs=2, steps_per_matching_epoch=3)
+    assert [step for step in range(13) if defence.is_matching(step)] == [3, 4, 5, 9, 10, 11]
 
 
 def test_matching_waits_for_full_pools(tmp_path: Path) -> None:

@@ -16,8 +16,8 @@ from test_streaming import TorchStream
 from training import digits, make_trainer, poisoned_pairs, small_model, training_log
 
 from hf_robust_clip import SafeCLIPTrainer, SafeCLIPTrainingArguments, fit_similarity_mixture
-from hf_robust_clip.trainers import safeclip
-from hf_robust_clip.trainers.scoring import PairScores, score_pairs
+from hf_robust_clip.defences import SafeCLIP
+from hf_robust_clip.defences.base import PairScores
 
 ROWS, BATCH, POOL = 48, 8, 20
 #: Five epochs of five steps: unimodal, CLIP, and three with a split.
@@ -45,13 +45,14 @@ def run(tmp_path_factory: pytest.TempPathFactory, scores: dict[int, PairScores])
         safe_growth=0.1,
     )
 
-    def spy(trainer: Any, epoch: int, augmented: bool) -> PairScores:
-        scores[epoch] = score_pairs(trainer, epoch, augmented)
+    score_pairs = trainer.score_pairs
+
+    def spy(epoch: int, augmented: bool) -> PairScores:
+        scores[epoch] = score_pairs(epoch, augmented)
         return scores[epoch]
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(safeclip, "score_pairs", spy)
-        trainer.train()
+    trainer.score_pairs = spy
+    trainer.train()
     return trainer
 
 
@@ -274,29 +275,22 @@ def test_split_without_two_kinds_is_warned_of(
     similarities: np.ndarray,
     threshold: float,
     word: str,
-    tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    given = PairScores(similarities.astype(np.float32), None)
-    monkeypatch.setattr(safeclip, "score_pairs", lambda *_, **__: given)
-    trainer = make_trainer(SafeCLIPTrainer, tmp_path, safe_threshold=threshold, safe_cap=1.0)
-    trainer._split(2)
+    defence = SafeCLIP(64, safe_threshold=threshold, safe_cap=1.0)
+    defence._split(2, lambda augmented: PairScores(similarities.astype(np.float32), None))
     assert f"The split of epoch 2 calls {word} pair safe" in caplog.text
 
 
-def test_split_of_one_group_is_warned_of(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_split_of_one_group_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
     generator = np.random.default_rng(0)
-    trainer = make_trainer(SafeCLIPTrainer, tmp_path, safe_threshold=0.5)
+    defence = SafeCLIP(6000, safe_threshold=0.5)
     # Of one mean, some more spread than the others.
     one = np.concatenate([generator.normal(0.3, 0.02, 3000), generator.normal(0.3, 0.1, 3000)])
     two = np.concatenate([generator.normal(0.1, 0.05, 3000), generator.normal(0.4, 0.05, 3000)])
     for epoch, similarities in enumerate((two, one)):
-        monkeypatch.setattr(safeclip, "score_pairs", lambda *_, s=similarities, **__: PairScores(s.astype("f4"), None))
-        trainer._split(epoch)
-    assert trainer.splits.records[0].separation > 5
+        defence._split(epoch, lambda augmented, s=similarities: PairScores(s.astype("f4"), None))
+    assert defence.splits.records[0].separation > 5
     assert "epoch 0" not in caplog.text
     assert "The mixture of epoch 1 found one group of similarities and not two" in caplog.text
 

@@ -14,7 +14,6 @@ from training import digits, make_trainer
 
 from hf_robust_clip import SafeCLIPTrainer
 from hf_robust_clip.data.digits import digit_processor
-from hf_robust_clip.trainers.scoring import score_pairs
 
 ROWS = 19
 
@@ -35,36 +34,36 @@ def trainer(tmp_path: Path) -> Any:
 
 def test_scores_are_the_cosines_of_the_pairs_as_they_are(trainer: Any) -> None:
     data = trainer.train_dataset
-    scores = score_pairs(trainer, epoch=2)
+    scores = trainer.score_pairs(epoch=2)
     assert scores.similarities.dtype == np.float32
     np.testing.assert_allclose(scores.similarities, by_hand(trainer, data["image"], data["caption"]), atol=1e-5)
 
 
 def test_scores_do_not_depend_on_batches_or_workers(trainer: Any) -> None:
     trainer.args.per_device_eval_batch_size = ROWS
-    whole = score_pairs(trainer, epoch=2).similarities
+    whole = trainer.score_pairs(epoch=2).similarities
     trainer.args.per_device_eval_batch_size = 5
     trainer.args.dataloader_num_workers = 2
-    np.testing.assert_allclose(score_pairs(trainer, epoch=2).similarities, whole, atol=1e-6)
+    np.testing.assert_allclose(trainer.score_pairs(epoch=2).similarities, whole, atol=1e-6)
 
 
 @pytest.mark.parametrize("augmented", [False, True])
 def test_global_generators_and_modes_are_left_alone(augmented: bool, trainer: Any) -> None:
     trainer.model.train()
     states = torch.get_rng_state(), np.random.get_state(), random.getstate()
-    score_pairs(trainer, epoch=2, augmented=augmented)
+    trainer.score_pairs(epoch=2, augmented=augmented)
     assert torch.equal(torch.get_rng_state(), states[0])
     assert np.array_equal(np.random.get_state()[1], states[1][1])
     assert random.getstate() == states[2]
     assert all(module.training for module in trainer.model.modules())
     trainer.model.eval()
-    score_pairs(trainer, epoch=2, augmented=augmented)
+    trainer.score_pairs(epoch=2, augmented=augmented)
     assert not any(module.training for module in trainer.model.modules())
 
 
 def test_augmented_scores_are_drawn_anew_each_epoch(trainer: Any) -> None:
-    plain = score_pairs(trainer, epoch=2).similarities
-    drawn = [score_pairs(trainer, epoch=epoch, augmented=True).similarities for epoch in (2, 2, 3)]
+    plain = trainer.score_pairs(epoch=2).similarities
+    drawn = [trainer.score_pairs(epoch=epoch, augmented=True).similarities for epoch in (2, 2, 3)]
     assert np.array_equal(drawn[0], drawn[1])
     assert not np.allclose(drawn[0], drawn[2], atol=1e-4)
     assert not np.allclose(drawn[0], plain, atol=1e-4)
@@ -73,7 +72,7 @@ def test_augmented_scores_are_drawn_anew_each_epoch(trainer: Any) -> None:
 def test_unusable_rows_have_no_score(tmp_path: Path) -> None:
     data = broken().add_column("poisoned", [True] * 12 + [False] * 12)
     trainer = make_trainer(SafeCLIPTrainer, tmp_path, train_dataset=data, on_bad_row="skip")
-    scores = score_pairs(trainer, epoch=0)
+    scores = trainer.score_pairs(epoch=0)
     usable = [row for row in range(24) if row not in (3, 17)]
     assert np.flatnonzero(np.isnan(scores.similarities)).tolist() == [3, 17]
     kept = digits().select(usable)
@@ -85,11 +84,11 @@ def test_unusable_rows_have_no_score(tmp_path: Path) -> None:
 def test_poison_flags_are_those_of_the_dataset(tmp_path: Path) -> None:
     flags = [row % 5 == 1 for row in range(ROWS)]
     data = digits().select(range(ROWS)).add_column("poisoned", flags)
-    assert score_pairs(make_trainer(SafeCLIPTrainer, tmp_path, train_dataset=data), 0).poisoned.tolist() == flags
+    assert make_trainer(SafeCLIPTrainer, tmp_path, train_dataset=data).score_pairs(0).poisoned.tolist() == flags
 
 
 def test_poison_flags_are_unknown_without_the_column(trainer: Any) -> None:
-    assert score_pairs(trainer, epoch=0).poisoned is None
+    assert trainer.score_pairs(epoch=0).poisoned is None
 
 
 @pytest.mark.parametrize("epoch", [2, 3])
@@ -108,13 +107,13 @@ def test_of_several_captions_the_one_of_this_epochs_training_is_scored(epoch: in
     seen = sorted(drawn)
     assert len({drawn[row].endswith("in grey") for row in seen}) == 2
     expected = by_hand(trainer, data.select(seen)["image"], [drawn[row] for row in seen])
-    np.testing.assert_allclose(score_pairs(trainer, epoch).similarities[seen], expected, atol=1e-5)
+    np.testing.assert_allclose(trainer.score_pairs(epoch).similarities[seen], expected, atol=1e-5)
 
 
 def test_half_precision_scores_are_close(tmp_path: Path) -> None:
     full = make_trainer(SafeCLIPTrainer, tmp_path, rows=ROWS)
     half = make_trainer(SafeCLIPTrainer, tmp_path, rows=ROWS, bf16=True)
     half.model = half.accelerator.prepare_model(half.model)  # as train() does
-    one, two = (score_pairs(trainer, epoch=0).similarities for trainer in (full, half))
+    one, two = (trainer.score_pairs(epoch=0).similarities for trainer in (full, half))
     np.testing.assert_allclose(one, two, atol=0.02)
     assert not np.array_equal(one, two)

@@ -8,8 +8,8 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from hf_robust_clip import fit_similarity_mixture
-from hf_robust_clip.trainers.scoring import PairScores
-from hf_robust_clip.trainers.split import BINS, SplitHistory
+from hf_robust_clip.defences.base import PairScores
+from hf_robust_clip.defences.split import BINS, SplitHistory
 
 ROWS = 400
 
@@ -24,7 +24,7 @@ def two_groups(poisons: int = 100) -> PairScores:
 
 
 def split(scores: list[PairScores], growth: float = 0.05, cap: float = 0.85, threshold: float = 0.9) -> SplitHistory:
-    history = SplitHistory()
+    history = SplitHistory(len(scores[0].similarities))
     for number, score in enumerate(scores):
         history.add(6 + number, score, threshold, growth, cap, seed=0)
     return history
@@ -49,7 +49,7 @@ def test_safe_set_grows_from_the_top_up_to_the_cap() -> None:
 
 
 def test_growth_counts_epochs_not_splits() -> None:
-    scores, history = two_groups(), SplitHistory()
+    scores, history = two_groups(), SplitHistory(ROWS)
     for epoch in (3, 7):
         history.add(epoch, scores, 0.9, 0.02, 1.0, seed=0)
     one, two = (record.safe_share for record in history.records)
@@ -111,7 +111,7 @@ def test_histograms_count_every_usable_pair_once() -> None:
 def test_state_makes_a_round_trip() -> None:
     history = split([two_groups(), PairScores(two_groups().similarities, None)])
     copy = split([two_groups(50)])
-    copy.load_state_dict(history.state_dict(), ROWS)
+    copy.load_state_dict(history.state_dict())
     assert np.array_equal(copy.safe, history.safe)
     assert copy.epoch == history.epoch == 7
     np.testing.assert_array_equal(np.array(copy.records), np.array(history.records))
@@ -123,14 +123,23 @@ def test_state_makes_a_round_trip() -> None:
 
 def test_state_without_a_split_forgets_the_one_there_is() -> None:
     history = split([two_groups()])
-    assert SplitHistory().state_dict() == {}
-    history.load_state_dict({"bad_rows": torch.zeros(0)}, ROWS)
+    assert not SplitHistory(ROWS).state_dict()
+    history.load_state_dict({})
     assert history.safe is None
     assert history.epoch is None
 
 
 def test_state_takes_a_bit_a_pair() -> None:
     history = split([two_groups()])
-    kept = sum(value.nbytes for value in vars(history).values() if isinstance(value, torch.Tensor))
-    assert kept == ROWS / 8
-    assert history.state_dict()["split"].nbytes == ROWS / 8
+    assert history.state_dict()["bits"].nbytes == ROWS / 8
+
+
+def test_rows_are_safe_as_the_mask_has_them() -> None:
+    history = SplitHistory(ROWS)
+    assert not history.are_safe(torch.arange(3))
+    history = split([two_groups()])
+    found = [history.are_safe(torch.tensor([row])) for row in range(ROWS)]
+    assert found == history.safe.tolist()
+    safe, risky = (torch.from_numpy(np.flatnonzero(history.safe == kind)) for kind in (True, False))
+    assert history.are_safe(safe) and not history.are_safe(torch.cat([safe, risky[:1]])) and not history.are_safe(None)
+    assert history.to("meta").are_safe(safe)  # it stays on the host

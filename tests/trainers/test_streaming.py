@@ -16,7 +16,7 @@ import torch
 from training import assert_same_bits, digits, make_trainer, train_and_resume
 
 from hf_robust_clip import CleanCLIPTrainer, CLIPTrainer, RoCLIPTrainer
-from hf_robust_clip.data.rows import BAD_ROWS, ROW_INDEX
+from hf_robust_clip.columns import BAD_ROWS, ROW_INDEX
 from hf_robust_clip.data.streams import PLACE
 from hf_robust_clip.trainers.streaming import STREAM_FILE, StreamedTraining, cut_batch
 
@@ -80,10 +80,10 @@ class Watching:
         super().__init__(*args, **kwargs)
         self.seen: list[list[str]] = []
 
-    def loss_components(self: Any, views: Any, scale: torch.Tensor, inputs: Any) -> dict[str, torch.Tensor]:
-        texts = self.processing_class.tokenizer.batch_decode(inputs["input_ids"], skip_special_tokens=True)
-        self.seen.append([*map(str, inputs["pixel_values"].shape), *texts])
-        return super().loss_components(views, scale, inputs)
+    def loss_components(self: Any, views: Any, scale: torch.Tensor, batch: Any) -> dict[str, torch.Tensor]:
+        texts = self.processing_class.tokenizer.batch_decode(batch.inputs["input_ids"], skip_special_tokens=True)
+        self.seen.append([*map(str, batch.inputs["pixel_values"].shape), *texts])
+        return super().loss_components(views, scale, batch)
 
 
 class Watched(Watching, CLIPTrainer):
@@ -197,6 +197,11 @@ def test_nothing_is_read_of_a_pass_that_is_over(stopped: tuple[Path, Any], monke
     assert len(list(batches)) == 3
 
 
+def streamed_again(trainer: Any) -> StreamedTraining:
+    args, accelerator = trainer.args, trainer.accelerator
+    return StreamedTraining(shards(), 8, args, accelerator, trainer.data_collator, trainer.worker_settings())
+
+
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     """A checkpoint in the second pass over a stream, and the trainer that it is of, which went on."""
@@ -222,7 +227,7 @@ def test_places_of_other_workers_are_refused_with_a_way_out(
     state = json.loads((stopped[0] / STREAM_FILE).read_text())
     state["settings"][name] = was
     (tmp_path / STREAM_FILE).write_text(json.dumps(state))
-    streamed = StreamedTraining(stopped[1], shards(), batch_size=8)
+    streamed = streamed_again(stopped[1])
     with pytest.raises(ValueError, match=f"its {name} was {was!r}, but is {now!r} now.*ignore_data_skip=True"):
         streamed.load(str(tmp_path), epoch=1, steps_in_pass=6)
 
@@ -232,7 +237,7 @@ def test_batches_out_of_order_cannot_be_repeated(
 ) -> None:
     monkeypatch.setattr(stopped[1].args, "dataloader_num_workers", 2)
     monkeypatch.setattr(stopped[1].args, "dataloader_in_order", False)
-    streamed = StreamedTraining(stopped[1], shards(), batch_size=8)
+    streamed = streamed_again(stopped[1])
     streamed.save(str(tmp_path))
     with pytest.raises(ValueError, match="dataloader_in_order=False: which batches"):
         streamed.load(str(tmp_path), epoch=0, steps_in_pass=6)
@@ -246,7 +251,7 @@ def test_the_pass_begins_anew_where_its_place_is_not_asked_for_or_not_known(
         shutil.copy(stopped[0] / STREAM_FILE, tmp_path)
         monkeypatch.setattr(stopped[1].args, "ignore_data_skip", True)
         monkeypatch.setattr(stopped[1].args, "dataloader_num_workers", 1)
-    streamed = StreamedTraining(stopped[1], shards(), batch_size=8)
+    streamed = streamed_again(stopped[1])
     assert streamed.load(str(tmp_path), epoch=1, steps_in_pass=6) == (1, 0)
     assert next(iter(streamed.stream)) is not None
 
@@ -273,4 +278,4 @@ def test_batches_made_by_accelerate_are_refused(
 ) -> None:
     monkeypatch.setattr(stopped[1].args.accelerator_config, setting, True)
     with pytest.raises(ValueError, match=f"accelerator_config.{setting}=True does not work with an iterable"):
-        StreamedTraining(stopped[1], shards(), batch_size=8)
+        streamed_again(stopped[1])

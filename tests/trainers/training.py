@@ -40,7 +40,15 @@ SHORT: dict[type[CLIPTrainer], dict[str, Any]] = {
 }
 #: A trainer's own arguments, and those of its TrainingArguments, go through one call.
 _TRAINER = ("image_augmentation", "text_augmentation", "evaluators", "eval_dataset", "train_dataset", "model")
-_TRAINER += ("data_collator", "peft_config", "callbacks", "processing_class", "optimizers", "optimizer_cls_and_kwargs")
+_TRAINER += (
+    "data_collator",
+    "peft_config",
+    "callbacks",
+    "processing_class",
+    "optimizers",
+    "optimizer_cls_and_kwargs",
+    "defence",
+)
 
 
 @functools.cache

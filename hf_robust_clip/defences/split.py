@@ -7,11 +7,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import nn
 
 from ..data.sampling import pack_mask, unpack_mask
 from ..evaluation.measures import split_quality
 from ..mixture import SimilarityMixture
-from .scoring import PairScores
+from .base import PairScores
 
 #: Bins of the histograms over similarities in [-1, 1].
 BINS = 200
@@ -52,34 +53,67 @@ class SplitRecord(NamedTuple):
         return (self.safe_mean - self.risky_mean) / math.sqrt((self.safe_variance + self.risky_variance) / 2)
 
 
-class SplitHistory:
+class SplitHistory(nn.Module):
     """
-    The splits of a training so far: the current one as a mask, of all a [`SplitRecord`] and a histogram.
+    The splits of a training so far: of the current one a bit a pair, of all a [`SplitRecord`] and a histogram. All of
+    it stays on the host.
 
-    Of a split it keeps a bit a pair.
-
-    Attributes:
-        safe (`np.ndarray` of shape `(N,)`, bool, or `None`): Which pairs the latest split calls safe, a new array each
-            time.
-        epoch (`int` or `None`): Its epoch.
-        records (`list[SplitRecord]`): One a split.
-        histograms (`list[np.ndarray]`): One a split, int64 `(2, BINS)`: how many clean and how many poisoned pairs
-            have a similarity in each of `BINS` equal parts of [-1, 1]; all count as clean where it is not known.
+    Args:
+        rows (`int`): Of the dataset.
     """
 
-    def __init__(self) -> None:
-        self._bits: torch.Tensor | None = None
-        self._length = 0
-        self.records: list[SplitRecord] = []
-        self.histograms: list[np.ndarray] = []
+    bits: torch.Tensor | None  # uint8 (ceil(N / 8),)
+    table: torch.Tensor | None  # float64 (splits, fields)
+    counts: torch.Tensor | None  # int64 (splits, 2, BINS)
+
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        self.rows = rows
+        for name in ("bits", "table", "counts"):
+            self.register_buffer(name, None)
 
     @property
     def safe(self) -> np.ndarray | None:
-        return None if self._bits is None else unpack_mask(self._bits, self._length)
+        """Which pairs the latest split calls safe `(N,)`, bool, a new array each time; `None` before the first."""
+        return None if self.bits is None else unpack_mask(self.bits, self.rows)
+
+    @property
+    def records(self) -> list[SplitRecord]:
+        """One a split."""
+        return [] if self.table is None else [SplitRecord(*row) for row in self.table.tolist()]
+
+    @property
+    def histograms(self) -> list[np.ndarray]:
+        """
+        One a split, int64 `(2, BINS)`: how many clean and how many poisoned pairs have a similarity in each of `BINS`
+        equal parts of [-1, 1]; all count as clean where it is not known.
+        """
+        return [] if self.counts is None else list(self.counts.numpy())
 
     @property
     def epoch(self) -> int | None:
-        return int(self.records[-1].epoch) if self.records else None
+        """Of the latest split."""
+        return None if self.table is None else int(self.table[-1, 0])
+
+    def are_safe(self, rows: torch.Tensor | None) -> bool:
+        """Whether all of these rows `(B,)`, int64, are safe; before the first split none is."""
+        if self.bits is None or rows is None:
+            return False
+        numbers = rows.numpy()
+        return bool((self.bits.numpy()[numbers >> 3] >> (7 - (numbers & 7)) & 1).all())
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self.bits = self.table = self.counts = None
+
+    def _apply(self, fn: Any, recurse: bool = True) -> SplitHistory:
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        self.clear()
+        if f"{prefix}bits" in state_dict:
+            self.bits, self.table, self.counts = (state_dict[prefix + name] for name in ("bits", "table", "counts"))
+            unpack_mask(self.bits, self.rows)  # refuses one of other rows
 
     def add(self, epoch: int, scores: PairScores, threshold: float, growth: float, cap: float, seed: int) -> None:
         """
@@ -128,9 +162,10 @@ class SplitHistory:
                 poisons_in_safe_set=quality.poison_share_in_safe_set,
                 safe_set_poison_rate=quality.safe_set_poison_rate,
             )
-        self._bits, self._length = pack_mask(safe), len(safe)
-        self.records.append(record)
-        self.histograms.append(np.stack([np.histogram(np.clip(g, -1, 1), BINS, (-1.0, 1.0))[0] for g in groups]))
+        histogram = np.stack([np.histogram(np.clip(group, -1, 1), BINS, (-1.0, 1.0))[0] for group in groups])
+        self.bits = pack_mask(safe)
+        self.table = torch.tensor([*self.records, record], dtype=torch.float64)
+        self.counts = torch.from_numpy(np.stack([*self.histograms, histogram]))
 
     def to_list(self) -> list[dict[str, Any]]:
         """
@@ -145,24 +180,6 @@ class SplitHistory:
             }
             for record, histogram in zip(self.records, self.histograms, strict=True)
         ]
-
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        """As tensors: the mask as a bitmap, `(N / 8,)` uint8."""
-        if self._bits is None:
-            return {}
-        return {
-            "split": self._bits,
-            "split_records": torch.tensor(self.records, dtype=torch.float64),  # (splits, fields)
-            "split_histograms": torch.from_numpy(np.stack(self.histograms)),  # (splits, 2, BINS)
-        }
-
-    def load_state_dict(self, state: dict[str, Any], length: int) -> None:
-        """Take over what [`state_dict`] returned, for a dataset of that length."""
-        self._bits, self._length, self.records, self.histograms = None, length, [], []
-        if "split" in state:
-            self._bits = pack_mask(unpack_mask(state["split"], length))
-            self.records = [SplitRecord(*row) for row in state["split_records"].tolist()]
-            self.histograms = list(state["split_histograms"].numpy())
 
 
 def _count_above(mixture: SimilarityMixture, similarities: np.ndarray, threshold: float) -> int:

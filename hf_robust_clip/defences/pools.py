@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..distributed import gather_features
 from ..pool import FeaturePool
 from ..wording import shown
 
 
-class FeaturePools:
+class FeaturePools(nn.Module):
     """
     A first-in first-out pool of image features and one of text features, filled side by side: slot i of both holds
     the two sides of one pair. They hold the same on every rank.
@@ -21,10 +22,13 @@ class FeaturePools:
         dtype (`torch.dtype`): Of the stored features.
     """
 
+    image: FeaturePool | None
+    text: FeaturePool | None
+
     def __init__(self, size: int, dtype: torch.dtype) -> None:
+        super().__init__()
         self.size, self.dtype = size, dtype
-        self.image: FeaturePool | None = None
-        self.text: FeaturePool | None = None
+        self.clear()
 
     @property
     def full(self) -> bool:
@@ -41,48 +45,31 @@ class FeaturePools:
         """
         with torch.no_grad():
             features = [gather_features(embeds.detach()) for embeds in (image_embeds, text_embeds)]
-            keys = gather_features(keys) if keys is not None else None
+            if keys is not None:
+                keys = gather_features(keys.to(image_embeds.device, non_blocking=True))
             if self.image is None or self.text is None:
-                self.image, self.text = (
-                    FeaturePool(self.size, side.shape[1], self.dtype).to(side.device) for side in features
-                )
+                self._make(features[0].shape[1], features[0].device)
             for pool, side in zip((self.image, self.text), features, strict=True):
+                assert pool is not None  # just made
                 pool.enqueue(side, keys)
 
     def clear(self) -> None:
         """Forget everything."""
-        self.image = self.text = None
+        self.image = self.text = None  # made with the first features, whose dimension they have
 
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        """The state of both pools, under names that begin with `image_pool.` and `text_pool.`."""
-        return {
-            f"{name}_pool.{part}": value
-            for name, pool in (("image", self.image), ("text", self.text))
-            if pool is not None
-            for part, value in pool.state_dict().items()
-        }
+    def _make(self, dim: int, device: Any) -> None:
+        self.image, self.text = (FeaturePool(self.size, dim, self.dtype).to(device) for _ in range(2))
 
-    def load_state_dict(self, state: dict[str, torch.Tensor], device: torch.device) -> None:
-        """
-        Take over what [`state_dict`] returned; names of other things are passed over.
-
-        Raises:
-            `ValueError`: If the pools in the state are of another size, or there are none.
-        """
-        for name in ("image", "text"):
-            prefix = f"{name}_pool."
-            parts: dict[str, Any] = {
-                key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)
-            }
-            size, dim = parts["features"].shape if parts else (0, 0)
-            if size != self.size:
-                raise ValueError(
-                    f"the pools of the checkpoint hold {size} pairs, but the pool size is {self.size} now: resume "
-                    "with the arguments of the interrupted run"
-                )
-            pool = FeaturePool(size, dim, self.dtype)
-            pool.load_state_dict(parts)
-            setattr(self, name, pool.to(device))
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        features = state_dict.get(f"{prefix}image.features", torch.empty(0, 0))
+        size, dim = features.shape
+        if size != self.size:
+            raise ValueError(
+                f"the pools of the checkpoint hold {size} pairs, but the pool size is {self.size} now: resume "
+                "with the arguments of the interrupted run"
+            )
+        self._make(dim, features.device)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def pool_length(size: float, rows: int | None, argument: str) -> int:

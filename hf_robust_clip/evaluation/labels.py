@@ -1,4 +1,4 @@
-"""Columns of a labelled or captioned dataset, read and checked without decoding an image."""
+"""Class names, and the labels of a dataset, read and checked without decoding an image."""
 
 from __future__ import annotations
 
@@ -8,17 +8,10 @@ from typing import Any
 import datasets
 import torch
 
-from ..attacks.fields import check_text
-from ..data.rows import check_columns, column_values, has_transform
+from ..columns import check_columns, has_transform, scalar
+from ..data.rows import column_values
 from ..kinds import text_list
 from ..wording import listed, shortened, shown
-
-
-def read_column(dataset: Any, column: str) -> list[Any]:
-    """The values of a column, row by row."""
-    if _plain(dataset):
-        return list(column_values(dataset, column))
-    return [dataset[row][column] for row in range(len(dataset))]
 
 
 def read_labels(
@@ -36,13 +29,13 @@ def read_labels(
     check_columns(
         dataset, {"image_column": image_column, "label_column": label_column}, "labelled images", argument=argument
     )
-    if _plain(dataset):
+    if isinstance(dataset, datasets.Dataset) and not has_transform(dataset):
         _check_order(dataset.features[label_column], class_names, label_column)
     where = "" if argument == "dataset" else f" of {argument}"
     # A CSV file has numbers as text; a name that looks like one counts as a name.
     numbers = {str(i): i for i in range(len(class_names))} | {name: i for i, name in enumerate(class_names)}
     labels = []
-    for row, value in enumerate(read_column(dataset, label_column)):
+    for row, value in enumerate(column_values(dataset, label_column)):
         label = _number(value, numbers, len(class_names))
         if label is None:
             raise _not_a_class(f"row {row}{where}, column {shown(label_column)}: ", value, class_names)
@@ -59,8 +52,6 @@ def check_class_names(class_names: Any) -> list[str]:
     names = text_list("class_names", class_names, accepted)
     if len(names) < 2 or len(set(names)) < len(names):
         raise ValueError(f"class_names must be {accepted}, but is {listed(names)}")
-    for name in names:
-        check_text("class_names", name)
     return names
 
 
@@ -72,33 +63,19 @@ def class_number(value: Any, class_names: Sequence[str], argument: str) -> int:
     return number
 
 
-def read_captions(dataset: Any, image_column: str, caption_column: str) -> list[list[str]]:
-    """
-    Captions of a dataset, as a list for each row.
-
-    Raises:
-        `ValueError`: If the dataset is empty, a column is missing, or a row has no caption; names the row.
-    """
-    columns = {"image_column": image_column, "caption_column": caption_column}
-    check_columns(dataset, columns, "images with captions")
-    captions = []
-    for row, value in enumerate(read_column(dataset, caption_column)):
-        # An array of strings is what numpy's format makes of a list.
-        texts = [value] if isinstance(value, str) else value.tolist() if hasattr(value, "tolist") else value
-        if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(text, str) for text in texts):
-            raise ValueError(
-                f"row {row}, column {shown(caption_column)}: a caption must be a string, or a non-empty list of "
-                f"strings, but is {shown(value)}"
-            )
-        captions.append(list(texts))
-    return captions
+def attacked_class(target: str | int, class_names: Sequence[str], labels: torch.Tensor) -> int:
+    """The number of the class that an attack steers images to; `ValueError` where every image is of it already."""
+    number = class_number(target, class_names, "target")
+    if bool((labels == number).all()):
+        raise ValueError(
+            f"every image of dataset is of the target class {shown(target)}; an attack has nothing to steer"
+        )
+    return number
 
 
 def _number(value: Any, numbers: Mapping[str, int], classes: int) -> int | None:
     """The number that a label or a name stands for; `None` if it is of none of so many classes."""
-    number: Any = numbers.get(value) if isinstance(value, str) else value
-    # Scalars of numpy and torch have an item().
-    number = number.item() if hasattr(number, "item") and getattr(number, "ndim", 1) == 0 else number
+    number = scalar(numbers.get(value) if isinstance(value, str) else value)
     is_number = isinstance(number, int) and not isinstance(number, bool) and 0 <= number < classes
     return number if is_number else None
 
@@ -106,10 +83,6 @@ def _number(value: Any, numbers: Mapping[str, int], classes: int) -> int | None:
 def _not_a_class(where: str, value: Any, class_names: Sequence[str]) -> ValueError:
     accepted = f"the numbers 0 to {len(class_names) - 1} and class_names: {listed(class_names)}"
     return ValueError(shortened(f"{where}{shown(value)} is not a class; accepted are {accepted}"))
-
-
-def _plain(dataset: Any) -> bool:
-    return isinstance(dataset, datasets.Dataset) and not has_transform(dataset)
 
 
 def _check_order(feature: Any, class_names: Sequence[str], label_column: str) -> None:

@@ -1,0 +1,125 @@
+"""What a method adds to CLIP, as an object that the trainer calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import Sampler
+
+from ..batch import Batch, Embeddings
+
+
+class PairScores(NamedTuple):
+    """
+    `similarities (N,)`, float32: the cosine of each pair's embeddings, NaN for a row that cannot be used (with
+    `on_bad_row="skip"`). `poisoned (N,)`, bool: the column of that name, false for such a row, `None` where there is
+    none.
+    """
+
+    similarities: np.ndarray
+    poisoned: np.ndarray | None
+
+
+class Plan(NamedTuple):
+    """What a training is going to do: optimizer `steps` and `epochs`; in a step so many `calls` of `batch` pairs."""
+
+    steps: int
+    epochs: int
+    calls: int
+    batch: int
+
+
+class Defence(nn.Module):
+    """
+    What a method adds to CLIP. Its buffers are its memory: saved with each checkpoint, put back, moved with the model.
+    Pass it to `CLIPTrainer(..., defence=...)`. A subclass defines [`forward`]; the rest is optional.
+
+    Attributes:
+        views (`tuple[str, ...]`): The views of a batch that it compares. `"original"` is un-augmented, every other
+            name an augmentation of its own.
+        epoch (`int`): The current one, from 0. The trainer sets it.
+        gather (`bool`): Whether the rows of all processes are negatives (`gather_across_devices`). The trainer sets
+            it; hand it to the losses.
+    """
+
+    views: tuple[str, ...] = ("original",)
+    epoch: int = 0
+    gather: bool = True
+    #: Takes what [`note`] is given; the trainer sets it.
+    means: Any = None
+
+    def forward(self, views: dict[str, Embeddings], scale: torch.Tensor, batch: Batch) -> dict[str, torch.Tensor]:
+        """
+        The loss of a training batch, as named terms whose sum it is; each is logged under its name.
+
+        Args:
+            views (`dict[str, Embeddings]`): The embeddings `(B, D)` of each of [`views`].
+            scale (`torch.Tensor`): `exp(logit_scale)`, a scalar.
+            batch ([`~batch.Batch`]): Its rows' numbers, and whether they are poisoned, where that is known.
+
+        Returns:
+            `dict[str, torch.Tensor]`: Scalars, each the mean over this process's rows.
+        """
+        raise NotImplementedError(f"{type(self).__name__} defines no forward")
+
+    def note(self, values: Mapping[str, torch.Tensor], where: torch.Tensor | None = None) -> None:
+        """Have the means of values logged: scalars, or one a row `(B,)`; `where (B,)` says which rows count."""
+        if self.means is not None:
+            self.means.add(values, where)
+
+    # ---- Optional ----
+
+    def begin_training(self, plan: Plan) -> None:
+        """Called when training starts or goes on."""
+
+    def begin_epoch(self, epoch: int, score: Callable[..., PairScores | None]) -> dict[str, float]:
+        """
+        Called before each epoch, and again when training resumes within one.
+
+        Args:
+            epoch (`int`): From 0.
+            score (callable): `score(augmented=False)` gives the similarity of every pair of the dataset under the
+                model as it is: [`PairScores`] on the first rank, `None` on the others. Call it on all ranks.
+
+        Returns:
+            `dict[str, float]`: What to log.
+        """
+        return {}
+
+    def sampler(self, rows: int, batch_size: int, world_size: int, seed: int) -> Sampler[list[int]] | None:
+        """What deals the rows of a map-style dataset into batches; `None`: the trainer shuffles them."""
+        return None
+
+    def kind(self, batch: Batch) -> Hashable:
+        """With `accumulate_negatives`, batches of one kind are contrasted with each other."""
+        return None
+
+    def learning_rate_factor(self, epoch: int) -> float | None:
+        """The learning rate of an epoch as a share of the peak, in place of the schedule's; `None`: the schedule's."""
+        return None
+
+    def scheduled(self, epoch: int, factor: float, peak: float) -> float:
+        """What the peak learning rate is multiplied by in a step of an epoch, where the schedule has `factor`."""
+        own = self.learning_rate_factor(epoch)
+        return factor if own is None else own
+
+    def logged(self, logs: dict[str, float]) -> None:
+        """Called with what is about to be logged of training, which it may add to."""
+
+    def notes(self) -> dict[str, Any]:
+        """What card and report tell of it, ready for JSON."""
+        return {}
+
+    def reset(self) -> None:
+        """
+        Forget everything: called when training starts without a checkpoint. By default the buffers become what they
+        were when it did so first.
+        """
+        if not hasattr(self, "_first"):
+            self._first = {name: value.detach().cpu().clone() for name, value in self.state_dict().items()}
+        elif self._first:
+            self.load_state_dict(self._first)

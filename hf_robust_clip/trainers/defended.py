@@ -1,0 +1,181 @@
+"""The trainers of the defences: each names its defence and its arguments."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import datasets
+import torch
+
+from ..defences import CleanCLIP, Defence, RoCLIP, SafeCLIP
+from ..defences.pools import FeaturePools
+from ..defences.roclip import adversarial_rows
+from ..defences.split import SplitHistory
+from ..wording import shown
+from .arguments import CleanCLIPTrainingArguments, RoCLIPTrainingArguments, SafeCLIPTrainingArguments
+from .base import CLIPTrainer
+
+
+class CleanCLIPTrainer(CLIPTrainer):
+    """
+    Fine-tune a suspected CLIP on clean pairs so that a backdoor loses its hold: beside the CLIP loss, each image and
+    each caption learns to recognise an augmented copy of itself, which unties the trigger from the target's captions
+    (Bansal et al., ICCV 2023, arXiv 2303.03323).
+
+    It needs pairs that are clean: poisons that are left among them undo it, and so does pre-training with a
+    self-supervised term (arXiv 2311.14948). It is weak against structured triggers (stripes, triangles, text; arXiv
+    2412.00727) and against BadCLIP (arXiv 2412.20392). Measure, with [`AttackSuccessEvaluator`], and do not resume the
+    optimizer of the poisoned checkpoint: pass its weights.
+
+    Args:
+        model (`str` or `PreTrainedModel`): A Hub id, a folder, or a dual encoder.
+        args ([`CleanCLIPTrainingArguments`]): The paper's recipe by default.
+        image_augmentation, text_augmentation: `None`: the presets of `args`, `"cleanclip"` and `"eda"`.
+        Others: As of [`CLIPTrainer`].
+    """
+
+    args_class = CleanCLIPTrainingArguments
+    args: CleanCLIPTrainingArguments
+
+    def make_defence(self, args: Any, train_dataset: Any) -> Defence:
+        return CleanCLIP(**_given(CleanCLIP, args))
+
+
+class RoCLIPTrainer(CLIPTrainer):
+    """
+    Pre-train a CLIP on pairs of which some may be poisoned. In matching epochs an image is trained against the
+    caption nearest to it in a pool of earlier captions, not against its own, so that an image and an adversarial
+    caption that have nothing in common are torn apart (Yang, Gao, Mirzasoleiman, NeurIPS 2023, arXiv 2303.06854).
+    Other epochs are CLIP's. Images and captions are augmented in both.
+
+    The pools take in the features of every step, in every epoch; matching begins when they are full. Poisons that are
+    many enough to be each other's nearest neighbours are matched with each other, and get through.
+
+    Logged beside the loss terms, for matching steps: `distinct_matches` (different pool entries over batch size),
+    `largest_match_share` (share of the batch that the most popular entry serves), `match_similarity` (cosine of an
+    image and what it is matched with; of `"unimodal"`, of a caption and its match). For all steps: `pair_similarity`
+    (cosine of an image and its own caption), `pool_fill` (0 to 1), `pool_age` (optimizer steps since the oldest entry
+    was stored). With a `poisoned` column: `clean_pair_similarity`, `poisoned_pair_similarity`, and
+    `poisoned_match_adversarial`, how often a poisoned image is matched with a caption of its adversarial class.
+
+    Args:
+        model (`str` or `PreTrainedModel`): A Hub id, a folder, or a dual encoder, as a rule untrained.
+        args ([`RoCLIPTrainingArguments`]): The paper's recipe by default.
+        image_augmentation, text_augmentation: `None`: the presets of `args`, `"strong"` and `"eda"`.
+        Others: As of [`CLIPTrainer`].
+
+    Raises:
+        `ValueError`: As of [`CLIPTrainer`]; and for a `train_dataset` of unknown length if `pool_size` is a share of
+            it, or if `steps_per_matching_epoch` is not set.
+    """
+
+    args_class = RoCLIPTrainingArguments
+    args: RoCLIPTrainingArguments
+
+    def make_defence(self, args: Any, train_dataset: Any) -> Defence:
+        if train_dataset is None:
+            return super().make_defence(args, train_dataset)  # only to evaluate
+        return RoCLIP(
+            len(train_dataset) if hasattr(train_dataset, "__len__") else None,
+            **_given(RoCLIP, args),
+            adversarial=adversarial_rows(train_dataset, args.caption_column, args.adversarial_phrase),
+        )
+
+    @property
+    def pools(self) -> FeaturePools | None:
+        """The features that matches are looked up in; `None` without a `train_dataset`."""
+        return getattr(self.defence, "pools", None)
+
+    @property
+    def matching_epoch(self) -> bool:
+        """Whether the current step is one of a matching epoch."""
+        return isinstance(self.defence, RoCLIP) and self.defence.is_matching(self.state.global_step)
+
+
+class SafeCLIPTrainer(CLIPTrainer):
+    """
+    Pre-train a CLIP on pairs of which some may be poisoned, in three phases (Yang, Gao, Mirzasoleiman, ICML 2024,
+    arXiv 2310.05862):
+
+    1. `warmup_unimodal_epochs` in which images and captions each learn by themselves: an augmented view against the
+       nearest neighbour, in a pool of earlier features, of another view of the same row.
+    2. `warmup_cross_epochs` of CLIP on all pairs, at a small learning rate.
+    3. From then on, at the start of each epoch, all pairs are scored by similarity and split: pairs that a Gaussian
+       mixture calls safe train with CLIP's loss across two augmented views, the others with the first phase's loss,
+       in batches that are all safe or all risky. The safe set grows each epoch.
+
+    A poison that enters the safe set is learned like any other pair: the share of the pairs that are truly clean and
+    the separation of the similarities bound how far the safe set may grow (`safe_growth`, `safe_cap`). With a column
+    `poisoned` the log says how many are inside. The name is also that of an unrelated method against unsafe content.
+
+    Logged beside the loss terms, at each split, as `split_*`: the fields of [`~defences.split.SplitRecord`].
+
+    Args:
+        model (`str` or `PreTrainedModel`): A Hub id, a folder, or a dual encoder, as a rule untrained.
+        args ([`SafeCLIPTrainingArguments`]): The paper's recipe by default.
+        image_augmentation, text_augmentation: `None`: the presets of `args`, `"strong"` and `"eda"`.
+        Others: As of [`CLIPTrainer`].
+
+    Raises:
+        `ValueError`: As of [`CLIPTrainer`]; and for an iterable `train_dataset`, whose pairs cannot be scored and
+            then dealt out by what they scored.
+    """
+
+    args_class = SafeCLIPTrainingArguments
+    args: SafeCLIPTrainingArguments
+
+    def make_defence(self, args: Any, train_dataset: Any) -> Defence:
+        if train_dataset is None:
+            return SafeCLIP(0, unimodal_pool_size=0)  # only to evaluate
+        _check_routing(args, train_dataset)
+        return SafeCLIP(len(train_dataset), **_given(SafeCLIP, args))
+
+    @property
+    def pools(self) -> FeaturePools | None:
+        """The features of the unimodal loss; `None` without them."""
+        return getattr(self.defence, "pools", None)
+
+    @property
+    def splits(self) -> SplitHistory:
+        """The record and the histogram of every split so far."""
+        assert isinstance(self.defence, SafeCLIP)
+        return self.defence.splits
+
+    @property
+    def split(self) -> datasets.Dataset | None:
+        """
+        The latest split, a dataset with the boolean column `safe`, one row for each of `train_dataset`'s; `None`
+        before the first. `datasets.concatenate_datasets([train_dataset, trainer.split], axis=1)` puts them together.
+        """
+        safe = self.splits.safe
+        return None if safe is None else datasets.Dataset.from_dict({"safe": safe})
+
+
+def _given(defence: type[Defence], args: Any) -> dict[str, Any]:
+    """What arguments of a training say of a defence, by the names of its own arguments."""
+    return {name: getattr(args, name) for name in inspect.signature(defence).parameters if hasattr(args, name)}
+
+
+def _check_routing(args: Any, train_dataset: Any) -> None:
+    """`ValueError` where pairs cannot be scored and dealt out by what they scored."""
+    if not hasattr(train_dataset, "__len__") or isinstance(train_dataset, torch.utils.data.IterableDataset):
+        raise ValueError(
+            f"train_dataset is a {type(train_dataset).__name__}, which is read in order, but SafeCLIP scores "
+            "every pair before an epoch and deals them into safe and risky batches by their number: load it as a "
+            "map-style dataset (load_dataset without streaming=True, or datasets.Dataset.from_generator), or use "
+            "RoCLIPTrainer, which can stream"
+        )
+    accelerator_config: Any = args.accelerator_config
+    for name, value, accepted in (
+        ("dataloader_drop_last", args.dataloader_drop_last, True),
+        ("dataloader_in_order", args.dataloader_in_order, True),
+        ("ignore_data_skip", args.ignore_data_skip, False),
+        ("accelerator_config.split_batches", accelerator_config.split_batches, False),
+        ("accelerator_config.dispatch_batches", accelerator_config.dispatch_batches, False),
+    ):
+        if bool(value) is not accepted:
+            raise ValueError(
+                f"{name}={shown(value)} does not work with SafeCLIPTrainer, which deals batches that are all safe "
+                f"or all risky itself: set it to {accepted}"
+            )
