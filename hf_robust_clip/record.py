@@ -207,8 +207,7 @@ class Measured(_Plain):
 
 
 # An empty mapping says as much as nothing.
-_Augmentation = Annotated[Augmentation | None, BeforeValidator(lambda value: value or None)]
-_Skipped = Annotated[Skipped | None, BeforeValidator(lambda value: value or None)]
+_OR_NOTHING = BeforeValidator(lambda value: value or None)
 
 
 class RunRecord(_Plain):
@@ -256,8 +255,8 @@ class RunRecord(_Plain):
     details: Details = Details()
     defence_defaults: dict[str, Any] = {}
     method: str = ""
-    augmentation: _Augmentation = None
-    skipped: _Skipped = None
+    augmentation: Annotated[Augmentation | None, _OR_NOTHING] = None
+    skipped: Annotated[Skipped | None, _OR_NOTHING] = None
 
     def to_json(self) -> str:
         """Its content as JSON."""
@@ -308,12 +307,7 @@ Kind = TypeVar("Kind", bound=BaseModel)
 
 def checked(kind: type[Kind], content: Any, where: str) -> Kind:
     """
-    Plain data as a record, or as a part of one.
-
-    Args:
-        kind: The class.
-        content: Plain data, as from JSON.
-        where (`str`): What errors call it.
+    Plain data, as from JSON, as a record or as a part of one; `where` is what errors call it.
 
     Raises:
         `ValueError`: Naming the first entry that is not accepted, its value and what is.
@@ -326,14 +320,11 @@ def checked(kind: type[Kind], content: Any, where: str) -> Kind:
     entry = field if field in kind.model_fields else shown(field)
     name = f"{where}: {entry}{''.join(f'[{shown(key)}]' for key in inner)}" if first["loc"] else where
     words = first["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
-    if first["type"] == "missing":
-        text = f"{name} is missing"
-    elif first["type"] == "extra_forbidden":
-        text = f"{name} is not known; accepted are {listed(kind.model_fields, 30)}"
-    else:
-        words = {"model_type": "a mapping", "dict_type": "a mapping", "list_type": "a list"}.get(first["type"], words)
-        text = f"{name} is {shown(first['input'])}; accepted is {words}"
-    raise ValueError(shortened(text))
+    words = {"model_type": "a mapping", "dict_type": "a mapping", "list_type": "a list"}.get(first["type"], words)
+    other = f"is {shown(first['input'])}; accepted is {words}"
+    unknown = f"is not known; accepted are {listed(kind.model_fields)}"
+    told = {"missing": "is missing", "extra_forbidden": unknown}.get(first["type"], other)
+    raise ValueError(shortened(f"{name} {told}"))
 
 
 def jsonable(value: Any) -> Any:

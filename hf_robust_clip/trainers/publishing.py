@@ -103,19 +103,21 @@ class PublishingTrainer(Trainer):
         """What this run is and has come to, for its card and its report. It is saved beside the model."""
         return record_of(cast("CLIPTrainer", self))
 
-    def save_report(self, path: str | os.PathLike[str]) -> None:
+    def save_report(self, path: str | os.PathLike[str], controls: Mapping[str, RunRecord] | None = None) -> None:
         """
         Write the report of this run as one HTML file that needs nothing beside it. Its pictures take the model as it
         is and the evaluators' images; call it on all ranks.
 
         Args:
             path (`str` or path): Of the file, such as `"report.html"`. Its folder is made, a file there replaced.
+            controls (mapping of `str` to [`RunRecord`], *optional*): Other runs, whose figures stand beside those of
+                this one, and what to call them.
 
         Raises:
             `ValueError`: If it is a folder.
             `ModuleNotFoundError`: Without the extra `report`.
         """
-        save_report_of(cast("CLIPTrainer", self), Path(path))
+        save_report_of(cast("CLIPTrainer", self), Path(path), controls or {})
 
     def describe_data(self) -> dict[str, Any] | None:
         """What the training data is, without its rows; `None` without any. It is read once: millions take a while."""

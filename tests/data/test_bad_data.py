@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 from bad_data import CASES, Case, claiming, encoded, picture
-from hf_robust_clip.report.run_tables import facts
 from PIL import Image
 from training import make_trainer
 from transformers import CLIPImageProcessor
@@ -23,6 +22,7 @@ from hf_robust_clip.data.rows import BadRowError, IndexedDataset
 from hf_robust_clip.evaluation.embedding import Embedder
 from hf_robust_clip.imaging import decode_image
 from hf_robust_clip.record import RunRecord, Skipped
+from hf_robust_clip.telling.tables import summary
 from hf_robust_clip.wording import listed
 
 COLUMNS = ("image", "caption")
@@ -72,7 +72,7 @@ def test_training_over_all_of_them_lists_those_that_it_skipped(
     assert record.skipped == Skipped(count=len(BAD), rows=BAD, streamed=False)
     assert RunRecord.load(tmp_path / "checkpoint-4").skipped == record.skipped
     assert f"- Unusable rows left out, {len(BAD)}: {rows}" in (tmp_path / "README.md").read_text()
-    assert ("Unusable rows left out", f"{len(BAD)}: {rows}") in facts(record)
+    assert ("Unusable rows left out", f"{len(BAD)}: {rows}") in summary(record)
 
 
 @pytest.mark.training

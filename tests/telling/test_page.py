@@ -382,6 +382,13 @@ def test_report_needs_no_evaluator_and_no_training(
     assert "AttackSuccessEvaluator" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
+def test_controls_stand_beside_the_run(trained: Callable[..., CLIPTrainer], tmp_path: Path, no_plots: None) -> None:
+    path = tmp_path / "report.html"
+    trained(SafeCLIPTrainer).save_report(path, controls={"my control": make_record("CLIPTrainer")})
+    page = Page(path.read_text(encoding="utf-8"))
+    assert "after SafeCLIPmy control" in page.words.replace("\n", "") and "the control: what" not in page.text
+
+
 def test_folder_in_the_report_s_place_is_named(trained: Callable[..., CLIPTrainer], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"path: .* is a folder; accepted"):
         trained(SafeCLIPTrainer).save_report(tmp_path)
