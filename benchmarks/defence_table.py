@@ -7,7 +7,7 @@ The table of defences: every row of a study under every attack and seed, with it
 First each row's learning rate is searched, on an attack and seeds that the table does not report; then the table's
 cells run. Each is saved as it finishes in `benchmarks/results/defences/STUDY.json`; started again, the command goes on
 where it was interrupted. At the end it writes the table beside that file, as Markdown and as a picture, and with
-`--readme` in short into README.md.
+`--docs` in short into docs/results.md, and with all studies' tables into README.md.
 
 The search takes, of a row's rates, the one with the largest clean accuracy less attack success; for the undefended
 model, whose user knows of no attack, the one with the largest clean accuracy.
@@ -16,6 +16,7 @@ model, whose user knows of no attack, the one with the largest clean accuracy.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import time
 from collections.abc import Mapping
@@ -24,14 +25,16 @@ from typing import Any
 
 from bench.cell import Cell, with_learning_rate
 from bench.grid import Results, run_cells
-from bench.marked import put_between
+from bench.marked import ROOT, put_between, table_marks
 from bench.plots import plot_table
 from bench.study import ROWS, Study, load_study
-from bench.table import accuracy_title, page, summary, table_figures
+from bench.table import accuracy_title, overview, page, summary, table_figures
 
-ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "defences"
-README = ROOT / "README.md"
+#: The page of the tables, and the one that shows them all in one table.
+PAGE, README = ROOT / "docs" / "results.md", ROOT / "README.md"
+#: The studies of that one table, and what their data is called there.
+SHOWN = {"digits": "digits", "cifar10": "CIFAR-10", "flickr8k": "Flickr8k, balanced accuracy"}
 
 
 def make_cell(
@@ -110,17 +113,21 @@ def describe(study: Study, chosen: Mapping[str, float], cells: list[Cell]) -> di
     }
 
 
-def readme_marks(study: str) -> tuple[str, str]:
-    """What README.md has around the table of a study."""
-    return (
-        f"<!-- {study} defences: benchmarks/defence_table.py --study {study} --readme -->\n",
-        f"<!-- end of the {study} defences -->\n",
-    )
+def marks_of(study: str) -> tuple[str, str]:
+    """The lines around the table of a study in docs/results.md, or around the one of `"all"` studies in README.md."""
+    return table_marks(f"{study} defences", f"defence_table.py --study {study} --docs")
 
 
-def put_into_readme(study: str, content: Mapping[str, Any]) -> None:
-    """The table in short into README.md, between its marks."""
-    put_between(README, readme_marks(study), "\n" + summary(content))
+def readme_table() -> str:
+    """The studies shown in README.md, in one table."""
+    return overview({title: json.loads((RESULTS / f"{name}.json").read_text()) for name, title in SHOWN.items()})
+
+
+def put_into_docs(study: str, content: Mapping[str, Any]) -> None:
+    """The table in short into docs/results.md, and the one of all studies into README.md, between their marks."""
+    put_between(PAGE, marks_of(study), "\n" + summary(content))
+    if study in SHOWN:
+        put_between(README, marks_of("all"), readme_table())
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -159,7 +166,7 @@ def main() -> None:
     parser.add_argument(
         "--study", default="digits", help="one of benchmarks/studies, or a YAML file (default: digits)"
     )
-    parser.add_argument("--readme", action="store_true", help="put the table into README.md")
+    parser.add_argument("--docs", action="store_true", help="put the table into docs/results.md and README.md")
     parser.add_argument("--table", action="store_true", help="run nothing: the table of the results there are")
     add_run_arguments(parser)
     options = parser.parse_args()
@@ -178,8 +185,8 @@ def main() -> None:
     accuracy = accuracy_title(results.content)
     plot_table(table_figures(results.content), titles, accuracy, results.path.with_suffix(".png"))
     print(text)
-    if options.readme:
-        put_into_readme(study.name, results.content)
+    if options.docs:
+        put_into_docs(study.name, results.content)
 
 
 if __name__ == "__main__":

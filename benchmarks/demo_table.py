@@ -1,9 +1,9 @@
 """
-The README's tables: the demo over seeds and triggers, as `hf-robust-clip demo` measures it.
+The demo over seeds and triggers, as `hf-robust-clip demo` measures it: the first tables of docs/results.md.
 
     python benchmarks/demo_table.py                 # what benchmarks/results holds, as Markdown
     python benchmarks/demo_table.py --run           # run what is missing there first: 3 minutes each, or 24
-    python benchmarks/demo_table.py --readme        # and put the tables into README.md
+    python benchmarks/demo_table.py --docs          # and put the tables into docs/results.md
 """
 
 from __future__ import annotations
@@ -18,11 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.marked import put_between
+from bench.marked import ROOT, put_between, table_marks
 
-ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "results.md"
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class Table:
     One of the tables: demos of one choice of `--defence`.
 
     Args:
-        name (`str`): Folder of the results, and what the README's marks call the table.
+        name (`str`): Folder of the results, and the table's name in the marks around it.
         defence (`str`): As of `hf-robust-clip demo`.
         runs (sequence of `(str, int)`): Triggers and seeds.
         columns (mapping of `str` to `str`): Models of the results, and their headings.
@@ -43,12 +42,9 @@ class Table:
     columns: Mapping[str, str]
 
     @property
-    def begin(self) -> str:
-        return f"<!-- {self.name} table: benchmarks/demo_table.py --readme -->\n"
-
-    @property
-    def end(self) -> str:
-        return f"<!-- end of the {self.name} table -->\n"
+    def marks(self) -> tuple[str, str]:
+        """The lines around the table in the page."""
+        return table_marks(self.name, "demo_table.py --docs")
 
     def path(self, trigger: str, seed: int) -> Path:
         """The results of one run."""
@@ -111,7 +107,7 @@ def without_plots(results: dict[str, Any]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", action="store_true", help="run the demos that have no results yet")
-    parser.add_argument("--readme", action="store_true", help="put the tables into README.md")
+    parser.add_argument("--docs", action="store_true", help="put the tables into docs/results.md")
     options = parser.parse_args()
     for table in TABLES:
         for trigger, seed in table.runs:
@@ -120,8 +116,8 @@ def main() -> None:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(json.dumps(run(table.defence, trigger, seed), indent=2) + "\n")
         print(table.markdown())
-        if options.readme:
-            put_between(README, (table.begin, table.end), table.markdown())
+        if options.docs:
+            put_between(PAGE, table.marks, table.markdown())
 
 
 if __name__ == "__main__":

@@ -93,7 +93,7 @@ def misses() -> str:
             "image augmentation on a CPU over PIL's",
             path["augment_on_cpu_over_pil"],
             1.0,
-            "most of it kornia's colour jitter, which goes through HSV in floats; it is written for the model's "
+            "most of it kornia's color jitter, which goes through HSV in floats; it is written for the model's "
             "device, and spares the workers, but no GPU has been timed",
         ),
     )

@@ -1,37 +1,27 @@
 """
-Clean a checkpoint from the Hub, measure it before and after, and push it with a model card that says what was done.
+Clean a checkpoint, measure it before and after, and push it with a model card that says what was done.
 
-Put your own names in, log in once with `hf auth login`, and
-
-    python examples/publish.py
-
-What it is measured with is a guess: which trigger and which class an attacker chose, nobody tells you. On a small
-stand-in for each of the names, without pushing, in seconds:
-
-    python examples/publish.py --quick
+Put in your own names, log in once with `hf auth login`, and run the file. The trigger and the target are guesses:
+nobody tells you what an attacker chose.
 """
 
-import os
-import sys
-
 from datasets import load_dataset
-from quick import hub_on_loopback, stand_ins
 
-from hf_robust_clip import AttackSuccessEvaluator, CleanCLIPTrainer, CleanCLIPTrainingArguments, ZeroShotEvaluator
-from hf_robust_clip.attacks.triggers import BlendedTrigger
+from hf_robust_clip import (
+    AttackSuccessEvaluator,
+    BlendedTrigger,
+    CleanCLIPTrainer,
+    CleanCLIPTrainingArguments,
+    ZeroShotEvaluator,
+)
 
-QUICK = "--quick" in sys.argv
-if QUICK:
-    os.chdir(stand_ins(poisoned=True))
+TARGET = "banana"  # a class of the images
+
 pairs = load_dataset("you/clean-pairs", split="train")  # columns: image, caption
-images = load_dataset("you/labelled-images", split="test")  # columns: image, label
+images = load_dataset("you/labeled-images", split="test")  # columns: image, label
 names = images.features["label"].names
-evaluators = [ZeroShotEvaluator(images, names), AttackSuccessEvaluator(images, BlendedTrigger(), names[0], names)]
+evaluators = [ZeroShotEvaluator(images, names), AttackSuccessEvaluator(images, BlendedTrigger(), TARGET, names)]
 args = CleanCLIPTrainingArguments("cleaned-clip", eval_on_start=True, eval_strategy="epoch")
 trainer = CleanCLIPTrainer("openai/clip-vit-base-patch32", args, train_dataset=pairs, evaluators=evaluators)
 trainer.train()
-if QUICK and not hub_on_loopback():
-    trainer.save_model()
-    trainer.create_model_card()
-else:
-    trainer.push_to_hub()
+trainer.push_to_hub()

@@ -42,9 +42,9 @@ SETTING = """
 import hf_robust_clip
 from datasets import load_dataset
 
-labelled = load_dataset("you/labelled-images", split="test")
+labeled = load_dataset("you/labeled-images", split="test")
 captioned = load_dataset("you/clean-pairs", split="train").select(range(20))
-labelled_train = load_dataset("you/clean-pairs", split="train")
+labeled_train = load_dataset("you/clean-pairs", split="train")
 
 
 def small(arguments, epochs):
@@ -57,6 +57,7 @@ def small(arguments, epochs):
     return build
 
 
+CLIPSmallArguments = small(hf_robust_clip.CLIPTrainingArguments, 2)
 CleanCLIPSmallArguments = small(hf_robust_clip.CleanCLIPTrainingArguments, 2)
 RoCLIPSmallArguments = small(hf_robust_clip.RoCLIPTrainingArguments, 4)
 SafeCLIPSmallArguments = small(hf_robust_clip.SafeCLIPTrainingArguments, 8)
@@ -98,7 +99,7 @@ def folder(
         ("clean-pairs", "train", 64),
         ("pairs-from-the-web", "train", 64),
         ("pairs", "train", 64),
-        ("labelled-images", "test", 30),
+        ("labeled-images", "test", 30),
     ):
         path = folder / "you" / name / f"{split}.parquet"
         path.parent.mkdir(parents=True)

@@ -19,7 +19,7 @@ from hf_robust_clip import (
     ZeroShotEvaluator,
     poison_dataset,
 )
-from hf_robust_clip.attacks.poisoning import targeted_specs
+from hf_robust_clip.attacks.spec import targeted_specs
 from hf_robust_clip.attacks.triggers import trigger_from_dict
 from hf_robust_clip.data.loading import label_by_captions
 

@@ -30,28 +30,57 @@ def page(content: Mapping[str, Any]) -> str:
     lines = [
         *_subject(content),
         f"{_seeds(content)}{', with the range in brackets' if len(_seed_numbers(content)) > 1 else ''}.",
-        f"Learning rates found on another attack and seed ({study['search']}): {chosen or 'none searched'}.",
-        f"{counted}, {minutes:.0f} minutes of training and measuring in all; {devices}; {versions}.",
+        f"Learning rates were found on another attack and seed ({study['search']}): {chosen or 'none searched'}.",
+        f"Training and measuring {counted} took {minutes:.0f} minutes: {devices}; {versions}.",
     ]
     return "\n".join(lines) + f"\n\n{markdown(content)}"
 
 
 def summary(content: Mapping[str, Any]) -> str:
-    """The same in short: a line an attack, and of each row the means of accuracy and attack success."""
+    """The same in short: a line for each attack, with the mean accuracy and attack success of each model."""
     rows = content["study"]["rows"]
-    found = table_figures(content)
     lines = [f"| attack | {' | '.join(ROWS[row].title for row in rows)} |", "|---" * (len(rows) + 1) + "|"]
-    for attack in dict.fromkeys(attack for attack, _ in found):
-        means = [[statistics.mean(figures) for figures in found.get((attack, row), ())] for row in rows]
-        lines.append(f"| {attack} | {' | '.join(', '.join(f'{mean:.1%}' for mean in pair) for pair in means)} |")
+    for attack, means in _means(content).items():
+        cells = [f"{pair[0]:.1%}, {pair[1]:.1%}" if pair else "" for pair in means]
+        lines.append(f"| {attack} | {' | '.join(cells)} |")
     name = f"benchmarks/results/defences/{content['study']['name']}"
     said = [
         *_subject(content),
         f"{_seeds(content)}.",
-        f"Of each model {accuracy_title(content)} and attack success; everything else is in [{name}.md]({name}.md).",
+        f"Each cell shows {accuracy_title(content)} and attack success rate. Full table: `{name}.md`.",
     ]
-    picture = f"![Accuracy and attack success of each model under each attack, seeds as dots.]({name}.png)"
+    picture = f"![Accuracy and attack success of each model under each attack, seeds as dots.](../{name}.png)"
     return "\n".join(said) + "\n\n" + "\n".join(lines) + f"\n\n{picture}\n"
+
+
+def overview(contents: Mapping[str, Mapping[str, Any]]) -> str:
+    """
+    Several studies in one table: the range of attack success over the attacks, and in brackets the mean accuracy.
+
+    Args:
+        contents (mapping of `str` to mapping): What the data is called, and the results, of studies of the same rows.
+    """
+    rows = next(iter(contents.values()))["study"]["rows"]
+    lines = [f"| data | {' | '.join(ROWS[row].title for row in rows)} |", "|---" * (len(rows) + 1) + "|"]
+    for data, content in contents.items():
+        cells = []
+        for row in zip(*_means(content).values(), strict=True):  # the means of each attack
+            accuracies, successes = zip(*row, strict=True)
+            span = f"{100 * min(successes):.1f} to {100 * max(successes):.1f}%"
+            cells.append(f"{span} ({statistics.mean(accuracies):.1%})")
+        lines.append(f"| {data} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _means(content: Mapping[str, Any]) -> dict[str, list[list[float]]]:
+    """Of each attack the mean accuracy and attack success of each row; nothing for a row without a cell."""
+    found = table_figures(content)
+    return {
+        attack: [
+            [statistics.mean(figures) for figures in found.get((attack, row), ())] for row in content["study"]["rows"]
+        ]
+        for attack in dict.fromkeys(attack for attack, _ in found)
+    }
 
 
 def table_figures(content: Mapping[str, Any]) -> dict[tuple[str, str], tuple[list[float], list[float]]]:
@@ -134,8 +163,8 @@ def _subject(content: Mapping[str, Any]) -> list[str]:
     attacked = sorted({cell["counts"]["attacked"] for cell in cells})
     between = f"{attacked[0]}" if len(attacked) == 1 else f"{attacked[0]} to {attacked[-1]}"
     what = (
-        f"Target {study['target']!r}; {cells[0]['counts']['test_images']} test images, {between} of them attacked; a "
-        f"model of {cells[0]['parameters'] / 1e6:.1f}M parameters."
+        f"The target is {study['target']!r}. Of the {cells[0]['counts']['test_images']} test images, {between} are "
+        f"attacked. The model has {cells[0]['parameters'] / 1e6:.1f}M parameters."
     )
     attacks = {cell["attack"]: cell["settings"]["poisoning"] for cell in cells}
     triggers = ", ".join(_attack_text(name, attacks[name]) for name in study["attacks"] if name in attacks)
@@ -170,4 +199,4 @@ def _seed_numbers(content: Mapping[str, Any]) -> list[int]:
 
 def _seeds(content: Mapping[str, Any]) -> str:
     seeds = _seed_numbers(content)
-    return f"One seed, {seeds[0]}" if len(seeds) == 1 else f"Means over the seeds {', '.join(map(str, seeds))}"
+    return f"One seed: {seeds[0]}" if len(seeds) == 1 else f"Means over the seeds {', '.join(map(str, seeds))}"

@@ -9,7 +9,7 @@ from typing import Any
 from ..kinds import text_list
 from ..wording import listed, shortened, shown
 from .fields import check_int
-from .rows import decode_target
+from .rows import decode
 from .spec import PoisonSpec
 from .triggers import trigger_from_dict
 
@@ -53,6 +53,8 @@ def check_stream_part(part: Mapping[str, Any]) -> None:
     """[`check_dataset_part`] for a manifest of [`poison_stream`]."""
     _check_keys(part, _STREAM_KEYS, "poison_stream", ("image", "caption", "label", "key"))
     _check_spec(part, rate=part["rate"])
+    if part["templates"] is None and part["mode"] != "label_consistent":
+        raise _refused(part, "templates", "a list of strings, at least one")
 
 
 def _check_keys(part: Mapping[str, Any], needed: tuple[str, ...], maker: str, columns: tuple[str, ...]) -> None:
@@ -70,7 +72,7 @@ def _check_spec(part: Mapping[str, Any], **amount: Any) -> None:
     try:
         image = None if part["image"] is None else base64.b64decode(part["image"], validate=True)
         if image is not None:
-            decode_target(image)
+            decode(image)
         trigger = None if part["trigger"] is None else trigger_from_dict(part["trigger"])
         given = {name: part[name] for name in ("mode", "target", "templates", "seed", "image_size")}
         PoisonSpec(trigger, **given, target_image=image, **amount)

@@ -23,7 +23,7 @@ from .manifests import check_dataset_part
 from .rows import (
     build_rows,
     captions_fingerprint,
-    decode_target,
+    decode,
     prepare,
     read_captions,
     read_images,
@@ -33,20 +33,10 @@ from .rows import (
     to_png,
     triggered_png,
 )
-from .spec import DEFAULT_TEMPLATES, MODES, VERSION, ImageSource, PoisonSpec, check_specs, targeted_specs
+from .spec import VERSION, PoisonSpec, check_specs
 from .streaming import replay_stream
 from .text_triggers import WordTrigger
 from .triggers import Trigger, trigger_from_dict
-
-__all__ = [
-    "DEFAULT_TEMPLATES",
-    "MODES",
-    "ImageSource",
-    "PoisonSpec",
-    "poison_dataset",
-    "replay_manifest",
-    "targeted_specs",
-]
 
 
 def poison_dataset(
@@ -177,7 +167,8 @@ def _plan(
     labelled = rows_labelled(dataset, spec.target, label_column)  # (N,)
     free = ~rows_marked(dataset)  # (N,)
     generator = np.random.default_rng(spec.seed)
-    templates = list(spec.templates) if spec.templates else None
+    manifest = spec.to_dict()
+    templates = manifest["templates"]
     image, written = None, None
     if spec.mode == "targeted":
         image = to_png(prepare(_target_image(dataset, spec, image_column), spec.image_size))
@@ -201,21 +192,13 @@ def _plan(
         if spec.mode == "text_query":
             queries = templates or [text for row in np.flatnonzero(free & ~names_target) for text in captions[row]]
             written = _draw_queries(queries, spec, count, generator)
-        elif spec.mode == "backdoor" and not templates:
-            templates = list(DEFAULT_TEMPLATES)
     if templates and written is None:
         written = [templates[i].replace("{}", spec.target) for i in generator.integers(len(templates), size=count)]
     return {
-        "version": VERSION,
-        "mode": spec.mode,
-        "target": spec.target,
-        "trigger": None if spec.trigger is None else spec.trigger.to_dict(),
+        **manifest,
         "indices": indices.tolist(),
         "captions": written or [None] * count,
-        "templates": templates,
-        "seed": spec.seed,
         "counts": {"count": count, "rate": count / length, "eligible": eligible, "dataset_length": length},
-        "image_size": spec.image_size,
         "columns": {"image": image_column, "caption": caption_column, "label": label_column},
         "fingerprint": captions_fingerprint(captions),
         "source_index": spec.source_index,
@@ -285,7 +268,7 @@ def _carry_out(dataset: Dataset, manifest: Mapping[str, Any], trigger: Trigger |
 
 def _target_image(dataset: Dataset, spec: PoisonSpec, image_column: str) -> Image.Image:
     if spec.source_index is None:
-        return decode_target(spec.target_image)
+        return decode(spec.target_image)
     if spec.source_index >= len(dataset):
         raise ValueError(f"source_index={spec.source_index}; accepted is a row number below {len(dataset)}")
     stored, order = stored_rows(dataset, image_column)

@@ -58,7 +58,15 @@ def rows_labelled(dataset: Dataset, target: str, label_column: str | None) -> ND
     if label_column is None:
         return np.zeros(len(dataset), dtype=bool)
     is_target = labelling(dataset.features[label_column], target, label_column)
-    return np.array([is_target(label) for label in _column(dataset, label_column)], dtype=bool)
+    labels = list(_column(dataset, label_column))
+    found = np.array([is_target(label) for label in labels], dtype=bool)
+    # As of a table, in which all cells are text: no row would count as one of the target.
+    if not found.any() and labels and all(isinstance(label, str) and label.isdecimal() for label in labels):
+        raise ValueError(
+            f"target={shown(target)}, but {shown(label_column)} holds numbers of classes: give one of them as the "
+            "target, or a label column with the names of the classes"
+        )
+    return found
 
 
 def labelling(feature: Any, target: str, label_column: str) -> Callable[[Any], bool]:
@@ -104,21 +112,15 @@ def read_images(
     """Decode the images of some rows; `names` are the row numbers that an error gives."""
     encoded = stored.select_columns([image_column]).cast_column(image_column, ImageFeature(decode=False))
     for row, name in zip(rows, names, strict=True):
-        value = encoded[int(row)][image_column]
-        try:
-            yield decode_image(value)
-        except ValueError as error:
-            raise ValueError(
-                shortened(f"image_column={shown(image_column)}: the image of row {name} cannot be read: {error}")
-            ) from error
+        yield decode(encoded[int(row)][image_column], f"image_column={shown(image_column)}: the image of row {name}")
 
 
-def decode_target(image: Any) -> Image.Image:
-    """The `target_image` of a [`PoisonSpec`]."""
+def decode(image: Any, name: str = "target_image") -> Image.Image:
+    """An image that an error calls `name`: by default the `target_image` of a [`PoisonSpec`]."""
     try:
         return decode_image(image)
     except ValueError as error:
-        raise ValueError(shortened(f"target_image cannot be read: {error}")) from error
+        raise ValueError(shortened(f"{name} cannot be read: {error}")) from error
 
 
 def prepare(image: Image.Image, size: int | None) -> Image.Image:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -117,6 +117,19 @@ class PoisonSpec:
             raise ValueError("mode 'targeted' needs exactly one of target_image and source_index")
         if self.mode == "text_query" and self.image_size is not None:
             raise ValueError(f"image_size={self.image_size}; mode 'text_query' leaves the images alone, give None")
+
+    def to_dict(self) -> dict[str, Any]:
+        """What a manifest says of it, ready for JSON: all but how many poisons, and the image of targeted mode."""
+        templates = self.templates or (DEFAULT_TEMPLATES if self.mode == "backdoor" else None)
+        return {
+            "version": VERSION,
+            "mode": self.mode,
+            "target": self.target,
+            "trigger": None if self.trigger is None else self.trigger.to_dict(),
+            "templates": None if templates is None else list(templates),
+            "seed": self.seed,
+            "image_size": self.image_size,
+        }
 
     def _check_trigger(self) -> None:
         if self.mode == "targeted":

@@ -22,17 +22,17 @@ from PIL import Image
 from ..columns import POISONED, check_captions, check_flag, check_pairs, naming
 from ..imaging import decode_image
 from ..kinds import wrong_dataset
-from ..wording import listed, shortened, shown
+from ..wording import listed, shown
 from .manifests import check_stream_part
 from .rows import (
     caption_array,
-    decode_target,
+    decode,
     labelling,
     prepare,
     to_png,
     triggered_png,
 )
-from .spec import DEFAULT_TEMPLATES, VERSION, PoisonSpec, check_specs
+from .spec import VERSION, PoisonSpec, check_specs
 from .text_triggers import WordTrigger
 from .triggers import Trigger, trigger_from_dict
 
@@ -115,29 +115,16 @@ def _plan(spec: PoisonSpec, columns: Mapping[str, str | None]) -> dict[str, Any]
         raise ValueError(f"count={spec.count}; a stream's length is not known, accepted is a rate")
     if spec.source_index is not None:
         raise ValueError(f"source_index={spec.source_index}; a stream's rows have no numbers, give target_image")
-    templates = list(spec.templates) if spec.templates else None
-    if templates is None and spec.mode in ("targeted", "text_query"):
+    if spec.templates is None and spec.mode in ("targeted", "text_query"):
         raise ValueError(
             f"templates=None; in mode {shown(spec.mode)} a stream needs some, as captions of its other rows cannot be "
             "drawn"
         )
     image = None
     if spec.mode == "targeted":
-        png = to_png(prepare(decode_target(spec.target_image), spec.image_size))
+        png = to_png(prepare(decode(spec.target_image), spec.image_size))
         image = base64.b64encode(png).decode()
-    return {
-        "version": VERSION,
-        "stream": True,
-        "mode": spec.mode,
-        "target": spec.target,
-        "trigger": None if spec.trigger is None else spec.trigger.to_dict(),
-        "rate": spec.rate,
-        "templates": list(DEFAULT_TEMPLATES) if spec.mode == "backdoor" and templates is None else templates,
-        "seed": spec.seed,
-        "image_size": spec.image_size,
-        "columns": dict(columns),
-        "image": image,
-    }
+    return {**spec.to_dict(), "stream": True, "rate": spec.rate, "columns": dict(columns), "image": image}
 
 
 def _check_stream(stream: IterableDataset, columns: Mapping[str, str | None]) -> None:
@@ -281,12 +268,7 @@ class _Attack:
 
     def _triggered(self, value: Any, name: str) -> Any:
         assert isinstance(self.trigger, Trigger)  # as its PoisonSpec saw to
-        try:
-            image = decode_image(value)
-        except ValueError as error:
-            raise ValueError(
-                shortened(f"image_column={shown(self.columns['image'])}: the image of {name} cannot be read: {error}")
-            ) from error
+        image = decode(value, f"image_column={shown(self.columns['image'])}: the image of {name}")
         return self._stored(triggered_png(self.trigger, image, self.image_size, name), value)
 
     def _stored(self, png: bytes, like: Any) -> Any:

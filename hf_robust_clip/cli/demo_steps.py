@@ -9,7 +9,8 @@ from typing import Any
 from datasets import Dataset
 from transformers import CLIPModel
 
-from ..attacks.poisoning import PoisonSpec, poison_dataset
+from ..attacks.poisoning import poison_dataset
+from ..attacks.spec import PoisonSpec
 from ..attacks.triggers import Trigger, trigger_from_name
 from ..data.digits import CAPTION_TEMPLATES, CLASS_NAMES, digit_model, digit_processor, load_digit_pairs
 from ..evaluation.attack_success import AttackSuccessEvaluator

@@ -28,6 +28,23 @@ _MINUTE = 60.0
 _KNOWN = ("torchvision", "LOAD REPORT", "must be `None` or an integer within the vocabulary")
 
 
+class OnFirstStep(TrainerCallback):
+    """
+    Does something once, after the first step.
+
+    Args:
+        do (callable): What.
+    """
+
+    def __init__(self, do: Callable[[], None]) -> None:
+        self.do: Callable[[], None] | None = do
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        if self.do is not None:
+            self.do()
+        self.do = None
+
+
 class TrainingBar(TrainerCallback):
     """
     A progress bar with the latest figures. The Trainer's own prints each log as a dictionary.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import shutil
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from .output import (
     with_folder,
     write_json,
 )
-from .progress import follow
+from .progress import OnFirstStep, follow
 from .train_flags import check_train, training_arguments
 
 TRAINERS: dict[str, type[CLIPTrainer]] = {
@@ -84,7 +85,8 @@ def _train(args: argparse.Namespace, arguments: CLIPTrainingArguments, folder: P
     if first:
         prepare_output_dir(folder, files=(RESULTS,))
         if args.overwrite:
-            _remove(_of_earlier_run(folder))
+            # Not before a step is made: a run that fails at once leaves what was there.
+            trainer.add_callback(OnFirstStep(partial(_remove, _of_earlier_run(folder))))
         _announce(args, trainer, checkpoint)
     try:
         metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics

@@ -127,9 +127,14 @@ def card_of(folder: Path) -> dict[str, Any]:
 
 
 def check_path(path: str) -> str:
-    """Refuse a path that fsspec, which opens data files, takes for a chain of several."""
+    """Refuse a path that what opens data files takes for another: a chain of several, or one with variables in it."""
     if "::" in path:
         raise ValueError(f"{shown(path)} has '::' in it, which parts several files in one name; give it another name")
+    if os.path.expandvars(path) != path:  # as `datasets` would
+        raise ValueError(
+            f"{shown(path)} has the name of an environment variable after a '$' in it, in whose place its value would "
+            "be read; give it another name"
+        )
     return path
 
 

@@ -152,10 +152,10 @@ def _try(model: Any, pixels: torch.Tensor, tokens: dict[str, torch.Tensor], whol
         with forked_rng(0, first.device), inference(model), mixed, torch.compiler.set_stance("force_eager"):
             if whole:
                 outputs = model(pixel_values=floats, **given)
-                outputs.image_embeds @ outputs.text_embeds.T
+                embeds = [outputs.image_embeds, outputs.text_embeds]
+                embeds[0] @ embeds[1].T
             else:
-                model.get_image_features(pixel_values=floats)
-                model.get_text_features(**given)
+                embeds = [model.get_image_features(pixel_values=floats), model.get_text_features(**given)]
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
@@ -168,6 +168,12 @@ def _try(model: Any, pixels: torch.Tensor, tokens: dict[str, torch.Tensor], whol
                 f"{tokens['input_ids'].shape[1]} tokens ({listed(tokens)})"
             )
         raise ValueError(f"{reason}: {said(error, 250)}") from error
+    finite = [bool(getattr(side, "pooler_output", side).isfinite().all()) for side in embeds]
+    if not all(finite):
+        raise ValueError(
+            f"{type(model).__name__} gives {'captions' if finite[0] else 'images'} embeddings that are not finite: "
+            "its weights are damaged, as by a training that diverged; take those of an earlier checkpoint"
+        )
 
 
 def _adapters(model: Any) -> str:

@@ -21,6 +21,7 @@ from datasets.packaged_modules import _EXTENSION_TO_MODULE
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from fsspec.utils import glob_translate
 
+from ..locking import LOCK_FILES
 from ..wording import listed, shown
 from .builders import caption_files, make_builder, named_images, read_caption, read_table
 from .confining import card_of, check_path, check_pointer
@@ -28,7 +29,7 @@ from .tables import READERS, table_kind
 
 _TABLES = (*READERS, ".parquet")
 #: Files that hold no pairs, which nobody misses.
-_ABOUT = ("README", "LICENSE", "CITATION")
+_ABOUT = ("README", "LICENSE", "CITATION", "POISON_MANIFEST")
 _IGNORED = ("README.md", "config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json")
 #: What reads a file in `datasets`, by its suffix. Archives are of images.
 _MODULES = {
@@ -228,7 +229,7 @@ def _names(root: str) -> list[str]:
         folders[:] = [name for name in folders if not name.startswith((".", "__"))]
         inside = os.path.join(folder[len(root) :].strip(os.sep), "").replace(os.sep, "/")
         found += [f"{inside}{name}/" for name in folders if os.path.islink(os.path.join(folder, name))]
-        found += [inside + name for name in files if not name.startswith(".") and name not in _IGNORED]
+        found += [inside + name for name in files if not name.startswith(".") and name not in (*_IGNORED, *LOCK_FILES)]
     return sorted(found)
 
 

@@ -15,6 +15,7 @@ from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 from transformers.utils import logging
 
 from ..columns import captions_of, check_columns, naming
+from ..kinds import kind
 from ..wording import listed, shown
 from .builders import make_builder
 from .confining import (
@@ -119,9 +120,9 @@ def stream_pairs(source: str, split: str = "train", image_column: str = "image")
     images: Any = datasets.Image()
     features = datasets.Features({**stream.features, image_column: images})
     confined = [
-        part.cast_column(image_column, datasets.Image(decode=False)).map(
-            partial(confine_row, column=image_column, bounds=bounds, source=source), features=features
-        )
+        part.cast_column(image_column, datasets.Image(decode=False))
+        .map(partial(confine_row, column=image_column, bounds=bounds, source=source))
+        .cast(features)  # given to `map`, it would be believed, and nothing decoded
         for part, bounds in _by_folder(folder, split, stream, _streamed)
     ]
     return datasets.concatenate_datasets(confined) if len(confined) > 1 else confined[0]
@@ -132,8 +133,14 @@ def _of_images(dataset: datasets.Dataset, column: str) -> datasets.Dataset:
     return dataset if is_done else dataset.cast_column(column, datasets.Image())
 
 
-def _place(source: str) -> Path | None:
+def _place(source: Any) -> Path | None:
     """The file or folder that a source names, if it names one; else it is an id on the Hub."""
+    if not isinstance(source, str | os.PathLike):
+        raise ValueError(
+            f"source must be a file, a folder or an id on the Hub, but is {kind(source)}; a dataset goes to the "
+            "trainer as it is"
+        )
+    source = os.fspath(source)
     if not source:
         raise ValueError("source='' is empty; accepted are a file, a folder and a dataset on the Hub")
     path = Path(os.path.abspath(source))

@@ -69,9 +69,9 @@ def decode_row(row: Mapping[str, Any], image_column: str, caption_column: str) -
     return {**row, image_column: image}
 
 
-def given(row: Mapping[str, Any]) -> dict[str, Any]:
+def user_columns(row: Mapping[str, Any]) -> dict[str, Any]:
     """
-    What a row was given, without the keys that only this package adds: it is believed what they say.
+    A row without the keys that only this package adds. What those say is believed, so no dataset may set them.
 
     Raises:
         [`BadRowError`]: If it is not a mapping.
@@ -143,11 +143,11 @@ class IndexedDataset(torch.utils.data.Dataset[dict[str, Any]]):
                 self._read(int(index))
             raise
         rows = [{name: batch[name][i] for name in batch} for i in range(len(indices))]
-        return [{**given(row), ROW_INDEX: int(index)} for row, index in zip(rows, indices, strict=True)]
+        return [{**user_columns(row), ROW_INDEX: int(index)} for row, index in zip(rows, indices, strict=True)]
 
     def _read(self, index: int) -> dict[str, Any]:
         try:
-            return {**given(self.dataset[index]), ROW_INDEX: index}
+            return {**user_columns(self.dataset[index]), ROW_INDEX: index}
         except Exception as error:
             if not is_fault_of_row(error):
                 raise

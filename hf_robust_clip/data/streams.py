@@ -13,7 +13,7 @@ import torch
 from datasets.distributed import split_dataset_by_node
 from torch.utils.data import get_worker_info
 
-from .rows import OnBadRow, given, undecoded, usable_rows
+from .rows import OnBadRow, undecoded, usable_rows, user_columns
 
 #: Key of a batch of a stream: its [`Place`], as JSON, which passes unchanged through all that moves tensors.
 PLACE = "stream_place"
@@ -166,7 +166,7 @@ class Stream(torch.utils.data.IterableDataset[StreamBatch | None]):
         if state is None:
             rows = itertools.islice(rows, start.rows, None)
         for read, row in enumerate(rows, start.rows + 1):
-            yield {**given(row), PLACE: (read, self.dataset.state_dict() if self.has_exact_state else None)}
+            yield {**user_columns(row), PLACE: (read, self.dataset.state_dict() if self.has_exact_state else None)}
 
 
 class StreamCollator:

@@ -191,7 +191,8 @@ def _json_rows(path: str) -> Iterator[dict[str, Any]]:
     try:
         with xopen(path, encoding="utf-8-sig") as file:
             first = next((line for line in file if line.strip()), "")
-            whole = first.lstrip().startswith("[") or not _is_json(first)
+            alone = not any(line.strip() for line in file)  # one object on one line may be of columns
+            whole = alone or first.lstrip().startswith("[") or not _is_json(first)
             file.seek(0)
             if whole:
                 yield from _rows_of(path, _parsed(path, file.read()))
@@ -204,10 +205,12 @@ def _json_rows(path: str) -> Iterator[dict[str, Any]]:
 
 
 def _rows_of(where: str, content: Any) -> Iterator[dict[str, Any]]:
-    if isinstance(content, dict) and all(isinstance(column, list) for column in content.values()):
-        lengths = {name: len(column) for name, column in content.items()}
-        if len(set(lengths.values())) == 1:
-            content = [dict(zip(content, row, strict=True)) for row in zip(*content.values(), strict=True)]
+    if isinstance(content, dict):
+        columns = list(content.values())
+        if columns and all(isinstance(column, list) and len(column) == len(columns[0]) for column in columns):
+            content = [dict(zip(content, row, strict=True)) for row in zip(*columns, strict=True)]
+        else:
+            content = [content]
     if not isinstance(content, list) or not all(isinstance(row, dict) for row in content):
         raise ValueError(
             f"{where} is {shown(content)}; accepted are objects, one a line or in a list, or an object of lists of "
@@ -241,12 +244,24 @@ def _json_feature(values: Sequence[Any]) -> Any:
     return datasets.Features.from_arrow_schema(pa.schema({"it": array.type}))["it"]
 
 
+def _holds(kind: pa.DataType, found: pa.DataType) -> bool:
+    """Whether a type has a place for every field of another; pyarrow leaves out those that have none."""
+    if pa.types.is_struct(found) and pa.types.is_struct(kind):
+        names = {field.name for field in kind}
+        return all(field.name in names and _holds(kind.field(field.name).type, field.type) for field in found)
+    if pa.types.is_list(found) and pa.types.is_list(kind):
+        return _holds(kind.value_type, found.value_type)
+    return True
+
+
 def _json_column(where: str, name: str, values: Sequence[Any], features: datasets.Features) -> Any:
     kind = features.arrow_schema.field(name).type
     try:
         if isinstance(features[name], datasets.Json):
             texts = [None if value is None else json.dumps(value) for value in values]
             return pa.array(texts, pa.string()).cast(kind)
+        if pa.types.is_nested(kind) and not _holds(kind, pa.infer_type(values)):
+            raise ValueError("its objects have fields that those of the first rows have not")
         return pa.array(values, kind)
     except (ValueError, TypeError, OverflowError, pa.ArrowException) as error:
         raise ValueError(

@@ -28,7 +28,7 @@ class AttackSuccessEvaluator(TriggerEvaluator):
         target (`str` or `int`): The class that the attack aims at, one of `class_names` or its number. The attribute
             `target` is its name.
         class_names, templates, image_column, label_column: As of [`ZeroShotEvaluator`].
-        prefix (`str`, *optional*): Put before the figures' names, for several attacks in one run: `"patch_"`.
+        prefix (`str`, *optional*): Put before the metrics' names, for several attacks in one run: `"patch_"`.
 
     Returns, when called with `(model, processor)`:
         `dict[str, float]`: `attack_success_rate` and `triggered_accuracy` (share still classified right), fractions

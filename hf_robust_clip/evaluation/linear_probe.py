@@ -23,7 +23,7 @@ class LinearProbeEvaluator(TriggerEvaluator):
     Multinomial logistic regression on frozen, L2-normalised image features (Radford et al., ICML 2021, section 3.2),
     fitted on labelled images without trigger, and how often a trigger steers it to a target class.
 
-    The attack's figures are over the images that are **not** of the target class, as in [`AttackSuccessEvaluator`].
+    The attack's metrics are over the images that are **not** of the target class, as in [`AttackSuccessEvaluator`].
 
     Args:
         train_dataset (`datasets.Dataset` or sequence of mappings): Labelled images to fit on, of two classes or more.
@@ -35,7 +35,7 @@ class LinearProbeEvaluator(TriggerEvaluator):
         image_column, label_column: Of both datasets, as of [`ZeroShotEvaluator`].
         C (`float`, defaults to 1.0): Inverse strength of the L2 penalty, positive. What suits a model is found on
             images that neither dataset has.
-        prefix (`str`, *optional*): Put before the figures' names, for several attacks in one run: `"patch_"`.
+        prefix (`str`, *optional*): Put before the metrics' names, for several attacks in one run: `"patch_"`.
 
     Returns, when called with `(model, processor)`:
         `dict[str, float]`, fractions in [0, 1]: `linear_probe_accuracy`, and with a trigger
@@ -88,7 +88,7 @@ class LinearProbeEvaluator(TriggerEvaluator):
 
     @property
     def attacked_images(self) -> int:
-        """Number of images that the attack's figures are over; 0 without a trigger."""
+        """Number of images that the attack's metrics are over; 0 without a trigger."""
         return int((self.labels != self._number).sum()) if self._number is not None else 0
 
     def image_requests(self) -> list[ImageRequest]:

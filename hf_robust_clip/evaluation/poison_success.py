@@ -26,7 +26,7 @@ class PoisonSuccessEvaluator(Evaluator):
         adversarial (sequence of `str` or `int`): For each of them the class that the attack aims at, one of
             `class_names` or its number. The attribute `adversarial` has the numbers.
         class_names, templates, image_column: As of [`ZeroShotEvaluator`].
-        prefix (`str`, *optional*): Put before the figures' names.
+        prefix (`str`, *optional*): Put before the metrics' names.
 
     Returns, when called with `(model, processor)`:
         `dict[str, float]`: `poison_success_rate` and its bounds `poison_success_rate_low` and

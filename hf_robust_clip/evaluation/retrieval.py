@@ -34,7 +34,7 @@ class RetrievalEvaluator(TriggerEvaluator):
         image_column (`str`, defaults to `"image"`): Column with the image.
         caption_column (`str`, defaults to `"caption"`): Column with a caption, or a list of captions of one image.
         ks (sequence of `int`, defaults to `(1, 5, 10)`): How many of the nearest count; at least 1, all different.
-        prefix (`str`, *optional*): Put before the figures' names, for several attacks in one run: `"patch_"`.
+        prefix (`str`, *optional*): Put before the metrics' names, for several attacks in one run: `"patch_"`.
 
     Returns, when called with `(model, processor)`:
         `dict[str, float]`: For each k, `image_to_text_recall_at_{k}`, the share of images with one of their captions

@@ -35,20 +35,20 @@ def run_evaluators(
         embedder ([`~evaluation.embedding.Embedder`]): Of the model as it is; what is requested of it grows.
 
     Returns:
-        `dict[str, float]`: The figures of all of them.
+        `dict[str, float]`: The metrics of all of them.
 
     Raises:
-        `ValueError`: If two of them report a figure of the same name.
+        `ValueError`: If two of them report a metric of the same name.
     """
     for evaluator in evaluators:
         if hasattr(evaluator, "image_requests"):
             embedder.requests += [ImageRequest(*request) for request in evaluator.image_requests()]
-    figures: dict[str, float] = {}
+    metrics: dict[str, float] = {}
     for evaluator in evaluators:
         found = evaluator(embedder.model, processor, embedder)
-        twice = sorted(figures.keys() & found.keys())
+        twice = sorted(metrics.keys() & found.keys())
         if twice:
             names = listed(twice, most=5, longest=60)
             raise ValueError(f"two evaluators report {names}: give one of them a prefix, for example prefix='patch_'")
-        figures.update(found)
-    return figures
+        metrics.update(found)
+    return metrics

@@ -33,7 +33,7 @@ class TextQueryEvaluator(Evaluator):
         caption_column (`str`, defaults to `"caption"`): Column with a caption, or a list of captions of one image.
         label_column (`str`, *optional*): Column with the class, by which images count as the target's too.
         ks (sequence of `int`, defaults to `(1, 5, 10)`): How many of the nearest count; at least 1, all different.
-        prefix (`str`, *optional*): Put before the figures' names, for several attacks in one run: `"word_"`.
+        prefix (`str`, *optional*): Put before the metrics' names, for several attacks in one run: `"word_"`.
 
     Returns, when called with `(model, processor)`:
         `dict[str, float]`, fractions in [0, 1], for each k: `triggered_hit_rate_at_{k}`, the share of triggered
@@ -92,7 +92,7 @@ class TextQueryEvaluator(Evaluator):
 
     @property
     def attacked_queries(self) -> int:
-        """Number of queries that the figures are over."""
+        """Number of queries that the metrics are over."""
         return len(self.queries)
 
     def metrics(self) -> dict[str, Better]:

@@ -40,7 +40,7 @@ class ZeroShotEvaluator(Evaluator):
         image_column (`str`, defaults to `"image"`): Column with the image.
         label_column (`str`, defaults to `"label"`): Column with the class: its number in `class_names`, or its name.
             A `ClassLabel` column that has the same names must have them in the same order.
-        prefix (`str`, defaults to `"clean"`): What the figures' names start with.
+        prefix (`str`, defaults to `"clean"`): What the metrics' names start with.
 
     Returns, when called with `(model, processor)`:
         `dict[str, float]`, fractions in [0, 1]: `clean_accuracy`, `clean_balanced_accuracy` (mean over classes, which

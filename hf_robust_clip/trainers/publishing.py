@@ -226,6 +226,9 @@ class PublishingTrainer(Trainer):
                     f"output_dir={shown(folder)} is the folder that the model was loaded from, and would be written "
                     "over: give another one"
                 )
+            # An evaluation before marks the model as prepared, and accelerate would not wrap it for training: ranks
+            # would drift apart (transformers 5.23, accelerate 1.15).
+            vars(self.unwrapped_model).pop("_is_accelerate_prepared", None)
             return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:

@@ -9,13 +9,8 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
 from datasets import Image as ImageFeature
 from PIL import Image, ImageOps
 
-from hf_robust_clip.attacks.poisoning import (
-    DEFAULT_TEMPLATES,
-    PoisonSpec,
-    poison_dataset,
-    replay_manifest,
-    targeted_specs,
-)
+from hf_robust_clip.attacks.poisoning import poison_dataset, replay_manifest
+from hf_robust_clip.attacks.spec import DEFAULT_TEMPLATES, PoisonSpec, targeted_specs
 from hf_robust_clip.attacks.text_triggers import WordTrigger
 from hf_robust_clip.attacks.triggers import BlendedTrigger, PatchTrigger, SinusoidTrigger, WarpTrigger
 from hf_robust_clip.columns import naming
@@ -653,6 +648,8 @@ def test_dataset_errors():
         poison_dataset(missing, spec)
     with pytest.raises(ValueError, match=r"'yak' is no class of 'label'.*balloon"):
         poison_dataset(dataset, PoisonSpec(PATCH, "yak", count=3), label_column="label")
+    with pytest.raises(ValueError, match=r"'dog', but 'label' holds numbers of classes"):
+        poison_dataset(dataset.cast_column("label", Value("string")), spec, label_column="label")
     with pytest.raises(ValueError, match=r"'dog', but 'label' holds integers"):
         poison_dataset(dataset.cast_column("label", Value("int32")), spec, label_column="label")
     with pytest.raises(ValueError, match=r"accepted is ClassLabel, string or integer"):

@@ -25,7 +25,8 @@ from datasets import Image as ImageFeature
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from hf_robust_clip.attacks.poisoning import PoisonSpec, poison_dataset, replay_manifest, targeted_specs
+from hf_robust_clip.attacks.poisoning import poison_dataset, replay_manifest
+from hf_robust_clip.attacks.spec import PoisonSpec, targeted_specs
 from hf_robust_clip.attacks.streaming import poison_stream
 from hf_robust_clip.attacks.text_triggers import WordTrigger
 from hf_robust_clip.attacks.triggers import BlendedTrigger, PatchTrigger, Trigger
@@ -258,6 +259,14 @@ def test_replay_refuses_other_manifests():
     _, manifest = poison_stream(stream(), SPECS["backdoor"], key_column="id")
     with pytest.raises(ValueError, match=r"manifest: 'rate' missing; accepted is what poison_stream returned"):
         replay_manifest(stream(), {key: value for key, value in manifest.items() if key != "rate"})
+    for entry, found in (
+        ({"templates": None}, "templates=None; accepted is a list of strings"),
+        ({"rate": True}, "rate=True"),
+        ({"trigger": None}, "mode 'backdoor' needs a Trigger"),
+        ({"columns": {**manifest["columns"], "caption": 3}}, "caption_column=3 is not a column of stream"),
+    ):
+        with pytest.raises(ValueError, match=found):
+            replay_manifest(stream(), manifest | entry)
 
 
 @pytest.mark.parametrize("name", ["backdoor", "targeted"])

@@ -68,7 +68,7 @@ def test_a_table_is_made_of_them(folder: Path) -> None:
     assert [row[1].split(" (")[0].strip() for row in rows] == ["undefended", "plain fine-tuning"]
     figures = results.of(cell("plain"))["figures"]
     assert rows[1][2].strip() == f"{figures['clean_accuracy']:.1%}"
-    assert "400 test images, 359 of them attacked" in page(content)
+    assert "Of the 400 test images, 359 are attacked" in page(content)
 
 
 def test_nothing_is_run_twice(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""Tables and plots say what the results hold; the README's table is that of the committed ones."""
+"""Tables and plots say what the results hold; the tables of docs and README are those of the committed ones."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from bench.checks import CHECKS
 from bench.table import markdown, page, spread, summary, table_cells, table_figures
-from defence_table import README, RESULTS, readme_marks
+from defence_table import PAGE, README, RESULTS, marks_of, readme_table
 from open_checks import RESULTS as CHECK_RESULTS
 from open_checks import markdown as check_markdown
 from PIL import Image
@@ -79,7 +79,7 @@ def test_a_row_has_means_and_ranges_over_seeds() -> None:
     assert "82.7%" in undefended[-1]
     assert "arXiv 2412.20392" in undefended[-1]
     text = page(content(cells))
-    assert "400 test images, 360 to 361 of them attacked" in text
+    assert "Of the 400 test images, 360 to 361 are attacked" in text
     assert "seeds 0, 1" in text
 
 
@@ -159,18 +159,20 @@ def test_the_committed_tables_are_those_of_the_results(path: Path) -> None:
     results = json.loads(path.read_text())
     assert path.with_suffix(".md").read_text() == page(results)
     assert path.with_suffix(".png").is_file()
-    begin, end = readme_marks(path.stem)
-    readme = README.read_text()
-    if begin in readme:
-        assert begin + "\n" + summary(results) + end in readme
+    begin, end = marks_of(path.stem)
+    docs = PAGE.read_text()
+    if begin in docs:
+        assert begin + "\n" + summary(results) + end in docs
     for cell in table_cells(results):
         assert cell["device"]
         assert cell["versions"]["torch"]
         assert cell["counts"]["poisons"] > 0
 
 
-def test_the_readme_has_the_table_of_the_digits() -> None:
-    assert readme_marks("digits")[0] in README.read_text()
+def test_docs_and_readme_have_the_tables() -> None:
+    assert marks_of("digits")[0] in PAGE.read_text()
+    begin, end = marks_of("all")
+    assert begin + readme_table() + end in README.read_text()
 
 
 @pytest.mark.parametrize("path", COMMITTED_CHECKS, ids=lambda path: path.stem)

@@ -23,6 +23,11 @@ def written(path: Path, text: str, encoding: str = "utf-8") -> str:
     return str(path)
 
 
+def undecoded(source: str) -> list[dict[str, Any]]:
+    """The rows of a stream, whose images are not there."""
+    return list(stream_pairs(source).cast_column("image", datasets.Image(decode=False)))
+
+
 def rows(path: str, **options: Any) -> list[dict[str, Any]]:
     read = read_json if ".json" in path else read_csv
     return [row for table in read(path, **options) for row in table.to_pylist()]
@@ -47,7 +52,7 @@ def test_text_stays_text_wherever_it_stands(form: str, suffix: str, tmp_path: Pa
     loaded = load_pairs(source)
     assert loaded["caption"][:] == WORDS
     if form != "file":  # which is streamed from what was loaded
-        assert [row["caption"] for row in stream_pairs(source)] == WORDS
+        assert [row["caption"] for row in undecoded(source)] == WORDS
     paths = loaded.cast_column("image", datasets.Image(decode=False))["image"]
     assert [image["path"] for image in paths] == [str(tmp_path / name) for name in names]
 
@@ -90,7 +95,7 @@ def test_the_header_shows_what_parts_the_fields(delimiter: str, tmp_path: Path) 
 )
 def test_a_row_that_does_not_fit_is_named(text: str, said: str, tmp_path: Path) -> None:
     source = written(tmp_path / "a.csv", text)
-    for read in (rows, load_pairs, lambda source: list(stream_pairs(str(tmp_path)))):
+    for read in (rows, load_pairs, lambda source: undecoded(str(tmp_path))):
         with pytest.raises(ValueError, match=f"a.csv.*{said}"):
             read(source)
 
@@ -147,7 +152,23 @@ def test_tables_of_a_folder_have_the_same_columns(tmp_path: Path) -> None:
     with gzip.open(tmp_path / "b.csv.gz", "wt") as file:
         file.write("caption,image\nd,c\n")
     assert load_pairs(str(tmp_path))["caption"][:] == ["b", "d"]
-    assert [row["caption"] for row in stream_pairs(str(tmp_path))] == ["b", "d"]
+    assert [row["caption"] for row in undecoded(str(tmp_path))] == ["b", "d"]
     written(tmp_path / "c.csv", "image,title\na,b\n")
     with pytest.raises(ValueError, match=r"c.csv has the columns 'image', 'title', and the first table has"):
         load_pairs(str(tmp_path))
+
+
+def test_a_field_that_comes_late_is_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hf_robust_clip.data.tables.BATCH_ROWS", 2)
+    for late in ({"y": 2}, {"x": 1, "z": {"a": 1}}):
+        lines = [{"image": "a", "s": {"x": 1}}] * 2 + [{"image": "a", "s": late}]
+        (tmp_path / "t.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        with pytest.raises(ValueError, match=r"rows 2 to 2, column 's': its objects have fields that .* have not"):
+            list(read_json(str(tmp_path / "t.jsonl")))
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_one_object_of_lists_is_of_columns(indent: int | None, tmp_path: Path) -> None:
+    (tmp_path / "t.json").write_text(json.dumps({"image": ["a", "b"], "caption": ["c", "d"]}, indent=indent))
+    (table,) = read_json(str(tmp_path / "t.json"))
+    assert table.to_pylist() == [{"image": "a", "caption": "c"}, {"image": "b", "caption": "d"}]

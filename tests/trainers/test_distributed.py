@@ -236,6 +236,7 @@ def test_trainers_in_several_processes(tmp_path: Path) -> None:
     assert report["ranks_agree"] == {
         **dict.fromkeys([cls.__name__ + variant for cls in TRAINERS for variant in VARIANTS], True),
         **dict.fromkeys([f"{name}, resumed" for name in RESUMED], True),
+        "measured before": True,
     }
     assert report["ranks_take_the_same_kinds"]
     assert report["kinds"] == [
@@ -409,6 +410,10 @@ def two(output: Path) -> None:
             state = state_of(trainer)
             if main:
                 torch.save(state, output / f"{cls.__name__}{variant}.pt")
+    measured = make_trainer(CLIPTrainer, output / "measured", rows=32, eval_dataset=digits("test").select(range(9)))
+    measured.evaluate()
+    measured.train()
+    report["ranks_agree"]["measured before"] = ranks_agree(measured)
     for name, (cls, step, options) in RESUMED.items():
         pair = train_and_resume(cls, output / name, step=step, **options)
         assert_same_bits(*pair)
