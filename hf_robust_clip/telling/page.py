@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from ..columns import naming
-from ..record import Measured, RunRecord
+from ..record import Measured, RunRecord, checked
 from .facts import Attack, Facts, facts_of
 from .html import data_uri, picture, templates
 from .picture import course_panels, course_text
@@ -141,7 +141,7 @@ def run_facts(record: RunRecord, controls: Sequence[Control] = ()) -> Facts:
     """
     others = [control for control in controls if control.record.after and control.record.after != record.before]
     measured = [{"control": c.label, "measures": c.record.measures, "figures": c.record.after} for c in others]
-    return facts_of(record, [Measured.model_validate(entry) for entry in measured])
+    return facts_of(record, [checked(Measured, entry, "controls") for entry in measured])
 
 
 def render_run_report(
