@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from peft import LoraConfig
 
-from hf_robust_clip.cli.demo import CLEAN_SEED_OFFSET, Recipe
+from hf_robust_clip.cli.demo_recipe import CLEAN_SEED_OFFSET, Recipe
 from hf_robust_clip.cli.demo_steps import digit_evaluators, make_trigger, poison_digits
 from hf_robust_clip.cli.demo_trainers import make_trainer
 from hf_robust_clip.cli.progress import quiet_libraries

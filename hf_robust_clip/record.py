@@ -2,88 +2,266 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import os
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from .columns import POISONED
-from .data.rows import column_values
 from .files import RUN_FILE, write_text
-from .record_form import RECORD, check_form
-from .wording import MOST, listed, shortened
+from .wording import MOST, listed, shortened, shown
 
-#: Most entries of a log that a record keeps, evenly spaced.
-LOG_ENTRIES = 500
-#: Most numbers of skipped rows that a record keeps.
-SKIPPED_ROWS = 1000
-
-_HUB_FILE = re.compile(r"hf://datasets/([^/@]+/[^/@]+)@([0-9a-f]+)/")
+# A record may come from a file that anyone has written. A percentage of a larger number is not a number any more.
+Number = Annotated[float, Field(strict=True, ge=-1e100, le=1e100)]
+Share = Annotated[float, Field(strict=True, ge=0, le=1)]
+Count = Annotated[int, Field(strict=True, ge=0, lt=2**53)]
+Figures = dict[str, Number | None]
 
 
-@dataclass
-class RunRecord:
+class Part(BaseModel):
+    """A part of a record. It keeps entries that it has no field for: an evaluator may say more of itself."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+class Model(Part):
+    """
+    What was trained.
+
+    `name`, the Hub id of the model that training started from, and `revision`, the commit that it was loaded from;
+    `source`, `"hub"`, `"folder"` or `"memory"`; `type`, as in its config; `adapter`, the settings of PEFT.
+    """
+
+    name: str | None
+    type: str
+    parameters: Count
+    trainable_parameters: Count
+    image_size: Count
+    adapter: dict[str, Any] | None
+    revision: str | None = None
+    source: str = ""
+
+
+class Data(Part):
+    """A dataset, as [`~describing.describe_dataset`] says."""
+
+    rows: Count | None = None
+    name: str | None = None
+    hub_id: str | None = None
+    revision: str | None = None
+    split: str | None = None
+    fingerprint: str | None = None
+    poisons: Count | None = None
+
+    @property
+    def title(self) -> str | None:
+        """What to call it; `None` if nothing is known."""
+        return self.hub_id or self.name
+
+
+class Trigger(Part):
+    """A trigger's name; its parameters are further entries."""
+
+    name: str
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """All but its name."""
+        return self.model_extra or {}
+
+
+class Measure(Part):
+    """
+    What an evaluator measures.
+
+    `measure`, its kind; `figures`, their names; the others where it has them.
+    """
+
+    measure: str
+    figures: list[str]
+    images: Count | None = None
+    queries: Count | None = None
+    classes: list[str] | None = None
+    templates: list[str] | None = None
+    trigger: Trigger | None = None
+    target: str | None = None
+    dataset: Data | None = None
+
+
+class Logged(Part):
+    """Numbers at a time of training, which `epoch` tells; further entries are these numbers."""
+
+    __pydantic_extra__: dict[str, Number | None] = {}
+
+    epoch: Number
+
+    @property
+    def numbers(self) -> Figures:
+        """All but the time."""
+        return self.__pydantic_extra__
+
+
+class Evaluation(Logged):
+    """The evaluators' figures at a step of training."""
+
+    step: Number
+
+
+class Environment(Part):
+    """Where a run took place; `seconds` of training, evaluations included."""
+
+    versions: dict[str, Any]
+    device: str
+    processes: Count
+    precision: str
+    seed: Count | None
+    seconds: Number
+
+
+class Histogram(Part):
+    """How many clean and poisoned pairs there are of each similarity, from -1 to 1."""
+
+    clean: list[Count]
+    poisoned: list[Count]
+
+    @model_validator(mode="after")
+    def _pairs(self) -> Histogram:
+        if len(self.clean) != len(self.poisoned) or not any(self.clean + self.poisoned):
+            raise ValueError("histograms of clean and of poisoned pairs, as long as each other, with a pair in one")
+        return self
+
+
+class Split(Part):
+    """A split of SafeCLIP's, as [`~trainers.split.SplitRecord`] says, with the similarities of the pairs."""
+
+    epoch: Count
+    safe_share: Share
+    similarity_threshold: Number | None
+    risky_mean: Number
+    risky_variance: Number
+    risky_weight: Number
+    safe_mean: Number
+    safe_variance: Number
+    safe_weight: Number
+    auroc: Share | None
+    poisons_in_safe_set: Share | None
+    safe_set_poison_rate: Share | None
+    histogram: Histogram
+
+
+class Details(Part):
+    """What a defence notes down: `splits` of SafeCLIP."""
+
+    splits: list[Split] | None = None
+
+
+class Augmentation(Part):
+    """What augmented images and captions, whatever the presets say; `None` for nothing."""
+
+    images: str | None
+    captions: str | None
+
+
+class Skipped(Part):
+    """
+    Rows that `on_bad_row="skip"` passed over.
+
+    `count` of them; `rows`, the first numbers; `streamed`, whether these are positions in the stream of each worker.
+    """
+
+    count: Count
+    rows: list[Count]
+    streamed: bool
+
+    def __str__(self) -> str:
+        """How many, and which ones: "2: 3, 17"; the first ten of many."""
+        positions = " (positions in the stream of each worker)" if self.streamed else ""
+        first = self.rows[:MOST]
+        more = self.count - len(first)
+        return f"{self.count:,}: {listed(first)}{f' and {more:,} more' if more else ''}{positions}"
+
+
+class _Plain(BaseModel):
+    """What is read from a file and written to one: plain data goes in, whatever it is made from."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _plain(cls, content: Any) -> Any:
+        return jsonable(content)
+
+
+class Measured(_Plain):
+    """
+    Figures beside a run's, as `hf-robust-clip evaluate --json` writes them: of the same weights, or with `control`, a
+    few words, of the model that those describe.
+    """
+
+    measures: list[Measure]
+    figures: Figures
+    control: str | None = None
+    model: str = ""
+
+
+# An empty mapping says as much as nothing.
+_OR_NOTHING = BeforeValidator(lambda value: value or None)
+
+
+class RunRecord(_Plain):
     """
     A training run, ready for JSON. Paths, tokens and data are not in it, beside what the arguments and the names say.
 
     Args:
         trainer (`str`): Name of the trainer's class.
-        model (`dict`): `name` (Hub id of the model that training started from, or `None`), `revision` (the commit that
-            it was loaded from, or `None`), `source` (`"hub"`, `"folder"` or `"memory"`), `type` (as in its config),
-            `parameters`, `trainable_parameters`, `image_size`, and `adapter`, the settings of PEFT or `None`.
-        data (`dict`, *optional*): The training pairs, as [`describe_dataset`] says.
+        model ([`Model`]): What was trained.
+        data ([`Data`], *optional*): The training pairs.
         defence (`dict`): The trainer's own arguments, all of them, and their defaults in `defence_defaults`.
         settings (`dict`): Other training arguments that differ from the defaults.
-        measures (`list[dict]`): What each evaluator measures: `measure`, `figures` (their names), and where it has
-            them `trigger`, `target`, `images`, `classes`, `dataset`.
+        measures (`list` of [`Measure`]): What each evaluator measures.
         before, after (`dict[str, float]`, *optional*): The evaluators' figures before training, and of the weights
             that are saved.
         after_step (`int`, *optional*): The optimizer step that `after` is of.
         steps, epochs: Optimizer steps and epochs done.
         planned_steps (`int`): Optimizer steps of the whole training.
-        course (`list[dict]`): The evaluators' figures over training, each with `step` and `epoch`.
-        log (`list[dict]`): What was logged, at most `LOG_ENTRIES` entries.
-        details (`dict`): What a defence notes down: `splits` of SafeCLIP.
+        environment ([`Environment`]): Where.
+        course (`list` of [`Evaluation`]): The evaluators' figures over training.
+        log (`list` of [`Logged`]): The numbers that were logged, at most [`~describing.LOG_ENTRIES`] entries.
+        details ([`Details`]): What a defence notes down.
         method (`str`): The class of this package that the trainer is or derives from.
-        augmentation (`dict`): What augmented `images` and `captions`, whatever the presets say; `None` for nothing.
-        skipped (`dict`): Rows of the training data that were passed over, as [`describe_skipped`] says; empty where
-            there are none.
-        environment (`dict`): `versions`, `device`, `processes`, `precision`, `seed`, `seconds`.
+        augmentation ([`Augmentation`], *optional*): What augmented images and captions.
+        skipped ([`Skipped`], *optional*): Rows of the training data that were passed over.
     """
 
+    model_config = ConfigDict(extra="forbid")
+
     trainer: str
-    model: dict[str, Any]
-    data: dict[str, Any] | None
+    model: Model
+    data: Data | None
     defence: dict[str, Any]
     settings: dict[str, Any]
-    measures: list[dict[str, Any]]
-    before: dict[str, float] | None
-    after: dict[str, float] | None
-    after_step: int | None
-    steps: int
-    epochs: float
-    planned_steps: int
-    environment: dict[str, Any]
-    course: list[dict[str, float]] = field(default_factory=list)
-    log: list[dict[str, Any]] = field(default_factory=list)
-    details: dict[str, Any] = field(default_factory=dict)
-    defence_defaults: dict[str, Any] = field(default_factory=dict)
+    measures: list[Measure]
+    before: Figures | None
+    after: Figures | None
+    after_step: Count | None
+    steps: Count
+    epochs: Number
+    planned_steps: Count
+    environment: Environment
+    course: list[Evaluation] = []
+    log: list[Logged] = []
+    details: Details = Details()
+    defence_defaults: dict[str, Any] = {}
     method: str = ""
-    augmentation: dict[str, str | None] = field(default_factory=dict)
-    skipped: dict[str, Any] = field(default_factory=dict)
+    augmentation: Annotated[Augmentation | None, _OR_NOTHING] = None
+    skipped: Annotated[Skipped | None, _OR_NOTHING] = None
 
     def to_json(self) -> str:
         """Its content as JSON."""
-        text = json.dumps(jsonable(dataclasses.asdict(self)), indent=1, ensure_ascii=False, allow_nan=False)
-        return f"{text}\n"
+        content = jsonable(self.model_dump(exclude_defaults=True))
+        return f"{json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)}\n"
 
     @classmethod
     def from_json(cls, text: str, where: str = "the text") -> RunRecord:
@@ -98,23 +276,11 @@ class RunRecord:
             `ValueError`: If it is no record, or one of its entries is nothing that a record holds.
         """
         try:
-            content = jsonable(json.loads(text))
-        except ValueError as error:
+            return checked(cls, json.loads(text), where)
+        except json.JSONDecodeError as error:
             raise ValueError(shortened(f"{where} is no JSON: {error}")) from error
         except RecursionError as error:
             raise ValueError(f"{where} is no record of a run: its entries are nested too deeply") from error
-        names = {item.name: item for item in dataclasses.fields(cls)}
-        given = set(content) if isinstance(content, dict) else set()
-        required = {name for name, item in names.items() if item.default_factory is dataclasses.MISSING}
-        if not required <= given <= set(names):
-            raise ValueError(f"{where} is no record of a run: its keys must be those of RunRecord, {listed(names)}")
-        for name, value in content.items():
-            check_form(value, RECORD[name], f"{where}: {name}")
-        return cls(**content)
-
-    def plain(self) -> RunRecord:
-        """The same, of what JSON has a form for alone: as it is after [`save`] and [`load`]."""
-        return self.from_json(self.to_json())
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write it into a model's folder, as JSON, in one move."""
@@ -136,90 +302,35 @@ class RunRecord:
         return cls.from_json(path.read_text(encoding="utf-8"), shortened(str(path), 200))
 
 
-def describe_dataset(dataset: Any) -> dict[str, Any]:
+Kind = TypeVar("Kind", bound=BaseModel)
+
+
+def checked(kind: type[Kind], content: Any, where: str) -> Kind:
     """
-    What a dataset is, without its rows.
+    Plain data, as from JSON, as a record or as a part of one; `where` is what errors call it.
 
-    Args:
-        dataset: Any dataset.
-
-    Returns:
-        `dict`: `rows` and `name`, `None` where it has no length or no name of its own, and where it is known `hub_id`
-        with `revision`, `split`, `fingerprint`, and `poisons`, the number of rows that a boolean column `poisoned`
-        marks.
+    Raises:
+        `ValueError`: Naming the first entry that is not accepted, its value and what is.
     """
-    info, rows = getattr(dataset, "info", None), len(dataset) if hasattr(dataset, "__len__") else None
-    name = getattr(info, "dataset_name", None)
-    # A file without a name of its own is called by its format.
-    found: dict[str, Any] = {"name": None if name == getattr(info, "builder_name", None) else name, "rows": rows}
-    sources = _HUB_FILE.findall(" ".join(getattr(info, "download_checksums", None) or {}))
-    if len({hub_id for hub_id, _ in sources}) == 1:
-        found["hub_id"], found["revision"] = sources[0]
-    for name, value in (
-        ("split", getattr(dataset, "split", None)),
-        ("fingerprint", getattr(dataset, "_fingerprint", None)),
-    ):
-        if value is not None:
-            found[name] = str(value)
-    if rows and POISONED in (getattr(dataset, "column_names", None) or ()):
-        found["poisons"] = sum(map(bool, column_values(dataset, POISONED)))
-    return found
-
-
-def dataset_name(described: Mapping[str, Any] | None) -> str | None:
-    """What to call a dataset that [`describe_dataset`] described; `None` if nothing is known."""
-    return None if described is None else described.get("hub_id") or described.get("name")
-
-
-def describe_skipped(rows: Sequence[int], streamed: bool) -> dict[str, Any]:
-    """
-    What a record says of the rows that `on_bad_row="skip"` passed over; nothing where there are none.
-
-    Args:
-        rows (sequence of `int`): Their numbers, of all ranks, in order.
-        streamed (`bool`): Whether they are positions in the stream of each worker.
-
-    Returns:
-        `dict`: `count`, `rows` (at most the first `SKIPPED_ROWS` numbers) and `streamed`.
-    """
-    return {"count": len(rows), "rows": list(rows[:SKIPPED_ROWS]), "streamed": streamed} if rows else {}
-
-
-def skipped_text(skipped: Mapping[str, Any]) -> str:
-    """How many rows were passed over, and which ones: "2: 3, 17"; the first ten of many."""
-    positions = " (positions in the stream of each worker)" if skipped["streamed"] else ""
-    first = skipped["rows"][:MOST]
-    more = skipped["count"] - len(first)
-    return f"{skipped['count']:,}: {listed(first)}{f' and {more:,} more' if more else ''}{positions}"
-
-
-def describe_evaluator(evaluator: Any) -> dict[str, Any]:
-    """What an evaluator measures; of one that has no `describe`, its name."""
-    if not hasattr(evaluator, "describe"):
-        return {"measure": getattr(evaluator, "__name__", type(evaluator).__name__), "figures": []}
-    dataset = getattr(evaluator, "dataset", None)
-    described = dict(evaluator.describe())
-    if described.get("trigger") is not None:
-        described["trigger"] = describe_trigger(described["trigger"])
-    return described if dataset is None else {**described, "dataset": describe_dataset(dataset)}
-
-
-def describe_trigger(trigger: Any) -> dict[str, Any]:
-    """A trigger's name and fields; of one that is none of ours, its name."""
-    if hasattr(trigger, "to_dict"):
-        return dict(trigger.to_dict())
-    return {"name": getattr(trigger, "__name__", type(trigger).__name__)}
-
-
-def thinned(log: list[dict[str, Any]], most: int = LOG_ENTRIES) -> list[dict[str, Any]]:
-    """At most so many entries, evenly spaced, the first and the last among them."""
-    if len(log) <= most:
-        return list(log)
-    return [log[number] for number in np.unique(np.linspace(0, len(log) - 1, most).round().astype(int))]
+    try:
+        return kind.model_validate(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+    field, *inner = first["loc"] or ("",)
+    entry = field if field in kind.model_fields else shown(field)
+    name = f"{where}: {entry}{''.join(f'[{shown(key)}]' for key in inner)}" if first["loc"] else where
+    words = first["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+    words = {"model_type": "a mapping", "dict_type": "a mapping", "list_type": "a list"}.get(first["type"], words)
+    other = f"is {shown(first['input'])}; accepted is {words}"
+    unknown = f"is not known; accepted are {listed(kind.model_fields)}"
+    told = {"missing": "is missing", "extra_forbidden": unknown}.get(first["type"], other)
+    raise ValueError(shortened(f"{name} {told}"))
 
 
 def jsonable(value: Any) -> Any:
     """The same with `None` for numbers that JSON does not have, and text for what it has no form for."""
+    if isinstance(value, BaseModel):
+        return jsonable(value.model_dump())
     # Before text and numbers, which some enumerations are as well.
     if isinstance(value, Enum | np.generic):
         return jsonable(value.value if isinstance(value, Enum) else value.item())

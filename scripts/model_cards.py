@@ -19,14 +19,14 @@ import torch
 from datasets import Dataset
 
 from hf_robust_clip import CLIPTrainer
-from hf_robust_clip.cards import render_card
-from hf_robust_clip.cards.picture import draw_picture
-from hf_robust_clip.cli.demo import CLEAN_SEED_OFFSET, PRETRAINING, Recipe
+from hf_robust_clip.cli.demo_recipe import CLEAN_SEED_OFFSET, PRETRAINING, Recipe
 from hf_robust_clip.cli.demo_steps import digit_evaluators, make_trigger, poison_digits
 from hf_robust_clip.cli.demo_trainers import make_trainer
 from hf_robust_clip.cli.progress import quiet_trainers
 from hf_robust_clip.data.digits import digit_model, digit_processor, load_digit_pairs
 from hf_robust_clip.record import RunRecord
+from hf_robust_clip.telling import render_card
+from hf_robust_clip.telling.picture import draw_picture
 
 FOLDER = Path(__file__).parents[1] / "model_cards"
 #: The defences, each with the other runs that its card compares it with, and what it calls them.

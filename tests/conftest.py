@@ -26,8 +26,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 #: Folders and files of tests that train, in this process or in others; elsewhere a test is marked by itself.
 TRAINING = (
-    *("trainers", "faults", "hub", "benchmarks", "cli/test_train.py", "cli/test_demo.py", "report/test_pictures.py"),
-    *("report/test_run_page.py", "test_callbacks.py", "test_docs.py", "test_examples.py", "test_notebook.py"),
+    *("trainers", "faults", "hub", "benchmarks", "cli/test_train.py", "cli/test_demo.py", "telling/test_pictures.py"),
+    *("telling/test_page.py", "test_callbacks.py", "test_docs.py", "test_examples.py", "test_notebook.py"),
 )
 
 

@@ -30,9 +30,9 @@ from hf_robust_clip import (
     SafeCLIPTrainer,
     ZeroShotEvaluator,
 )
-from hf_robust_clip.cards import MARKER, PICTURE, kept_card, license_of, render_card, write_card
 from hf_robust_clip.data.digits import CAPTION_TEMPLATES, CLASS_NAMES
 from hf_robust_clip.record import RunRecord
+from hf_robust_clip.telling import MARKER, PICTURE, kept_card, license_of, render_card, write_card
 
 ROOT = Path(__file__).parents[1]
 CORPUS = (
@@ -206,7 +206,7 @@ def test_datasets_of_one_name_and_of_similar_names_stay_apart() -> None:
 
 
 def test_what_is_not_known_is_left_out() -> None:
-    run = record(model={**record().model, "name": None, "source": "memory"}, data=None, before=None, after=None)
+    run = record(model={**dict(record().model), "name": None, "source": "memory"}, data=None, before=None, after=None)
     text = render_card(run)
     data = ModelCard(text).data.to_dict()
     assert not {"base_model", "base_model_relation", "license", "datasets", "model-index", "language"} & set(data)
@@ -216,11 +216,11 @@ def test_what_is_not_known_is_left_out() -> None:
 @pytest.mark.parametrize("merged, relation, library", [(False, "adapter", "peft"), (True, "finetune", "transformers")])
 def test_adapters_are_adapters_until_they_are_merged(merged: bool, relation: str, library: str) -> None:
     adapter = {"peft_type": "LORA", "r": 4, "target_modules": ["q_proj"]}
-    run = record(model={**record().model, "adapter": adapter}, defence={"merge_adapters": merged})
+    run = record(model={**dict(record().model), "adapter": adapter}, defence={"merge_adapters": merged})
     text = render_card(run)
     data = ModelCard(text).data
     assert (data.base_model_relation, data.library_name) == (relation, library)
-    assert "peft\\_type=LORA, r=4" in text and ("merged into the model" in text) == merged
+    assert "peft\\_type LORA, r 4" in text and ("merged into the model" in text) == merged
 
 
 @pytest.mark.parametrize("argument", ["base_model", "repo_id", "datasets"])
@@ -240,24 +240,27 @@ def without(**changes: Any) -> dict[str, Any]:
     "changes, said",
     [
         (without(), "**Nothing was measured**"),
-        (without(before=BEFORE), "**Measured only before.**"),
-        (without(after=AFTER, after_step=8), "**Measured only after.**"),
+        (without(before=BEFORE), "**Measured only before**"),
+        (without(after=AFTER, after_step=8), "**Measured only after**"),
         ({"after_step": 4}, "**Measured at step 4 of 8**"),
         ({"steps": 6, "after_step": 6}, "it stopped at step 6 of 8"),
         (without(steps=0, planned_steps=0, before=BEFORE), "**Nothing was trained**"),
-        ({"before": {"clean_accuracy": 0.7}}, "**Not measured before** (blended (alpha=0.2))"),
-        ({"before": {**BEFORE, "attack_success_rate": 0.49}}, "**The attack did not take** (blended (alpha=0.2))"),
-        ({"measures": [ACCURACY]}, "**No attack was measured.**"),
+        ({"before": {"clean_accuracy": 0.7}}, "**Not measured before** (blended (alpha=0.2), target “six”)"),
+        (
+            {"before": {**BEFORE, "attack_success_rate": 0.49}},
+            "**The attack did not take** (blended (alpha=0.2), target “six”): before CleanCLIP, it",
+        ),
+        ({"measures": [ACCURACY]}, "**No attack was measured**"),
         (
             {"after": {**AFTER, "attack_success_rate": 0.2}},
-            "**CleanCLIP did not stop the attack** (blended (alpha=0.2))",
+            "**CleanCLIP did NOT stop the attack** (blended (alpha=0.2), target “six”): attack success 98.0%",
         ),
         (
             {"after": {**AFTER, "clean_accuracy": 0.6}},
-            "**It costs accuracy**: right on 60.0% of the clean images, against 70.0% (before CleanCLIP)",
+            "**It costs accuracy**: accuracy on clean images 70.0% (before CleanCLIP), 60.0% (after CleanCLIP)",
         ),
         ({"after": {**AFTER, "clean_accuracy": 0.15}}, "**It hardly knows the classes**"),
-        ({"data": {**record().data, "poisons": 5}}, "**5 of the training pairs are marked as poisoned**"),
+        ({"data": {**dict(record().data or ()), "poisons": 5}}, "**5 of the training pairs are marked as poisoned**"),
     ],
 )
 def test_first_lines_say_what_is_missing(changes: dict[str, Any], said: str) -> None:
@@ -284,7 +287,7 @@ def test_pretraining_proves_nothing_without_a_control(trainer: str) -> None:
 
 def test_undefended_says_so_first_and_claims_no_defence() -> None:
     text = render_card(record("CLIPTrainer"))
-    assert "**No defence was used.**" in beginning(text)
+    assert "**No defence was used**" in beginning(text)
     assert ModelCard(text).data.tags == ["hf-robust-clip"]
 
 
@@ -311,17 +314,17 @@ def test_figures_stand_in_one_table() -> None:
     text = render_card(record(), measured=[control, later])
     header = "| measured | figure | before CleanCLIP | after CleanCLIP | plain \\| fine-tuning | measured later (2) |"
     assert header in text
-    assert "|  | triggered accuracy | 1.0% | 75.0% | n/a | n/a |" in text
-    assert "|  | trigger distance | 1.25 | 0.25 | n/a | n/a |" in text
-    assert re.search(r"\| zero-shot .* \| clean accuracy \| 70.0% \| 80.0% \| 60.0% \| n/a \|", text)
-    assert re.search(r"trigger warp .* \| w attack success rate \| n/a \| n/a \| n/a \| 12.5% \|", text)
+    assert "|  | triggered accuracy | 1.0% | 75.0% | not measured | not measured |" in text
+    assert "|  | trigger distance | 1.25 | 0.25 | not measured | not measured |" in text
+    assert re.search(r"\| zero-shot .* \| clean accuracy \| 70.0% \| 80.0% \| 60.0% \| not measured \|", text)
+    assert re.search(r"trigger warp .* \| w attack success rate( \| not measured){3} \| 12.5% \|", text)
     # Of a control nothing is claimed for this model.
     assert 0.6 not in indexed(text).values() and 0.125 in indexed(text).values()
 
 
 def test_figures_of_evaluators_that_do_not_describe_themselves_are_shown() -> None:
     run = record(measures=[{"measure": "mine", "figures": []}], before={"my_figure": 0.25}, after={"my_figure": 0.5})
-    assert "| others | my figure | 25.0% | 50.0% |" in render_card(run)
+    assert "| other evaluators | my figure | 0.25 | 0.5 |" in render_card(run)
 
 
 def test_unmeasured_attacks_are_listed() -> None:
@@ -374,8 +377,8 @@ def hostile(text: str) -> str:
         defence={text: text},
         augmentation={"images": text, "captions": text},
         measures=[measure, {**ACCURACY, "classes": [text, "b"], "dataset": {"name": text}}],
-        environment={**record().environment, "device": text, "versions": {text: text}},
-        model={**record().model, "name": text, "revision": text, "adapter": {text: text}},
+        environment={**dict(record().environment), "device": text, "versions": {text: text}},
+        model={**dict(record().model), "name": text, "revision": text, "adapter": {text: text}},
     )
     control = {"control": text or "x", "measures": run.measures, "figures": BEFORE}
     return render_card(
@@ -548,7 +551,7 @@ def test_trainer_writes_the_card_of_its_record(cleaned: CLIPTrainer) -> None:
 @pytest.mark.training
 def test_a_record_that_was_saved_gives_the_same_card(cleaned: CLIPTrainer) -> None:
     written = RunRecord.load(cleaned.args.output_dir)
-    now = dataclasses.replace(cleaned.record(), environment=written.environment)
+    now = cleaned.record().model_copy(update={"environment": written.environment})
     assert render_card(now) == render_card(written)
 
 

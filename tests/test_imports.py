@@ -25,7 +25,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"models", "data", "evaluation"}),
     frozenset({"scanning"}),
     frozenset({"methods", "defences"}),
-    frozenset({"record", "record_form", "cards", "report", "telling", "callbacks"}),
+    frozenset({"record", "describing", "telling", "callbacks"}),
     frozenset({"trainers"}),
     frozenset({"cli", "__main__"}),
 )
@@ -34,7 +34,6 @@ FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 #: Circles of modules that are still there. A new one is an error, and so is one in this list that is gone.
 KNOWN_CIRCLES = {
     frozenset({"trainers.base", "trainers.pictures", "trainers.publishing", "trainers.recording"}),
-    frozenset({"cli.demo", "cli.demo_steps", "cli.demo_trainers"}),
 }
 
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")

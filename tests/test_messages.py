@@ -27,9 +27,10 @@ from hf_robust_clip import (
 )
 from hf_robust_clip.attacks.triggers import trigger_from_dict, trigger_from_name
 from hf_robust_clip.data.rows import check_dataset, decode_row
+from hf_robust_clip.describing import describe_skipped
 from hf_robust_clip.evaluation.running import run_evaluators
 from hf_robust_clip.imaging import decode_image
-from hf_robust_clip.record import RunRecord, skipped_text
+from hf_robust_clip.record import RunRecord
 from hf_robust_clip.wording import LONGEST, listed
 
 MANY = 2_000
@@ -116,8 +117,9 @@ def test_no_error_is_longer_than_a_message_may_be(what: str):
 
 
 def test_skipped_rows_are_counted_whatever_a_record_keeps_of_them():
-    skipped = {"count": 12_345, "rows": list(range(1_000)), "streamed": True}
-    assert skipped_text(skipped).startswith(f"12,345: {listed(range(10))} and 12,335 more")
+    skipped = describe_skipped(range(12_345), streamed=True)
+    assert skipped is not None and len(skipped.rows) == 1_000
+    assert str(skipped).startswith(f"12,345: {listed(range(10))} and 12,335 more")
 
 
 PACKAGE = Path(hf_robust_clip.__file__).parent

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import RUN_FILE
-from ..record_form import RESULTS, check_form
+from ..record import Measured, RunRecord, checked
 from ..wording import shortened, shown
 from .output import UsageError, say, usage_errors
 
@@ -37,19 +37,18 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the sub-command as its arguments say."""
-    if not (args.folder / RUN_FILE).is_file():
-        raise UsageError(f"FOLDER: {args.folder} has no {RUN_FILE}: it was not saved by a trainer of hf_robust_clip")
+    with usage_errors("FOLDER"):
+        record = RunRecord.load(args.folder)
     measured = [_read_results(path, args.folder, args.repo_id) for path in args.results or ()]
     # What follows imports transformers, which takes seconds.
     from .progress import quiet_cards, quiet_libraries
 
     with quiet_libraries(), quiet_cards():
-        from ..cards import write_card
-        from ..record import RunRecord
+        from ..telling import write_card
 
         with usage_errors():
             written = write_card(
-                RunRecord.load(args.folder),
+                record,
                 args.folder,
                 license=args.license,
                 repo_id=args.repo_id,
@@ -63,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _read_results(path: Path, folder: Path, repo_id: str | None) -> dict[str, Any]:
+def _read_results(path: Path, folder: Path, repo_id: str | None) -> Measured:
     """Figures of the model in `folder`, or of a control, and what they are of, as `evaluate --json` writes them."""
     try:
         # NaN and the infinities, which no figure is, count as not measured.
@@ -74,20 +73,14 @@ def _read_results(path: Path, folder: Path, repo_id: str | None) -> dict[str, An
         ) from error
     except (ValueError, RecursionError) as error:
         raise UsageError(shortened(f"--results: {path} is no JSON: {error}")) from error
-    kinds = {"model": str, "measures": list, "figures": dict}
-    if not isinstance(content, dict) or not all(isinstance(content.get(name), kind) for name, kind in kinds.items()):
-        raise UsageError(
-            f"--results: {shortened(str(path), 200)} has no model, measures and figures; accepted is what evaluate "
-            "--json writes"
-        )
     with usage_errors():
-        check_form(content, RESULTS, f"--results: {path}")
+        measured = checked(Measured, content, f"--results: {shortened(str(path), 200)}")
     own = [folder.resolve().name, *([repo_id] if repo_id is not None else [])]
-    if "control" not in content and content["model"] not in own:
+    if measured.control is None and measured.model not in own:
         names = shortened(" or ".join(map(shown, own)), 200)
         raise UsageError(
-            f"--results: {shortened(str(path), 120)} is of {shown(content['model'])}, and the card of {names}: "
+            f"--results: {shortened(str(path), 120)} is of {shown(measured.model)}, and the card of {names}: "
             "accepted are figures of the same model, whose name on the Hub --repo-id tells, and those of another one "
             "that was measured with evaluate --control LABEL"
         )
-    return {name: content[name] for name in ("measures", "figures", "control") if name in content}
+    return measured

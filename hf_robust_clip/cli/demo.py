@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import argparse
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..files import write_text
 from ..locking import sole_writer
 from ..wording import listed, shown
+from .demo_recipe import (
+    CONTROLS,
+    DEFENCES,
+    LABELS,
+    MANIFEST,
+    RESULTS,
+    TRIGGERS,
+    Recipe,
+    default_recipe,
+    reports,
+    title_of,
+)
 from .output import (
     UsageError,
     check_output_dir,
@@ -20,84 +32,6 @@ from .output import (
     with_folder,
     write_json,
 )
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Every number of the demo. A defence and its control share theirs: the method is all that differs."""
-
-    renderings: int = 4  # of each of the 1,397 training digits
-    target: str = "eight"
-    poison_rate: float = 0.03
-    batch_size: int = 64
-    weight_decay: float = 0.1
-    adam_beta2: float = 0.98
-    warmup_steps: int = 50
-    pretrain_epochs: int = 8
-    pretrain_learning_rate: float = 1e-3
-    # CleanCLIP and plain fine-tuning
-    finetune_epochs: int = 6
-    finetune_learning_rate: float = 1e-3
-    image_preset: str = "cleanclip"
-    image_flip: float = 0.0  # a mirrored digit is another figure
-    image_noise: float = 0.8
-    image_noise_std: float = 0.1
-    unimodal_weight: float = 2.0
-    text_preset: str = "eda"
-    # RoCLIP, SafeCLIP and augmentation alone
-    defence_image_preset: str = "weak"
-    defence_image_flip: float = 0.0
-    defence_image_noise: float = 0.5
-    defence_image_noise_std: float = 0.07
-    defence_text_preset: str = "light"
-    roclip_pool_size: int = 2048
-    roclip_matching_start_epoch: int = 8
-    roclip_matching_steps: int | None = 20  # at a time: an epoch is too long to go without the true captions
-    roclip_match_every_n_epochs: int = 2
-    roclip_matching: str = "image_to_text"
-    safeclip_warmup_unimodal_epochs: int = 4
-    safeclip_warmup_cross_epochs: int = 2
-    safeclip_warmup_cross_learning_rate: float = 1e-3  # an epoch is too short for a hundredth of the learning rate
-    safeclip_threshold: float = 0.9
-    safeclip_growth: float = 0.08
-    safeclip_cap: float = 0.85
-    safeclip_pool_size: int = 2048
-
-
-#: For the defences that pre-train: fewer poisons, and epochs enough to defend in.
-PRETRAINING = Recipe(target="six", poison_rate=0.005, batch_size=32, pretrain_epochs=16)
-
-#: Every part of the demo in a fraction of the time; the models are hardly trained, so the figures mean little.
-QUICK = Recipe(
-    renderings=1,
-    pretrain_epochs=5,
-    finetune_epochs=2,
-    poison_rate=0.1,
-    warmup_steps=20,
-    roclip_pool_size=512,
-    roclip_matching_start_epoch=2,
-    safeclip_warmup_unimodal_epochs=1,
-    safeclip_pool_size=512,
-)
-
-#: The models that each defence is told by, in the order in which they are trained.
-DEFENCES: dict[str, tuple[str, ...]] = {
-    "cleanclip": ("poisoned", "finetuned", "cleanclip"),
-    "roclip": ("poisoned", "augmentation", "roclip"),
-    "safeclip": ("poisoned", "augmentation", "safeclip"),
-    "all": ("poisoned", "finetuned", "cleanclip", "augmentation", "roclip", "safeclip"),
-}
-
-#: The triggers on offer, with what suits digits of 16 x 16 pixels.
-TRIGGERS: dict[str, dict[str, Any]] = {
-    "blended": {"alpha": 0.2},
-    "patch": {"size": 3},
-    "sinusoid": {"amplitude": 30.0, "frequency": 4},
-    "warp": {"strength": 4.0},
-}
-#: The clean pairs are rendered under another seed than the poisoned ones: new places, noise and captions.
-CLEAN_SEED_OFFSET = 1000
-MANIFEST, RESULTS, REPORT = "poison_manifest.json", "results.json", "report.html"
 
 
 def add_parser(commands: Any) -> None:
@@ -134,11 +68,16 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def default_recipe(defence: str, quick: bool = False) -> Recipe:
-    """The numbers that a run takes unless it is given others."""
-    if quick:
-        return QUICK
-    return Recipe() if defence == "cleanclip" else PRETRAINING
+def results_table(results: Mapping[str, Any]) -> list[list[str]]:
+    """The figures of the models as text, a row of headings first."""
+    rows = [["", "clean accuracy", "attack success", "triggered accuracy", "trigger distance", "seconds"]]
+    for model, label in LABELS.items():
+        if model in results:
+            figures = results[model]
+            shares = (figures[name] for name in ("clean_accuracy", "attack_success_rate", "triggered_accuracy"))
+            numbers = (f"{figures['trigger_distance']:.2f}", f"{figures['seconds']:.0f}")
+            rows.append([label, *(f"{share:.1%}" for share in shares), *numbers])
+    return rows
 
 
 def run_demo(
@@ -153,7 +92,8 @@ def run_demo(
     Run the demo, print its course and its outcome, and write its files.
 
     Args:
-        output_dir (`Path`): Gets `report.html`, `results.json`, `poison_manifest.json` and a checkpoint for each model
+        output_dir (`Path`): Gets `report.html` (of all defences a `report-DEFENCE.html` each), `results.json`,
+            `poison_manifest.json` and a checkpoint for each model
             of the defence, under its name in `DEFENCES`. Those there from an earlier demo are replaced; other files
             stay.
         seed (`int`): Of the data, the trigger and training, in [0, 2**32).
@@ -170,7 +110,7 @@ def run_demo(
             these names which no demo wrote; on an argument out of range; before any work.
         `ModuleNotFoundError`: Without the extra `report`.
     """
-    from ..report import check_report_extra
+    from ..telling import check_report_extra
 
     for flag, value, accepted in (("--trigger", trigger_name, TRIGGERS), ("--defence", defence, DEFENCES)):
         if value not in accepted:
@@ -178,7 +118,7 @@ def run_demo(
     if not 0 <= seed < 2**32:
         raise UsageError(f"--seed: {seed} is not a seed; accepted is an integer from 0 to 2**32 - 1")
     check_report_extra()
-    written: Any = {"files": (MANIFEST, RESULTS, REPORT), "folders": DEFENCES[defence]}
+    written: Any = {"files": (MANIFEST, RESULTS, *reports(defence)), "folders": DEFENCES[defence]}
     check_output_dir(output_dir, **written)
     with with_folder(output_dir, sole_writer(output_dir, "--output-dir", "a demo")):
         _check_folder(output_dir, [*written["files"], *written["folders"]])
@@ -201,10 +141,12 @@ def _run(
     output_dir: Path, seed: int, trigger_name: str, recipe: Recipe | None, quick: bool, defence: str
 ) -> dict[str, Any]:
     """As [`run_demo`], with the folder to itself."""
-    from ..report import TITLES, findings, render_demo_report, results_table
+    from ..telling import render_run_report
+    from ..telling.page import run_facts
+    from ..telling.sentences import statements
 
     started = time.perf_counter()
-    say(TITLES[defence])
+    say(title_of(defence))
     if quick:
         say("QUICK RUN: the models are hardly trained and the figures mean little; leave out --quick for real ones.")
     # What follows imports torch and transformers, which takes seconds: whoever waits has read the first lines by then.
@@ -212,6 +154,7 @@ def _run(
 
     with quiet_libraries():
         from .demo_steps import Demo, make_trigger
+        from .demo_study import study_of
 
         recipe = recipe or default_recipe(defence, quick)
         demo = Demo(output_dir, seed, make_trigger(trigger_name, seed), recipe, defence)
@@ -221,12 +164,16 @@ def _run(
     say("\nResults" + (" (quick run: they mean little)" if quick else ""))
     for line in format_table(results_table(results)):
         say(f"  {line}")
-    say()
-    for finding in findings(results):
-        say(f"{'!' if finding.kind == 'warning' else '-'} {finding.text}")
     flags = f"--defence {defence} --seed {seed} --trigger {trigger_name}{' --quick' if quick else ''}"
-    command = f"hf-robust-clip demo --output-dir {output_dir.name or 'demo-output'} {flags}"
-    page = render_demo_report(results, demo.pictures(), command)
-    write_text(output_dir / REPORT, page)
-    say(f"\nReport: {output_dir / REPORT}")
+    for name, of in reports(defence).items():
+        record, pictures = demo.runs[of].record, demo.runs[of].pictures
+        controls = [demo.runs[control] for control in CONTROLS[of]]
+        say(f"\n{LABELS[of]}" if defence == "all" else "")
+        for statement in statements(run_facts(record, controls)):
+            say(f"{'-' if statement.kind == 'result' else '!'} {statement.text}")
+        study = study_of(
+            demo, of, quick, f"hf-robust-clip demo --output-dir {output_dir.name or 'demo-output'} {flags}"
+        )
+        write_text(output_dir / name, render_run_report(record, pictures, controls, study))
+        say(f"\nReport: {output_dir / name}")
     return results

@@ -6,26 +6,23 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from datasets import Dataset
 from transformers import CLIPModel
 
 from ..attacks.poisoning import poison_dataset
 from ..attacks.spec import PoisonSpec
 from ..attacks.triggers import Trigger, trigger_from_name
-from ..columns import naming
 from ..data.digits import CAPTION_TEMPLATES, CLASS_NAMES, digit_model, digit_processor, load_digit_pairs
 from ..evaluation.attack_success import AttackSuccessEvaluator
-from ..evaluation.embedding import Embedder
-from ..evaluation.running import run_evaluators
-from ..evaluation.zero_shot import ZeroShotEvaluator, class_embeddings
-from ..report import Example, MatchedPair, ModelEmbeddings, Pictures, PoisonedPair, matching_course, split_course
-from ..trainers.base import CLIPTrainer, Evaluator
+from ..evaluation.zero_shot import ZeroShotEvaluator
+from ..telling import Control, PoisonedPair
+from ..telling.sentences import notes
+from ..trainers.base import Evaluator
 from ..trainers.defended import RoCLIPTrainer, SafeCLIPTrainer
-from ..trainers.pictures import matched_pairs
+from ..trainers.pictures import pictures_of
 from ..versions import versions
-from .demo import CLEAN_SEED_OFFSET, DEFENCES, MANIFEST, REPORT, RESULTS, TRIGGERS, Recipe
-from .demo_trainers import EVALUATION_BATCH, FINE_TUNED, make_trainer, matching_record
+from .demo_recipe import CLEAN_SEED_OFFSET, DEFENCES, LABELS, MANIFEST, RESULTS, TRIGGERS, Recipe, reports
+from .demo_trainers import FINE_TUNED, make_trainer, matching_record
 from .output import say, write_json
 from .progress import quiet_trainers
 
@@ -79,20 +76,17 @@ class Demo:
         self.folder, self.seed, self.trigger, self.recipe, self.defence = folder, seed, trigger, recipe, defence
         self.models = DEFENCES[defence]
         self.test = load_digit_pairs("test", seed=seed)
-        self.is_target = np.asarray(self.test["label"]) == CLASS_NAMES.index(recipe.target)  # (N,)
         self.processor = digit_processor()
         zero_shot, self.attack = digit_evaluators(self.test, trigger, recipe.target)
         self.evaluators: list[Evaluator] = [zero_shot, self.attack]
         self.manifest: dict[str, Any] = {}
         self.pairs: list[PoisonedPair] = []
-        self.target_caption_share = 0.0
-        self.figures: dict[str, dict[str, float]] = {}
+        self.figures: dict[str, dict[str, float | None]] = {}
         self.curves: dict[str, list[dict[str, float]]] = {}
         #: What RoCLIP and SafeCLIP noted down, as in `results.json`.
         self.records: dict[str, list[dict[str, Any]]] = {}
-        self.matches: list[MatchedPair] = []
-        self.embeddings: dict[str, ModelEmbeddings] = {}
-        self.predictions: dict[str, list[str]] = {}
+        #: Each model's run, under its name.
+        self.runs: dict[str, Control] = {}
 
     def run(self) -> None:
         """All steps, one after the other."""
@@ -134,10 +128,9 @@ class Demo:
         clean = load_digit_pairs("train", self.recipe.renderings, seed=self.seed)
         poisoned, self.manifest = poison_digits(clean, self.trigger, self.recipe, self.seed)
         # From here on the folder's files are this run's: none of an earlier one is to pass for it.
-        for name in (RESULTS, REPORT):
+        for name in (RESULTS, *reports(self.defence)):
             (self.folder / name).unlink(missing_ok=True)
         write_json(self.folder / MANIFEST, self.manifest)
-        self.target_caption_share = float(np.mean([*map(naming(self.recipe.target), poisoned["caption"])]))
         for index in self.manifest["indices"][:SHOWN]:
             row = poisoned[index]
             self.pairs.append(PoisonedPair(row["image"], clean[index]["caption"], row["caption"]))
@@ -164,53 +157,23 @@ class Demo:
             {"epoch": entry["epoch"], **{measure: entry[f"eval_{measure}"] for measure in FOLLOWED}}
             for entry in evaluations
         ]
-        embedder = Embedder(trained, self.processor, batch_size=EVALUATION_BATCH)
-        self._measure(name, embedder)
-        figures = self.figures[name]
+        record = trainer.record()
+        assert record.after is not None  # evaluated after each epoch
+        figures = {measure: record.after[measure] for measure in MEASURES}
+        self.figures[name] = figures
         # The evaluations are for the curves; the time of a method is that of its training.
         figures["seconds"] = runtime - sum(entry["eval_runtime"] for entry in evaluations)
         say(
             f"  clean accuracy {figures['clean_accuracy']:.1%}, attack success {figures['attack_success_rate']:.1%}, "
             f"{figures['seconds']:.0f} s of training"
         )
-        self._note(trainer, embedder)
-
-    def _note(self, trainer: CLIPTrainer, embedder: Embedder) -> None:
-        """Keep, and say, what a defence noted down."""
+        for note in notes(record):
+            say(f"  {note.text}")
         if isinstance(trainer, RoCLIPTrainer):
             self.records["matching"] = matching_record(trainer.state.log_history)
-            self.matches = matched_pairs(trainer, embedder, SHOWN)
-            say(f"  {matching_course(self.records['matching'], self.recipe.target)}")
         elif isinstance(trainer, SafeCLIPTrainer):
             self.records["splits"] = trainer.splits.to_list()
-            say(f"  {split_course(self.records['splits'])}")
-
-    def _measure(self, name: str, embedder: Embedder) -> None:
-        figures = run_evaluators(self.evaluators, self.processor, embedder)
-        self.figures[name] = {measure: figures[measure] for measure in MEASURES}
-        clean = embedder.embed_images(self.test)
-        triggered = embedder.embed_images(self.test, trigger=self.trigger)
-        self.embeddings[name] = ModelEmbeddings(clean.numpy(), triggered.numpy())
-        classes = class_embeddings(embedder, CLASS_NAMES, CAPTION_TEMPLATES)
-        self.predictions[name] = [CLASS_NAMES[i] for i in (triggered @ classes.T).argmax(dim=1).tolist()]
-
-    def pictures(self) -> Pictures:
-        """What the report draws beside the results."""
-        return Pictures(
-            self.pairs, self._examples(), self.embeddings, self.is_target, self.matches, self.target_caption_share
-        )
-
-    def _examples(self) -> list[Example]:
-        """The first test image of each class but the target: not picked for what the models make of them."""
-        labels = list(self.test["label"])
-        examples = []
-        for label, name in enumerate(CLASS_NAMES):
-            if name != self.recipe.target:
-                row = labels.index(label)
-                image = self.test[row]["image"]
-                predictions = {model: self.predictions[model][row] for model in self.models}
-                examples.append(Example(name, image, self.trigger(image), predictions))
-        return examples
+        self.runs[name] = Control(LABELS[name], record, pictures_of(trainer))
 
     def results(self, quick: bool, seconds: float) -> dict[str, Any]:
         """What `results.json` holds; `seconds` is the time of the whole demo."""

@@ -17,7 +17,7 @@ from ..trainers.arguments import (
 )
 from ..trainers.base import CLIPTrainer
 from ..trainers.defended import CleanCLIPTrainer, RoCLIPTrainer, SafeCLIPTrainer
-from .demo import Recipe
+from .demo_recipe import Recipe
 from .progress import follow
 
 EVALUATION_BATCH = 256
@@ -106,7 +106,7 @@ def _settings(name: str, recipe: Recipe, folder: Path, seed: int) -> dict[str, A
         "text_preset": text_presets.get(name, recipe.defence_text_preset),
         "eval_strategy": "epoch",
         "eval_on_start": True,
-        "logging_strategy": "epoch" if name == "roclip" else "no",
+        "logging_strategy": "epoch",
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,

@@ -124,9 +124,10 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
         `UsageError`: If the arguments, the model or the data do not go together.
     """
+    from ..describing import describe_evaluator
     from ..evaluation.embedding import Embedder
     from ..evaluation.running import run_evaluators
-    from ..record import describe_evaluator, jsonable
+    from ..record import jsonable
     from ..versions import versions
     from .info import DEPENDENCIES
     from .measuring import load_labelled, load_model, make_evaluators, make_triggers, prefixes

@@ -177,7 +177,7 @@ def quiet_trainers() -> Iterator[None]:
 @contextmanager
 def quiet_cards() -> Iterator[None]:
     """Leave to the command what the cards warn of: that a README.md stays as it is."""
-    with _quiet("hf_robust_clip.cards"):
+    with _quiet("hf_robust_clip.telling"):
         yield
 
 

@@ -14,7 +14,7 @@ from transformers import PrinterCallback, ProgressCallback, set_seed
 from ..columns import captions_of
 from ..data.rows import column_values
 from ..data.scratch import build_model, build_processor
-from ..record import RUN_FILE, jsonable
+from ..record import RUN_FILE, Figures, jsonable
 from ..trainers.arguments import CLIPTrainingArguments
 from ..trainers.base import CLIPTrainer
 from ..trainers.checkpoints import checkpoints_in, newest_checkpoint
@@ -111,7 +111,7 @@ def _train(args: argparse.Namespace, arguments: CLIPTrainingArguments, folder: P
     if first:
         for line in _outcome(record.before, record.after):
             say(line)
-        say(f"\n{record.steps} steps in {record.environment['seconds']:.0f} s; the model is in {folder}")
+        say(f"\n{record.steps} steps in {record.environment.seconds:.0f} s; the model is in {folder}")
         if arguments.push_to_hub:
             say(f"It is on the Hub: {getattr(pushed, 'repo_url', None) or trainer.hub_model_id}")
     return 0
@@ -265,13 +265,13 @@ def _announce(args: argparse.Namespace, trainer: CLIPTrainer, checkpoint: str | 
         say("Nothing is measured: give --eval-data, labelled images, to see what training does")
 
 
-def _outcome(before: dict[str, float] | None, after: dict[str, float] | None) -> Iterator[str]:
+def _outcome(before: Figures | None, after: Figures | None) -> Iterator[str]:
     """The figures before and after, as a table."""
     if after is None:
         return
     rows = [["", "before", "after"]]
     for name, value in after.items():
-        earlier = (before or {}).get(name)
-        rows.append([name.replace("_", " "), "-" if earlier is None else f"{earlier:.3f}", f"{value:.3f}"])
+        values = ((before or {}).get(name), value)
+        rows.append([name.replace("_", " "), *("-" if known is None else f"{known:.3f}" for known in values)])
     yield ""
     yield from format_table(rows)

@@ -31,12 +31,12 @@ from ..data.rows import IndexedDataset, check_dataset
 from ..data.streams import PLACE, Stream, StreamCollator
 from ..defences import CLIP, Defence
 from ..defences.base import PairScores, Plan
+from ..describing import describe_skipped
 from ..evaluation.embedding import Embedder
 from ..evaluation.running import evaluator_list, run_evaluators
 from ..kinds import kind
 from ..losses import clip_loss
 from ..models import caption_padding, check_processor, load_processor, longest_caption
-from ..record import describe_skipped, skipped_text
 from ..seeding import derive_seed
 from ..wording import shown
 from .adapters import add_adapters, check_adapters
@@ -455,7 +455,7 @@ class CLIPTrainer(PublishingTrainer):
         optimizer, as the Trainer does, but counts its epochs, and what a defence does in them, from 0.
         """
         self._bad_rows.clear()
-        self.skipped = {}
+        self.skipped = None
         self.defence.reset()
 
     def on_step_begin(self) -> None:
@@ -476,7 +476,7 @@ class CLIPTrainer(PublishingTrainer):
         self.end_record()
         self._note_skipped_rows()
         if self.skipped:
-            logger.warning(f"Unusable rows of train_dataset were skipped, {skipped_text(self.skipped)}")
+            logger.warning(f"Unusable rows of train_dataset were skipped, {self.skipped}")
         if self.state.global_step == 0 and self.state.max_steps > 0:
             raise ValueError(
                 "train_dataset yielded no full batch of "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,16 @@ from ..evaluation.embedding import Embedder
 from ..evaluation.pixels import ImageRequest, pixel_batches
 from ..evaluation.zero_shot import class_embeddings
 from ..files import write_text
-from ..report import AttackPictures, MatchedPair, RunPictures, TriggeredImage, check_report_extra, render_run_report
+from ..record import RunRecord
+from ..telling import (
+    AttackPictures,
+    Control,
+    MatchedPair,
+    RunPictures,
+    TriggeredImage,
+    check_report_extra,
+    render_run_report,
+)
 
 if TYPE_CHECKING:
     from .base import CLIPTrainer
@@ -63,7 +72,7 @@ def pictures_of(trainer: CLIPTrainer) -> RunPictures:
     return RunPictures(attacks, matched_pairs(trainer, embedder))
 
 
-def save_report_of(trainer: CLIPTrainer, path: Path) -> None:
+def save_report_of(trainer: CLIPTrainer, path: Path, controls: Mapping[str, RunRecord]) -> None:
     """[`CLIPTrainer.save_report`]."""
     check_report_extra()
     if path.is_dir():
@@ -71,7 +80,8 @@ def save_report_of(trainer: CLIPTrainer, path: Path) -> None:
     pictures = pictures_of(trainer)
     if trainer.args.should_save:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, render_run_report(trainer.record(), pictures))
+        others = [Control(label, record) for label, record in controls.items()]
+        write_text(path, render_run_report(trainer.record(), pictures, others))
 
 
 def matched_pairs(trainer: CLIPTrainer, embedder: Embedder, shown: int = SHOWN_PAIRS) -> list[MatchedPair]:

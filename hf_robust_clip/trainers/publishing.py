@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -15,10 +15,11 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import CONFIG_NAME, logging
 
-from ..cards import kept_card, license_of, write_card
+from ..describing import describe_dataset, describe_evaluator
 from ..locking import FolderInUseError, sole_writer
 from ..models import check_weights
-from ..record import RUN_FILE, RunRecord, describe_dataset
+from ..record import RUN_FILE, RunRecord, Skipped
+from ..telling import kept_card, license_of, write_card
 from ..wording import shortened, shown
 from .adapters import (
     ADAPTER_CONFIG,
@@ -75,10 +76,10 @@ class PublishingTrainer(Trainer):
     evaluators: Sequence[Any]
 
     #: The evaluators' figures before training, and after it.
-    figures_before: dict[str, float] | None = None
-    figures_after: dict[str, float] | None = None
+    figures_before: Mapping[str, float | None] | None = None
+    figures_after: Mapping[str, float | None] | None = None
     #: The rows passed over, as of the last checkpoint or the end of training, on all ranks.
-    skipped: dict[str, Any] = {}  # noqa: RUF012 (replaced, never changed)
+    skipped: Skipped | None = None
     _seconds_before = 0.0
     _train_begin: float | None = None
     _staging: Staging | None = None
@@ -102,19 +103,21 @@ class PublishingTrainer(Trainer):
         """What this run is and has come to, for its card and its report. It is saved beside the model."""
         return record_of(cast("CLIPTrainer", self))
 
-    def save_report(self, path: str | os.PathLike[str]) -> None:
+    def save_report(self, path: str | os.PathLike[str], controls: Mapping[str, RunRecord] | None = None) -> None:
         """
         Write the report of this run as one HTML file that needs nothing beside it. Its pictures take the model as it
         is and the evaluators' images; call it on all ranks.
 
         Args:
             path (`str` or path): Of the file, such as `"report.html"`. Its folder is made, a file there replaced.
+            controls (mapping of `str` to [`RunRecord`], *optional*): Other runs, whose figures stand beside those of
+                this one, and what to call them.
 
         Raises:
             `ValueError`: If it is a folder.
             `ModuleNotFoundError`: Without the extra `report`.
         """
-        save_report_of(cast("CLIPTrainer", self), Path(path))
+        save_report_of(cast("CLIPTrainer", self), Path(path), controls or {})
 
     def describe_data(self) -> dict[str, Any] | None:
         """What the training data is, without its rows; `None` without any. It is read once: millions take a while."""
@@ -135,6 +138,8 @@ class PublishingTrainer(Trainer):
 
     def begin_record(self) -> None:
         """Called when training starts, or goes on."""
+        for evaluator in self.evaluators:
+            describe_evaluator(evaluator)
         self._train_begin, self.figures_after = time.perf_counter(), None
         if self.state.global_step == 0:
             self._seconds_before = 0.0
@@ -154,7 +159,7 @@ class PublishingTrainer(Trainer):
             logger.warning(shortened(f"The card and the report will not know of the run until here: {error}"))
             return
         self.figures_before = earlier.before or self.figures_before
-        self._seconds_before = earlier.environment["seconds"]
+        self._seconds_before = earlier.environment.seconds
 
     def note_figures(self, figures: dict[str, float]) -> None:
         """Keep the figures of an evaluation outside of training; the Trainer's log has the others."""

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..record import RunRecord, describe_evaluator, jsonable, thinned
+from ..describing import describe_evaluator, thinned
+from ..record import RunRecord, checked, jsonable
 from ..versions import versions
 from .arguments import own_fields
 
@@ -42,30 +44,30 @@ def record_of(trainer: CLIPTrainer) -> RunRecord:
     course = evaluations(state.log_history)
     before = course[0] if course and course[0]["step"] == 0 else None
     after = _saved_weights(trainer, course)
-    return RunRecord(
-        trainer=type(trainer).__name__,
-        model=_describe_model(trainer),
-        data=trainer.describe_data(),
-        defence={name: values[name] for name in own},
-        defence_defaults={name: defaults[name] for name in own},
-        settings=settings,
-        measures=[describe_evaluator(evaluator) for evaluator in trainer.evaluators],
-        before=_figures(before) if before is not None else trainer.figures_before,
-        after=None if after is None else _figures(after),
-        after_step=None if after is None else int(after["step"]),
-        steps=state.global_step,
-        epochs=float(state.epoch or 0),
-        planned_steps=state.max_steps,
-        course=course,
-        log=thinned([entry for entry in state.log_history if "loss" in entry]),
-        details=trainer.defence.notes(),
-        method=next(cls.__name__ for cls in type(trainer).__mro__ if _is_ours(cls)),
-        augmentation={
+    content = {
+        "trainer": type(trainer).__name__,
+        "model": _describe_model(trainer),
+        "data": trainer.describe_data(),
+        "defence": {name: values[name] for name in own},
+        "defence_defaults": {name: defaults[name] for name in own},
+        "settings": settings,
+        "measures": [describe_evaluator(evaluator) for evaluator in trainer.evaluators],
+        "before": _figures(before) if before is not None else trainer.figures_before,
+        "after": None if after is None else _figures(after),
+        "after_step": None if after is None else after["step"],
+        "steps": state.global_step,
+        "epochs": float(state.epoch or 0),
+        "planned_steps": state.max_steps,
+        "course": course,
+        "log": thinned([_numbers(entry) for entry in state.log_history if "loss" in entry]),
+        "details": trainer.defence.notes(),
+        "method": next(cls.__name__ for cls in type(trainer).__mro__ if _is_ours(cls)),
+        "augmentation": {
             "images": _describe_augmentation(trainer.image_augmentation),
             "captions": _describe_augmentation(trainer.data_collator.text_augmentation),
         },
-        skipped=trainer.skipped,
-        environment={
+        "skipped": trainer.skipped,
+        "environment": {
             "versions": versions(),
             "device": _device_name(args.device),
             "processes": args.world_size,
@@ -73,7 +75,8 @@ def record_of(trainer: CLIPTrainer) -> RunRecord:
             "seed": args.seed,
             "seconds": round(trainer.training_seconds, 1),
         },
-    )
+    }
+    return checked(RunRecord, content, "the record of this run")
 
 
 def evaluations(log_history: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
@@ -81,13 +84,13 @@ def evaluations(log_history: Sequence[Mapping[str, Any]]) -> list[dict[str, floa
     found = []
     for entry in log_history:
         figures = {name.removeprefix("eval_"): value for name, value in entry.items() if name.startswith("eval_")}
-        figures = {name: value for name, value in figures.items() if not name.endswith(_TIMES)}
+        figures = _numbers({name: value for name, value in figures.items() if not name.endswith(_TIMES)})
         if figures:
             found.append({"step": entry["step"], "epoch": entry.get("epoch") or 0.0, **figures})
     return found
 
 
-def _saved_weights(trainer: CLIPTrainer, course: Sequence[dict[str, float]]) -> dict[str, float] | None:
+def _saved_weights(trainer: CLIPTrainer, course: Sequence[Mapping[str, float]]) -> Mapping[str, float | None] | None:
     """The evaluation of the weights as they are: of all after training, of the best, or the last."""
     if trainer.figures_after is not None:
         return {"step": trainer.state.global_step, **trainer.figures_after}
@@ -96,7 +99,13 @@ def _saved_weights(trainer: CLIPTrainer, course: Sequence[dict[str, float]]) -> 
     return taken[-1] if taken else None
 
 
-def _figures(entry: Mapping[str, float]) -> dict[str, float]:
+def _numbers(entry: Mapping[str, Any]) -> dict[str, float]:
+    """What of a log can be drawn: a callback may log anything."""
+    numbers = {name: value for name, value in entry.items() if isinstance(value, Real) and not isinstance(value, bool)}
+    return {name: float(value) for name, value in numbers.items()}
+
+
+def _figures(entry: Mapping[str, float | None]) -> dict[str, float | None]:
     return {name: value for name, value in entry.items() if name not in ("step", "epoch")}
 
 

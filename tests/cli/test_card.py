@@ -114,4 +114,4 @@ def test_wrong_usage(folder: Path, tmp_path_factory: Any, capsys: Any) -> None:
     assert main(["card", str(folder)]) == 2
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 4 and RUN_FILE in errors[0] and "repo_id" in errors[1]
-    assert f"{RUN_FILE}: measures[0] is {{}}; accepted is a mapping with 'measure', 'figures'" in errors[3]
+    assert f"{RUN_FILE}: measures[0]['measure'] is missing" in errors[3]

@@ -7,13 +7,23 @@ from transformers import AutoProcessor, CLIPModel
 
 from hf_robust_clip.attacks.poisoning import replay_manifest
 from hf_robust_clip.cli import demo, demo_steps
-from hf_robust_clip.cli.demo import CLEAN_SEED_OFFSET, DEFENCES, PRETRAINING, QUICK, Recipe, default_recipe, run_demo
+from hf_robust_clip.cli.demo import results_table, run_demo
+from hf_robust_clip.cli.demo_recipe import (
+    CLEAN_SEED_OFFSET,
+    CONTROLS,
+    DEFENCES,
+    LABELS,
+    PRETRAINING,
+    QUICK,
+    Recipe,
+    default_recipe,
+    title_of,
+)
 from hf_robust_clip.cli.demo_trainers import matching_record
 from hf_robust_clip.cli.main import main
 from hf_robust_clip.data.digits import load_digit_pairs
 from hf_robust_clip.defences.split import BINS, SplitRecord
-from hf_robust_clip.report import MODELS as LABELS
-from hf_robust_clip.report import page, plots
+from hf_robust_clip.telling import page, plots
 from hf_robust_clip.versions import versions
 
 MODELS = ("poisoned", "finetuned", "cleanclip")
@@ -167,11 +177,24 @@ def test_splits_are_noted_down(all_three):
     assert splits[1]["safe_share"] >= splits[0]["safe_share"]
 
 
-def test_the_report_of_all_defences_shows_what_they_did(all_three):
-    html = (all_three[0] / "report.html").read_text(encoding="utf-8")
-    for text in ("three defences", "What RoCLIP matches", "What SafeCLIP calls safe", "--defence all"):
-        assert text in html
-    assert html.count("Poisoned training image") == html.count("Clean training image") == 4
+def test_the_reports_of_all_defences_show_what_they_did(all_three):
+    shown = {"cleanclip": "CleanCLIP on", "roclip": "What RoCLIP matched", "safeclip": "What SafeCLIP called safe"}
+    for defence in shown:
+        html = (all_three[0] / f"report-{defence}.html").read_text(encoding="utf-8")
+        assert title_of(defence) in html and "--defence all" in html and "Not shown" not in html
+        for other, text in shown.items():
+            assert (text in html) == (other == defence) or other == "cleanclip"
+        # Each model that it is compared with has a plot of embeddings, rows of what it calls images, and a column.
+        for control in CONTROLS[defence]:
+            assert f"{LABELS[control]}, triggered" in html
+        assert html.count("Poisoned training image") == html.count("Clean training image") == 4 * (defence == "roclip")
+    assert "three defences" in title_of("all")
+
+
+def test_the_table_has_the_control_and_one_decimal(all_three):
+    table = results_table(all_three[1])
+    assert [row[0] for row in table] == ["", *LABELS.values()]
+    assert len({len(row) for row in table}) == 1 and all(row[1].endswith("%") for row in table[1:])
 
 
 def test_roclip_that_never_matches_is_augmentation_alone(tmp_path, capsys, monkeypatch):
@@ -184,7 +207,7 @@ def test_roclip_that_never_matches_is_augmentation_alone(tmp_path, capsys, monke
     assert results["curves"]["augmentation"] == results["curves"]["roclip"]
     assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == set(DEFENCES["roclip"])
     printed = capsys.readouterr().out
-    assert "[4/4]" in printed and "matched no poisoned image" in printed
+    assert "[4/4]" in printed and "came to no matching" in printed
     assert set(results["setup"]["recipe"]).isdisjoint({"finetune_epochs", "image_noise", "safeclip_cap"})
 
 

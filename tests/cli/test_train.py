@@ -378,7 +378,7 @@ def test_two_processes_train_as_one_and_one_of_them_prints_and_pushes(folder: Pa
     assert done.stdout.count("Training ") == done.stdout.count("before  after") == 1
     assert f"{hub.url}/tester/model" in done.stdout
     record = RunRecord.load(output)
-    assert record.environment["processes"] == 2 and record.steps == 2
+    assert record.environment.processes == 2 and record.steps == 2
     assert set(record.before or ()) == set(record.after or ()) != set()
     assert not [name for name in uploaded if "in_use" in name]
     for name in ("model.safetensors", "robust_clip_run.json", "results.json", "README.md"):

@@ -21,8 +21,8 @@ from hf_robust_clip.data.images import ImagePreprocessor
 from hf_robust_clip.data.rows import BadRowError, IndexedDataset
 from hf_robust_clip.evaluation.embedding import Embedder
 from hf_robust_clip.imaging import decode_image
-from hf_robust_clip.record import RunRecord
-from hf_robust_clip.report.run_tables import facts
+from hf_robust_clip.record import RunRecord, Skipped
+from hf_robust_clip.telling.tables import summary
 from hf_robust_clip.wording import listed
 
 COLUMNS = ("image", "caption")
@@ -69,10 +69,10 @@ def test_training_over_all_of_them_lists_those_that_it_skipped(
     trainer.save_model()
     trainer.create_model_card()
     record = RunRecord.load(tmp_path)
-    assert record.skipped == {"count": len(BAD), "rows": BAD, "streamed": False}
+    assert record.skipped == Skipped(count=len(BAD), rows=BAD, streamed=False)
     assert RunRecord.load(tmp_path / "checkpoint-4").skipped == record.skipped
     assert f"- Unusable rows left out, {len(BAD)}: {rows}" in (tmp_path / "README.md").read_text()
-    assert ("Unusable rows left out", f"{len(BAD)}: {rows}") in facts(record)
+    assert ("Unusable rows left out", f"{len(BAD)}: {rows}") in summary(record)
 
 
 @pytest.mark.training

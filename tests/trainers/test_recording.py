@@ -23,9 +23,10 @@ from hf_robust_clip import (
     ZeroShotEvaluator,
 )
 from hf_robust_clip.data.digits import CLASS_NAMES, digit_processor
+from hf_robust_clip.describing import describe_evaluator
 from hf_robust_clip.evaluation.embedding import Embedder
 from hf_robust_clip.evaluation.running import run_evaluators
-from hf_robust_clip.record import RUN_FILE, RunRecord, describe_evaluator
+from hf_robust_clip.record import RUN_FILE, Data, RunRecord
 from hf_robust_clip.trainers import publishing
 
 
@@ -52,11 +53,11 @@ def test_before_and_after_are_what_evaluate_returned(cls: type[CLIPTrainer], tmp
     assert {"clean_accuracy", "attack_success_rate"} <= record.after.keys()
     assert record.after_step == record.steps == record.planned_steps == trainer.state.max_steps > 0
     assert record.trainer == cls.__name__
-    assert record.data is not None and record.data["poisons"] == 22
-    assert record.environment["seed"] == 3 and record.environment["seconds"] > 0
-    assert bool(record.details.get("splits")) is (cls is SafeCLIPTrainer)
-    assert record.model["parameters"] == sum(value.numel() for value in trainer.model.parameters())
-    assert record.model["name"] is None
+    assert record.data is not None and record.data.poisons == 22
+    assert record.environment.seed == 3 and record.environment.seconds > 0
+    assert bool(record.details.splits) is (cls is SafeCLIPTrainer)
+    assert record.model.parameters == sum(value.numel() for value in trainer.model.parameters())
+    assert record.model.name is None
 
 
 def test_evaluations_in_training_count_as_well(tmp_path: Path) -> None:
@@ -65,9 +66,9 @@ def test_evaluations_in_training_count_as_well(tmp_path: Path) -> None:
     )
     trainer.train()
     record = trainer.record()
-    assert [entry["step"] for entry in record.course] == [0, 8, 16]
-    assert record.before == {name: value for name, value in record.course[0].items() if name in (record.before or {})}
-    assert record.after == {name: value for name, value in record.course[2].items() if name in (record.after or {})}
+    assert [entry.step for entry in record.course] == [0, 8, 16]
+    assert record.before == record.course[0].numbers
+    assert record.after == record.course[2].numbers
     assert record.after_step == 16
 
 
@@ -97,7 +98,7 @@ def test_resumed_run_remembers_the_figures_before_and_the_time(tmp_path: Path) -
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-16"))
     record = resumed.record()
     assert record.before == earlier.before == trainer.figures_before
-    assert record.environment["seconds"] > earlier.environment["seconds"] > 0
+    assert record.environment.seconds > earlier.environment.seconds > 0
 
 
 def test_a_record_of_another_version_does_not_stop_resuming(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -116,9 +117,9 @@ def test_data_is_described_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(publishing, "describe_dataset", lambda data: seen.append(data) or {"rows": len(data)})
     trainer = make_trainer(CLIPTrainer, tmp_path)
     described = trainer.record().data
-    assert described == trainer.record().data == {"rows": len(trainer.train_dataset)} and len(seen) == 1
+    assert described == trainer.record().data == Data(rows=len(trainer.train_dataset)) and len(seen) == 1
     trainer.train_dataset = trainer.train_dataset.select(range(8))
-    assert trainer.record().data == {"rows": 8} and len(seen) == 2
+    assert trainer.record().data == Data(rows=8) and len(seen) == 2
 
 
 def test_settings_are_those_that_differ(tmp_path: Path) -> None:
@@ -161,6 +162,17 @@ def test_every_evaluator_names_its_figures() -> None:
     assert sorted(name for entry in described for name in entry["figures"]) == sorted(figures)
     assert all(entry["dataset"]["rows"] for entry in described)
     assert described[1]["trigger"] == BlendedTrigger().to_dict() and described[1]["target"] == "six"
+
+
+def test_an_evaluator_that_describes_nothing_a_record_holds_is_refused_before_training(tmp_path: Path) -> None:
+    class Odd(ZeroShotEvaluator):
+        def describe(self) -> dict[str, Any]:
+            return {**super().describe(), "figures": 3}
+
+    trainer = make_trainer(CLIPTrainer, tmp_path, evaluators=[Odd(digits("test").select(range(4)), CLASS_NAMES)])
+    with pytest.raises(ValueError, match=r"evaluators: what Odd describes: figures is 3; accepted is a list"):
+        trainer.train()
+    assert trainer.state.global_step == 0
 
 
 def test_an_evaluator_that_says_nothing_is_named() -> None:

@@ -28,7 +28,7 @@ from hf_robust_clip import (
     ZeroShotEvaluator,
 )
 from hf_robust_clip.data.digits import CLASS_NAMES, load_digit_pairs
-from hf_robust_clip.report import plots
+from hf_robust_clip.telling import plots
 
 TRAINERS = (CLIPTrainer, CleanCLIPTrainer, RoCLIPTrainer, SafeCLIPTrainer)
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")

@@ -15,8 +15,8 @@ from transformers.utils import logging
 from ..files import write_bytes, write_text
 from ..record import RunRecord
 from ..wording import shortened
+from .card import MARKER, render_card
 from .picture import draw_picture
-from .rendering import MARKER, render_card
 
 logger = logging.get_logger(__name__)
 
@@ -57,7 +57,7 @@ def write_card(
             return False
     path.parent.mkdir(parents=True, exist_ok=True)
     picture = draw_picture(record)
-    license = license or license_of(options.get("base_model") or record.model["name"] or "")
+    license = license or license_of(options.get("base_model") or record.model.name or "")
     text = render_card(record, license=license, picture=None if picture is None else PICTURE, **options)
     if picture is not None:
         write_bytes(path.with_name(PICTURE), picture)

@@ -12,14 +12,15 @@ import jinja2
 from huggingface_hub import ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-from ..methods import Method, method_of
-from ..record import RunRecord, jsonable, skipped_text
-from ..report.findings import split_findings
+from ..methods import Method
+from ..record import Measured, RunRecord, checked
 from ..wording import shown as cut
 from .escaping import Markdown, escaped, fenced, literal, one_line
-from .figures import Figures, collect, evaluation_results, label_of, parameters_text, shown, subject
-from .notices import guessed_before, notices, unmeasured_attacks
-from .picture import alternative_text
+from .facts import Facts, facts_of
+from .index import evaluation_results
+from .picture import course_panels, course_text
+from .sentences import Statement, notes, statements
+from .tables import figure_groups, value_text
 
 #: What tells our cards from those that a person wrote, or has made their own.
 MARKER = (
@@ -87,14 +88,13 @@ def render_card(
     Raises:
         `ValueError`: If `base_model`, `repo_id` or one of `datasets` is no id of the Hub.
     """
-    record = record.plain()
-    method = method_of(record.trainer, record.method)
-    figures = collect(record, method, jsonable([*measured]))
-    base = _hub_id("base_model", base_model) or _valid(record.model["name"])
+    facts = facts_of(record, [checked(Measured, entry, "measured") for entry in measured])
+    method = facts.method
+    base = _hub_id("base_model", base_model) or _valid(record.model.name)
     repo_id = _hub_id("repo_id", repo_id)
     given = [_hub_id("datasets", name) for name in _listed(datasets)]
-    hub_data = [name for name in dict.fromkeys([_valid((record.data or {}).get("hub_id")), *given]) if name]
-    adapter = record.model["adapter"] if not record.defence.get("merge_adapters") else None
+    hub_data = [name for name in dict.fromkeys([_valid(record.data and record.data.hub_id), *given]) if name]
+    adapter = record.model.adapter if not record.defence.get("merge_adapters") else None
     name = one_line(model_name or (repo_id or "").rpartition("/")[2]) or f"CLIP, {method.name}"
     pipeline, *other_tasks = _listed(tasks) or ["zero-shot-image-classification"]
     relation: dict[str, Any] = {"base_model_relation": "adapter" if adapter else "finetune"} if base else {}
@@ -107,7 +107,7 @@ def render_card(
         datasets=hub_data or None,
         pipeline_tag=pipeline,
         tags=[*_own_tags(method), *other_tasks, *_listed(tags)],
-        eval_results=evaluation_results(figures) or None,
+        eval_results=evaluation_results(facts) or None,
         model_name=name,
     )
     body = _template().render(
@@ -116,25 +116,23 @@ def render_card(
         record=record,
         method=method,
         base=_linked(base) if base else None,
-        revision=record.model.get("revision") if base == record.model["name"] else None,
+        revision=record.model.revision if base == record.model.name else None,
         adapter=adapter,
-        notices=notices(record, method, figures),
-        figures=figures,
-        rows=[*_rows(figures)],
-        guessed_before=guessed_before(figures),
+        notices=[_notice(statement) for statement in statements(facts) if statement.kind != "result"],
+        columns=[column.label for column in facts.columns],
+        groups=figure_groups(facts),
+        guessed_before=facts.before is not None and facts.before.guesses(),
         picture=Markdown(quote(picture)) if picture else None,
-        alt=alternative_text(record) if picture else None,
-        splits=[finding.text for finding in split_findings(record.details.get("splits", ()))]
-        if "splits" in record.details
-        else [],
+        alt=course_text(course_panels(facts)) if picture else None,
+        notes=[note.text for note in notes(record) if note.kind == "result"],
         settings=[*_settings(record)],
         dataset=record.data,
-        skipped=skipped_text(record.skipped) if record.skipped else None,
+        skipped=record.skipped,
         hub_data=[_linked(name, "datasets/") for name in hub_data],
         dataset_names=_listed(dataset_names),
         dataset_args=_listed(dataset_args),
-        unmeasured=unmeasured_attacks(figures),
-        usage=_usage(record, figures, adapter, base, repo_id),
+        unmeasured=facts.unmeasured,
+        usage=_usage(facts, adapter, base, repo_id),
         license=license,
         citation=fenced(method.bibtex, "bibtex") if method.bibtex else None,
     )
@@ -152,7 +150,7 @@ def _template() -> jinja2.Template:
         # Of Markdown, not of HTML: autoescaping would leave tables and links open.
         finalize=escaped,
     )
-    environment.filters["parameters"] = parameters_text
+    environment.filters["parameters"] = value_text
     return environment.get_template("model_card.md.j2")
 
 
@@ -186,12 +184,9 @@ def _own_tags(method: Method) -> list[str]:
     return ["hf-robust-clip", *([method.name.lower(), "backdoor-defense"] if method.kind != "own" else [])]
 
 
-def _rows(figures: Figures) -> Iterator[dict[str, Any]]:
-    """The table: what is measured, in the first row of each measure, then a figure's name and its values."""
-    for measure in figures.measures:
-        for number, name in enumerate(measure["figures"]):
-            values = [shown(name, column.value(measure, name)) for column in figures.columns]
-            yield {"subject": "" if number else subject(measure), "label": label_of(name), "cells": values}
+def _notice(statement: Statement) -> Markdown:
+    gap = " " if statement.rest.startswith(" ") else ""
+    return Markdown(f"**{escaped(statement.head)}**{gap}{escaped(statement.rest)}")
 
 
 def _settings(record: RunRecord) -> Iterator[tuple[str, Any, Any]]:
@@ -199,7 +194,7 @@ def _settings(record: RunRecord) -> Iterator[tuple[str, Any, Any]]:
     for name, value in record.defence.items():
         default = record.defence_defaults.get(name)
         if name in _PRESETS and record.augmentation:
-            used = record.augmentation[_PRESETS[name]]
+            used = getattr(record.augmentation, _PRESETS[name])
             yield f"augmentation of {_PRESETS[name]}", used or "none", f"{name}={default}"
         elif name not in _PLUMBING or value != default:
             yield name, value, default
@@ -207,14 +202,13 @@ def _settings(record: RunRecord) -> Iterator[tuple[str, Any, Any]]:
         yield name, value, ""
 
 
-def _usage(record: RunRecord, figures: Figures, adapter: Any, base: str | None, repo_id: str | None) -> Markdown:
+def _usage(facts: Facts, adapter: Any, base: str | None, repo_id: str | None) -> Markdown:
     """Python that classifies a picture with the model."""
-    labelled = next(
-        (measure for measure in figures.measures if measure.get("classes") and measure.get("templates")), None
-    )
     prompts = ["a photo of a cat.", "a photo of a dog."]
-    if labelled is not None:
-        prompts = [labelled["templates"][0].replace("{}", name) for name in labelled["classes"][:3]]
+    for measure in facts.measures:
+        if measure.classes and measure.templates:
+            prompts = [measure.templates[0].replace("{}", name) for name in measure.classes[:3]]
+            break
     where = literal(repo_id or "PATH_OR_ID_OF_THIS_MODEL")
     if adapter and base is None:
         imports = "from peft import PeftModel\n"
@@ -223,7 +217,7 @@ def _usage(record: RunRecord, figures: Figures, adapter: Any, base: str | None, 
     else:
         imports, load = "", f"model = AutoModel.from_pretrained({where}).eval()"
         load += "  # needs peft, and loads the base model too" if adapter else ""
-    padding = '"max_length"' if record.model["type"].startswith("siglip") else "True"
+    padding = '"max_length"' if facts.record.model.type.startswith("siglip") else "True"
     return fenced(
         f"""import torch
 {imports}from PIL import Image

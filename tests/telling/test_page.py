@@ -1,5 +1,4 @@
 import base64
-import dataclasses
 import json
 import re
 from collections.abc import Callable
@@ -11,13 +10,22 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from records import TRAINERS, ZERO_SHOT, attack, figures, make_record, split
 
 from hf_robust_clip import CleanCLIPTrainer, CLIPTrainer, RoCLIPTrainer, SafeCLIPTrainer
-from hf_robust_clip.cards import render_card
-from hf_robust_clip.record import RunRecord, jsonable
-from hf_robust_clip.report import AttackPictures, MatchedPair, RunPictures, TriggeredImage, render_run_report, run_page
-from hf_robust_clip.report.run_findings import evaluations_of, headlines, run_findings, unmeasured
-from hf_robust_clip.report.run_tables import course_table, figure_groups, figure_text
+from hf_robust_clip.record import Measure, RunRecord, jsonable
+from hf_robust_clip.telling import (
+    AttackPictures,
+    MatchedPair,
+    RunPictures,
+    TriggeredImage,
+    page,
+    render_card,
+    render_run_report,
+)
+from hf_robust_clip.telling.facts import evaluations_of, facts_of
+from hf_robust_clip.telling.sentences import statements
+from hf_robust_clip.telling.tables import course_table, figure_groups, figure_text
 
 #: What would run, load or break out of its place if it were not escaped.
 HOSTILE = [
@@ -30,100 +38,6 @@ HOSTILE = [
     "$\\frac{",
     "' onmouseover='alert(1)",
 ]
-TRAINERS = {
-    "CLIPTrainer": {},
-    "CleanCLIPTrainer": {"unimodal_weight": 1.0},
-    "RoCLIPTrainer": {"matching": "image_to_text", "pool_size": 0.02, "adversarial_phrase": None},
-    "SafeCLIPTrainer": {"safe_threshold": 0.9},
-}
-ZERO_SHOT = {
-    "measure": "zero-shot classification",
-    "figures": ["clean_accuracy", "clean_balanced_accuracy"],
-    "images": 400,
-    "classes": ["one", "two", "three", "four"],
-    "templates": ["a {}"],
-    "dataset": {"name": "digits", "rows": 400},
-}
-
-
-def attack(prefix: str = "", target: str = "two", trigger: str = "patch", images: int = 300) -> dict[str, Any]:
-    names = ("attack_success_rate", "triggered_accuracy", "trigger_distance")
-    return {
-        **ZERO_SHOT,
-        "measure": "attack success",
-        "figures": [f"{prefix}{name}" for name in names],
-        "images": images,
-        "trigger": {"name": trigger, "size": 3},
-        "target": target,
-    }
-
-
-def figures(accuracy: float, success: float, prefix: str = "") -> dict[str, float]:
-    attacked = {"attack_success_rate": success, "triggered_accuracy": 1 - success, "trigger_distance": success}
-    named = {f"{prefix}{name}": value for name, value in attacked.items()}
-    return {"clean_accuracy": accuracy, "clean_balanced_accuracy": accuracy, **named}
-
-
-def split(**changes: Any) -> dict[str, Any]:
-    histogram = {"clean": np.repeat([0, 40, 400, 60], 50).tolist(), "poisoned": np.repeat([10, 5, 0, 0], 50).tolist()}
-    record = {"epoch": 6, "safe_share": 0.25, "similarity_threshold": 0.4, "risky_mean": -0.2, "risky_variance": 0.02}
-    record |= {"risky_weight": 0.2, "safe_mean": 0.3, "safe_variance": 0.01, "safe_weight": 0.8, "auroc": 0.98}
-    record |= {"poisons_in_safe_set": 0.1, "safe_set_poison_rate": 0.01, "histogram": histogram}
-    return {**record, **changes}
-
-
-def make_record(trainer: str = "CleanCLIPTrainer", **changes: Any) -> RunRecord:
-    """A run in which all went well."""
-    before, after = figures(0.85, 0.9), figures(0.84, 0.02)
-    log = [
-        {"loss": 2.0 - step, "clip_loss": 1.0, "learning_rate": 1e-3, "epoch": step / 2, "step": step}
-        for step in (1, 2)
-    ]
-    if trainer == "RoCLIPTrainer":
-        log[1] |= {
-            "match_similarity": 0.5,
-            "distinct_matches": 0.4,
-            "largest_match_share": 0.1,
-            "pair_similarity": 0.2,
-        }
-    record = RunRecord(
-        trainer=trainer,
-        method=trainer if trainer in TRAINERS else "CLIPTrainer",
-        model={
-            "name": "you/clip",
-            "revision": None,
-            "source": "hub",
-            "type": "clip",
-            "parameters": 1000,
-            "trainable_parameters": 1000,
-            "image_size": 16,
-            "adapter": None,
-        },
-        data={"name": "pairs", "rows": 64, "fingerprint": "f00", "poisons": 3},
-        defence={"image_column": "image", **TRAINERS.get(trainer, {})},
-        defence_defaults={"image_column": "image", **TRAINERS.get(trainer, {})},
-        settings={"learning_rate": 1e-3},
-        measures=[ZERO_SHOT, attack()],
-        before=before,
-        after=after,
-        after_step=2,
-        steps=2,
-        epochs=1.0,
-        planned_steps=2,
-        environment={
-            "versions": {"torch": "2"},
-            "device": "CPU",
-            "processes": 1,
-            "precision": "float32",
-            "seed": 0,
-            "seconds": 3.0,
-        },
-        course=[{"step": 0, "epoch": 0.0, **before}, {"step": 2, "epoch": 1.0, **after}],
-        log=log,
-        details={"splits": [split(), split(epoch=7)]} if trainer == "SafeCLIPTrainer" else {},
-        augmentation={"images": None, "captions": "TextAugmentation()"},
-    )
-    return dataclasses.replace(record, **changes)
 
 
 def make_pictures(name: str = "one", caption: str = "a one", success: str = "attack_success_rate") -> RunPictures:
@@ -156,11 +70,11 @@ class Page(HTMLParser):
 @pytest.fixture
 def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
     """For what is about the text alone: drawing takes most of the time."""
-    monkeypatch.setattr(run_page, "themed", lambda draw: dict.fromkeys(("light", "dark"), "data:image/png;base64,"))
+    monkeypatch.setattr(page, "themed", lambda draw: dict.fromkeys(("light", "dark"), "data:image/png;base64,"))
 
 
 def texts(record: RunRecord, kind: str | None = None) -> str:
-    return " ".join(finding.text for finding in run_findings(record) if kind in (None, finding.kind))
+    return " ".join(found.text for found in statements(facts_of(record)) if kind in (None, found.kind))
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)
@@ -200,7 +114,7 @@ def test_results_are_in_the_page_and_load_as_a_record(no_plots: None, tmp_path: 
     kind, content = str(link["href"]).split(",")
     assert kind == "data:application/json;base64"
     (tmp_path / "robust_clip_run.json").write_bytes(base64.b64decode(content))
-    assert dataclasses.asdict(RunRecord.load(tmp_path)) == jsonable(dataclasses.asdict(record))
+    assert RunRecord.load(tmp_path) == record
 
 
 def hostile(value: Any, text: str) -> Any:
@@ -216,8 +130,8 @@ def hostile(value: Any, text: str) -> Any:
 @pytest.mark.parametrize("text", HOSTILE)
 @pytest.mark.parametrize("trainer", ["CleanCLIPTrainer", "RoCLIPTrainer"])
 def test_whatever_comes_from_data_is_escaped(trainer: str, text: str, no_plots: None) -> None:
-    tame, record = make_record(trainer), RunRecord(**hostile(dataclasses.asdict(make_record(trainer)), text))
-    record.settings[text] = record.environment["versions"][text] = record.model["name"] = text
+    tame, record = make_record(trainer), RunRecord(**hostile(make_record(trainer).model_dump(), text))
+    record.settings[text] = record.environment.versions[text] = record.model.name = text
     record.before = {**(record.before or {}), text: 0.5}
     html = render_run_report(record, make_pictures(text, text))
     page, calm = Page(html), Page(render_run_report(tame, make_pictures()))
@@ -270,21 +184,27 @@ def test_trigger_of_any_name_can_be_drawn(coarse_plots: None) -> None:
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"measures": [], "before": None, "after": None, "after_step": None, "course": []}, "no evaluators"),
+        (
+            {"measures": [], "before": None, "after": None, "after_step": None, "course": []},
+            "there were no evaluators",
+        ),
         ({"before": None, "after": None, "after_step": None, "course": []}, "the evaluators were not run"),
-        ({"after": None, "after_step": None}, "before training only"),
-        ({"before": None, "course": []}, "after training only"),
+        ({"after": None, "after_step": None}, "Measured only before"),
+        ({"before": None, "course": []}, "Measured only after"),
         ({"steps": 0, "after": None, "after_step": None}, "Nothing was trained"),
         ({"planned_steps": 9}, "step 2 of 9"),
-        ({"after_step": 1}, "of step 1 of 2"),
+        ({"after_step": 1}, "Measured at step 1 of 2"),
         ({"measures": [ZERO_SHOT]}, "No attack was measured"),
-        ({"before": figures(0.85, 0.49)}, "the attack did not take, 49.0% of 300 images before training"),
-        ({"trainer": "RoCLIPTrainer", "before": figures(0.2, 0.1)}, "would have taken without RoCLIP is not shown"),
+        ({"before": figures(0.85, 0.49)}, "before CleanCLIP, it succeeded on 49.0% of 300 images"),
+        (
+            {"trainer": "RoCLIPTrainer", "before": figures(0.2, 0.1)},
+            "taken without RoCLIP was not measured",
+        ),
     ],
 )
 def test_what_proves_nothing_is_said_at_the_top(changes: dict[str, Any], expected: str, no_plots: None) -> None:
     record = make_record(**changes)
-    (found,) = (text for text in headlines(record) if expected in text)
+    (found,) = (said.text for said in statements(facts_of(record)) if said.kind == "gap" and expected in said.text)
     html = render_run_report(record)
     assert f'<p class="banner">{found}' in html and html.index(found) < html.index("<h2>")
 
@@ -293,18 +213,31 @@ def test_what_proves_nothing_is_said_at_the_top(changes: dict[str, Any], expecte
 def test_run_in_which_all_went_well_has_no_warning(trainer: str) -> None:
     assert not texts(make_record(trainer), "warning")
     # Of pre-training nobody knows how it would have gone without the defence.
-    assert len(headlines(make_record(trainer))) == (trainer in ("RoCLIPTrainer", "SafeCLIPTrainer"))
+    gaps = [said.head for said in statements(facts_of(make_record(trainer))) if said.kind == "gap"]
+    assert len(gaps) == (trainer != "CleanCLIPTrainer")
 
 
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"after": figures(0.84, 0.11)}, "90.0% before, 11.0% after. CleanCLIP did NOT remove it"),
-        ({"after": figures(0.7, 0.0)}, "85.0% before, 70.0% after: training cost accuracy"),
-        ({"after": figures(0.3, 0.0)}, "hardly better than guessing (25.0%)"),
+        (
+            {"after": figures(0.84, 0.11)},
+            "did NOT stop the attack (patch (size=3), target “two”): attack",
+        ),
+        (
+            {"after": figures(0.7, 0.0)},
+            "It costs accuracy: accuracy on clean images 85.0% (before",
+        ),
+        ({"after": figures(0.3, 0.0)}, "30.0% (after CleanCLIP), and 25.0% by guessing"),
         ({"log": [{"loss": None, "epoch": 1.0}, {"loss": 1.0, "epoch": 2.0}]}, "not finite in 1 of 2"),
-        ({"trainer": "CLIPTrainer", "before": figures(0.2, 0.1), "after": figures(0.8, 0.9)}, "Training planted it"),
-        ({"trainer": "RoCLIPTrainer", "before": figures(0.2, 0.1), "after": figures(0.8, 0.9)}, "did NOT keep it out"),
+        (
+            {"trainer": "CLIPTrainer", "before": figures(0.2, 0.1), "after": figures(0.8, 0.9)},
+            "planted the backdoor",
+        ),
+        (
+            {"trainer": "RoCLIPTrainer", "before": figures(0.2, 0.1), "after": figures(0.8, 0.9)},
+            "did NOT stop the attack",
+        ),
         ({"trainer": "RoCLIPTrainer", "log": [{"loss": 1.0, "epoch": 1.0}]}, "came to no matching"),
         ({"trainer": "SafeCLIPTrainer", "details": {"splits": [split(safe_share=0.0)]}}, "called no pair safe"),
         ({"trainer": "SafeCLIPTrainer", "details": {"splits": []}}, "warm-up only"),
@@ -315,15 +248,15 @@ def test_warns_of_what_went_wrong(changes: dict[str, Any], expected: str) -> Non
 
 
 def test_success_is_claimed_only_for_a_model_that_knows_the_classes() -> None:
-    assert "no hold any more" in texts(make_record())
+    assert "no hold" in texts(make_record())
     for changes in ({"after": figures(0.3, 0.0)}, {"before": figures(0.85, 0.3)}, {"after": figures(0.84, 0.2)}):
-        assert "no hold any more" not in texts(make_record(**changes))
-    assert "no hold any more" not in texts(make_record("CLIPTrainer"))
+        assert "no hold" not in texts(make_record(**changes))
+    assert "no hold" not in texts(make_record("CLIPTrainer"))
 
 
 def test_trainer_of_ones_own_goes_by_its_own_name() -> None:
     record = make_record("MyTrainer", after=figures(0.84, 0.5))
-    assert "MyTrainer did NOT remove it" in texts(record)
+    assert "MyTrainer did NOT stop the attack" in texts(record)
 
 
 def test_collapsed_matching_is_reported() -> None:
@@ -334,15 +267,18 @@ def test_collapsed_matching_is_reported() -> None:
 def test_table_has_every_figure_once_with_its_count() -> None:
     others = {"my_figure": 12.3456, "attack_success_rate": 0.02, "clean_accuracy": 0.84}
     record = make_record(after=others, measures=[ZERO_SHOT, attack(), {"measure": "mine", "figures": []}])
-    groups = figure_groups(record)
-    rows = {row.name: (row.before, row.after) for group in groups for row in group.rows}
+    groups = figure_groups(facts_of(record))
+    rows = {row.name: tuple(row.cells) for group in groups for row in group.rows}
     assert len(rows) == sum(len(group.rows) for group in groups) == 6
     assert rows["attack success rate"][0] == ("90.0%", "270 of 300")
     assert rows["clean accuracy"][1] == ("84.0%", "336 of 400")
     assert rows["clean balanced accuracy"][0] == ("85.0%", None)
     assert rows["trigger distance"] == (("0.90", None), ("not measured", None))
     assert rows["my figure"] == (("not measured", None), ("12.35", None))
-    assert "patch trigger (size 3), target “two”; 300 images of digits" in groups[1].title
+    assert (
+        groups[1].title
+        == "attack success: 300 images of other classes in digits, trigger patch (size=3), target “two”"
+    )
 
 
 @pytest.mark.parametrize(
@@ -355,28 +291,36 @@ def test_table_has_every_figure_once_with_its_count() -> None:
     ],
 )
 def test_figures_read_as_what_they_are(name: str, value: float | None, expected: str) -> None:
-    assert figure_text(name, value) == expected
+    assert figure_text(name, value, Measure(measure="retrieval", figures=[name])) == expected
+    assert figure_text(name, 12.3456, None) == "12.35"
 
 
 def test_course_takes_in_what_was_measured_before_and_after() -> None:
     middle = {"step": 1, "epoch": 0.5, **figures(0.5, 0.5)}
     record = make_record(course=[middle])
-    assert [point["step"] for point in evaluations_of(record)] == [0, 1, 2]
-    table = course_table(record)
+    assert [point.step for point in evaluations_of(record)] == [0, 1, 2]
+    table = course_table(facts_of(record))
     assert len(table) == 4 and {len(row) for row in table} == {len(table[0])}
     assert [row[table[0].index("attack success rate")] for row in table[1:]] == ["90.0%", "50.0%", "2.0%"]
-    assert evaluations_of(make_record(course=[], before=None))[0]["step"] == 2
-    assert course_table(make_record(course=[], before=None, after=None)) == []
+    assert evaluations_of(make_record(course=[], before=None))[0].step == 2
+    assert course_table(facts_of(make_record(course=[], before=None, after=None))) == []
 
 
 def test_what_was_measured_is_not_listed_as_unmeasured() -> None:
-    assert "patch" not in unmeasured(make_record())[0] and "warp" in unmeasured(make_record())[0]
+    def unmeasured(record: RunRecord) -> str:
+        return "; ".join(facts_of(record).unmeasured)
+
+    assert "patch" not in unmeasured(make_record()) and "warping" in unmeasured(make_record())
     every = [attack(trigger=name) for name in ("patch", "blended", "sinusoid", "warp")]
     kinds = ("targeted poisoning", "text queries", "retrieval", "linear probe")
-    record = make_record(measures=[ZERO_SHOT, *every, *({"measure": kind, "figures": []} for kind in kinds)])
-    left = unmeasured(record)
-    assert len(left) == 3 and "BadCLIP" in left[0] and "CLIPTrainer" in left[1]
-    assert not any("CLIPTrainer" in item for item in unmeasured(make_record("CLIPTrainer")))
+    others = [{"measure": kind, "figures": [kind]} for kind in kinds]
+    figures_of_all = {**figures(0.8, 0.9), **dict.fromkeys(kinds, 0.5)}
+    measured = {"before": figures_of_all, "after": figures_of_all, "measures": [ZERO_SHOT, *every, *others]}
+    left = facts_of(make_record(**measured)).unmeasured
+    assert len(left) == 5 and "BadCLIP" in left[1] and "CLIPTrainer" in left[3]
+    assert "CLIPTrainer" not in unmeasured(make_record("CLIPTrainer"))
+    # What an evaluator would have measured was not.
+    assert "patch" in unmeasured(make_record(after=None, after_step=None))
 
 
 def test_several_attacks_have_a_panel_each_and_their_own_pictures(coarse_plots: None) -> None:
@@ -384,7 +328,7 @@ def test_several_attacks_have_a_panel_each_and_their_own_pictures(coarse_plots: 
     both = {**figures(0.8, 0.9), **figures(0.8, 0.7, "b_")}
     record = make_record(measures=measures, before=both, after=both, course=[])
     page = Page(render_run_report(record, make_pictures(success="b_attack_success_rate")))
-    assert "2. Blended trigger, target “three”" in page.text and "1. Patch trigger" not in page.text
+    assert "2. blended (size=3), target “three”" in page.text and "1. patch" not in page.text
 
 
 def test_pairs_of_unknown_kind_are_drawn_as_such(coarse_plots: None) -> None:
@@ -438,6 +382,13 @@ def test_report_needs_no_evaluator_and_no_training(
     assert "AttackSuccessEvaluator" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
+def test_controls_stand_beside_the_run(trained: Callable[..., CLIPTrainer], tmp_path: Path, no_plots: None) -> None:
+    path = tmp_path / "report.html"
+    trained(SafeCLIPTrainer).save_report(path, controls={"my control": make_record("CLIPTrainer")})
+    page = Page(path.read_text(encoding="utf-8"))
+    assert "after SafeCLIPmy control" in page.words.replace("\n", "") and "the control: what" not in page.text
+
+
 def test_folder_in_the_report_s_place_is_named(trained: Callable[..., CLIPTrainer], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"path: .* is a folder; accepted"):
         trained(SafeCLIPTrainer).save_report(tmp_path)
@@ -465,6 +416,6 @@ def test_hostile_texts_do_nothing_in_a_browser(
     inspect: Callable[[Path], None], tmp_path: Path, coarse_plots: None
 ) -> None:
     text = "".join(HOSTILE)
-    record = RunRecord(**hostile(dataclasses.asdict(make_record("RoCLIPTrainer")), text))
+    record = RunRecord(**hostile(make_record("RoCLIPTrainer").model_dump(), text))
     (tmp_path / "report.html").write_text(render_run_report(record, make_pictures(text, text)), encoding="utf-8")
     inspect(tmp_path / "report.html")

@@ -1,13 +1,14 @@
-"""The report's plots of what RoCLIP and SafeCLIP note down while they train."""
+"""The plots of what SafeCLIP notes down while it trains."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .plots import COLUMNS, plain
+from ..record import Split
+from .plots import COLUMNS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,15 +19,13 @@ PANELS, BARS = 6, 50
 #: The lower end of a logarithmic axis of counts: one pair is a visible bar.
 FLOOR = 0.6
 
-Record = Mapping[str, Any]
 
-
-def draw_splits(splits: Sequence[Record], colours: Mapping[str, str]) -> Figure:
+def draw_splits(splits: Sequence[Split], colours: Mapping[str, str]) -> Figure:
     """The similarities of clean and of poisoned pairs at the first, the last and some other splits of SafeCLIP's."""
     from matplotlib.figure import Figure
 
     shown = [splits[i] for i in np.unique(np.linspace(0, len(splits) - 1, PANELS).round().astype(int))]
-    counts = np.array([[split["histogram"][kind] for kind in ("clean", "poisoned")] for split in shown])  # (S, 2, B)
+    counts = np.array([[split.histogram.clean, split.histogram.poisoned] for split in shown])  # (S, 2, B)
     edges, counts = _coarsened(counts)
     rows, columns = -(-len(shown) // COLUMNS), min(len(shown), COLUMNS)
     figure = Figure(figsize=(9, 0.6 + 2.4 * rows), layout="constrained")
@@ -55,7 +54,7 @@ def draw_splits(splits: Sequence[Record], colours: Mapping[str, str]) -> Figure:
 
 
 def _draw_split(
-    panel: Axes, split: Record, clean: np.ndarray, poisoned: np.ndarray, edges: np.ndarray, colours: Mapping[str, str]
+    panel: Axes, split: Split, clean: np.ndarray, poisoned: np.ndarray, edges: np.ndarray, colours: Mapping[str, str]
 ) -> None:
     from ..mixture import SimilarityMixture  # scikit-learn, which takes a second
 
@@ -67,20 +66,23 @@ def _draw_split(
         heights = np.maximum(values, FLOOR)
         panel.stairs(heights, edges, baseline=FLOOR, fill=True, color=colours[colour], alpha=alpha, lw=0, label=label)
     mixture = SimilarityMixture(
-        *(np.array([split[f"{part}_{name}"] for part in ("risky", "safe")]) for name in ("mean", "variance", "weight"))
+        *(
+            np.array([getattr(split, f"{part}_{name}") for part in ("risky", "safe")])
+            for name in ("mean", "variance", "weight")
+        )
     )
     x = np.linspace(edges[0], edges[-1], 400)
     pairs = (clean.sum() + poisoned.sum()) * (edges[1] - edges[0])
     risky, safe = pairs * mixture.density(x)
     for density, label, dash in ((risky, "risky component", "--"), (safe, "safe component", "-")):
         panel.plot(x, np.maximum(density, 1e-9), dash, color=colours["text"], lw=1.1, label=label)
-    if split["similarity_threshold"] is not None:
-        panel.axvspan(split["similarity_threshold"], edges[-1], color=colours["target"], alpha=0.13, lw=0)
-        panel.axvline(split["similarity_threshold"], color=colours["target"], lw=1.8, label="safe set, to the right")
-    inside = f"safe: {split['safe_share']:.0%} of the pairs"
-    if split["poisons_in_safe_set"] is not None:
-        inside += f", {round(split['poisons_in_safe_set'] * poisoned.sum())} of {poisoned.sum()} poisons"
-    after = f"After {split['epoch']} epoch{'s' if split['epoch'] != 1 else ''}"
+    if split.similarity_threshold is not None:
+        panel.axvspan(split.similarity_threshold, edges[-1], color=colours["target"], alpha=0.13, lw=0)
+        panel.axvline(split.similarity_threshold, color=colours["target"], lw=1.8, label="safe set, to the right")
+    inside = f"safe: {split.safe_share:.0%} of the pairs"
+    if split.poisons_in_safe_set is not None:
+        inside += f", {round(split.poisons_in_safe_set * poisoned.sum())} of {poisoned.sum()} poisons"
+    after = f"After {split.epoch} epoch{'s' if split.epoch != 1 else ''}"
     panel.set_title(f"{after}\n{inside}", loc="left", fontsize=9)
 
 
@@ -97,64 +99,32 @@ def _coarsened(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return edges, padded.reshape(*counts.shape[:-1], bars, width).sum(axis=-1)
 
 
-def draw_splits_course(splits: Sequence[Record], colours: Mapping[str, str]) -> Figure:
+def draw_splits_course(splits: Sequence[Split], colours: Mapping[str, str]) -> Figure:
     """How large SafeCLIP's safe set is at each split, and, where they are known, how many of the poisons are in it."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(9, 2.4), layout="constrained")
     panel = figure.subplots()
-    epochs = [split["epoch"] for split in splits]
+    epochs = [split.epoch for split in splits]
     for name, label, colour, marker, dash in (
         ("safe_share", "share of all pairs that are in the safe set", "target", "o", "-"),
         ("poisons_in_safe_set", "share of the poisons that are in the safe set", "attack", "s", "--"),
     ):
-        values = 100 * column(splits, name)
-        if not np.isnan(values).all():
-            panel.plot(epochs, values, dash, marker=marker, ms=4, lw=1.8, color=colours[colour], label=label)
+        values = [getattr(split, name) for split in splits]
+        if any(value is not None for value in values):
+            panel.plot(
+                epochs,
+                100 * np.array(values, dtype=float),
+                dash,
+                marker=marker,
+                ms=4,
+                lw=1.8,
+                color=colours[colour],
+                label=label,
+            )
     panel.set(xlabel="epochs before the split", ylabel="%", ylim=(-3, 103))
     panel.xaxis.set_major_locator(MaxNLocator(integer=True))
     panel.grid(True, axis="y", lw=0.6)
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
     return figure
-
-
-def draw_matching(
-    matching: Sequence[Record], target: str, target_caption_share: float, colours: Mapping[str, str]
-) -> Figure:
-    """RoCLIP: how similar clean and poisoned pairs are in each epoch, and whom poisoned images are matched with."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    figure = Figure(figsize=(9, 3), layout="constrained")
-    pairs, matches = figure.subplots(1, 2, sharex=True, width_ratios=(1.7, 1))
-    epochs = np.array([entry["epoch"] for entry in matching])
-    for panel in (pairs, matches):
-        for number, epoch in enumerate(epochs[[entry["matching"] for entry in matching]]):
-            label = "epochs with matching" if number == 0 and panel is pairs else None
-            panel.axvspan(epoch - 0.5, epoch + 0.5, color=colours["grid"], alpha=0.55, lw=0, label=label)
-        panel.set_xlabel("epoch")
-        panel.set_xlim(0.5, len(epochs) + 0.5)
-        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
-    for name, label, colour, marker, dash in (
-        ("clean_pair_similarity", "clean pairs", "clean", "o", "-"),
-        ("poisoned_pair_similarity", "poisoned pairs", "attack", "s", "--"),
-    ):
-        values = column(matching, name)
-        pairs.plot(epochs, values, dash, marker=marker, ms=4, lw=1.8, color=colours[colour], label=label)
-    pairs.set_title("Similarity of an image and its own caption", loc="left")
-    pairs.grid(True, axis="y", lw=0.6)
-    shares = 100 * column(matching, "poisoned_match_adversarial")
-    matches.bar(epochs, shares, width=0.6, color=colours["attack"])
-    matches.axhline(100 * target_caption_share, ls=":", lw=1.6, color=colours["text"], label="matched blindly")
-    matches.set_title(plain(f"Poisoned images matched with “{target}”, %"), loc="left")
-    matches.set_ylim(0, 100)
-    matches.grid(True, axis="y", lw=0.6)
-    figure.legend(loc="outside lower center", ncols=4, frameon=False)
-    return figure
-
-
-def column(records: Sequence[Record], name: str) -> np.ndarray:
-    """A field of all records, NaN where there is none."""
-    values = [record.get(name) for record in records]
-    return np.array([np.nan if value is None else value for value in values], dtype=float)
