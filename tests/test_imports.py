@@ -31,11 +31,6 @@ FLOORS: tuple[frozenset[str], ...] = (
 )
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 
-#: Circles of modules that are still there. A new one is an error, and so is one in this list that is gone.
-KNOWN_CIRCLES = {
-    frozenset({"trainers.base", "trainers.pictures", "trainers.publishing", "trainers.recording"}),
-}
-
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 identified = pytest.mark.parametrize("path", MODULES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
 
@@ -89,14 +84,12 @@ def test_imports_go_down(path: Path):
     own = module(path)
     assert part(own) in FLOOR, f"{part(own)} has no floor yet: add it to FLOORS"
     for name in arrows(path):
-        in_circle = any({own, name} <= circle for circle in KNOWN_CIRCLES)
-        assert in_circle or FLOOR[part(name)] <= FLOOR[part(own)], f"{own} must not import {name}"
+        assert FLOOR[part(name)] <= FLOOR[part(own)], f"{own} must not import {name}"
 
 
 def test_no_imports_run_in_circles():
     graph = nx.DiGraph((module(path), name) for path in MODULES for name in arrows(path))
-    found = {frozenset(circle) for circle in nx.strongly_connected_components(graph) if len(circle) > 1}
-    assert found == KNOWN_CIRCLES
+    assert [circle for circle in nx.strongly_connected_components(graph) if len(circle) > 1] == []
 
 
 def test_only_commands_import_attacks():

@@ -19,7 +19,6 @@ from ..telling import Control, PoisonedPair
 from ..telling.sentences import notes
 from ..trainers.base import Evaluator
 from ..trainers.defended import RoCLIPTrainer, SafeCLIPTrainer
-from ..trainers.pictures import pictures_of
 from ..versions import versions
 from .demo_recipe import CLEAN_SEED_OFFSET, DEFENCES, LABELS, MANIFEST, RESULTS, TRIGGERS, Recipe, reports
 from .demo_trainers import FINE_TUNED, make_trainer, matching_record
@@ -173,7 +172,7 @@ class Demo:
             self.records["matching"] = matching_record(trainer.state.log_history)
         elif isinstance(trainer, SafeCLIPTrainer):
             self.records["splits"] = trainer.splits.to_list()
-        self.runs[name] = Control(LABELS[name], record, pictures_of(trainer))
+        self.runs[name] = Control(LABELS[name], record, trainer.pictures())
 
     def results(self, quick: bool, seconds: float) -> dict[str, Any]:
         """What `results.json` holds; `seconds` is the time of the whole demo."""

@@ -32,7 +32,6 @@ from ..data.streams import PLACE, Stream, StreamCollator
 from ..defences import CLIP, Defence
 from ..defences.base import PairScores, Plan
 from ..describing import describe_skipped
-from ..evaluation.embedding import Embedder
 from ..evaluation.running import evaluator_list, run_evaluators
 from ..kinds import kind
 from ..losses import clip_loss
@@ -717,17 +716,6 @@ class CLIPTrainer(PublishingTrainer):
         self._collapse.judge(figures, self.state.global_step)
         self.note_figures(figures)
         return figures
-
-    def make_embedder(self) -> Embedder:
-        """One for the model as it is. It shares its work among the ranks: call it on all of them."""
-        return Embedder(
-            self.unwrapped_model,
-            self.processing_class,
-            batch_size=self.args.eval_batch_size,
-            # Sharded parameters come together only while all ranks encode in step.
-            across_ranks=not (self.is_fsdp_enabled or self.is_deepspeed_enabled),
-            check=False,
-        )
 
     # ---- Checkpoints ----
 

@@ -8,13 +8,17 @@ from typing import Any
 import datasets
 import torch
 
+from ..data.rows import IndexedDataset
 from ..defences import CleanCLIP, Defence, RoCLIP, SafeCLIP
 from ..defences.pools import FeaturePools
 from ..defences.roclip import adversarial_rows
 from ..defences.split import SplitHistory
+from ..evaluation.embedding import Embedder
+from ..telling import MatchedPair
 from ..wording import shown
 from .arguments import CleanCLIPTrainingArguments, RoCLIPTrainingArguments, SafeCLIPTrainingArguments
 from .base import CLIPTrainer
+from .pictures import matched_pairs
 
 
 class CleanCLIPTrainer(CLIPTrainer):
@@ -86,6 +90,13 @@ class RoCLIPTrainer(CLIPTrainer):
     def pools(self) -> FeaturePools | None:
         """The features that matches are looked up in; `None` without a `train_dataset`."""
         return getattr(self.defence, "pools", None)
+
+    def _matches(self, embedder: Embedder) -> list[MatchedPair]:
+        pool = self.pools.text if self.pools is not None else None
+        if pool is None:
+            return []
+        pairs = IndexedDataset(self.train_dataset, self.args.image_column, self.args.caption_column)
+        return matched_pairs(pool, pairs, embedder, by_caption=self.args.matching == "unimodal")
 
     @property
     def matching_epoch(self) -> bool:

@@ -1,10 +1,9 @@
-"""From a trainer to the report of its run, with what takes the model and the data: triggers, embeddings, matches."""
+"""The pictures of a report, which take the model and the data: triggers, embeddings, matches."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import datasets
 import numpy as np
@@ -18,20 +17,8 @@ from ..evaluation.attack_success import AttackSuccessEvaluator
 from ..evaluation.embedding import Embedder
 from ..evaluation.pixels import ImageRequest, pixel_batches
 from ..evaluation.zero_shot import class_embeddings
-from ..files import write_text
-from ..record import RunRecord
-from ..telling import (
-    AttackPictures,
-    Control,
-    MatchedPair,
-    RunPictures,
-    TriggeredImage,
-    check_report_extra,
-    render_run_report,
-)
-
-if TYPE_CHECKING:
-    from .base import CLIPTrainer
+from ..pool import FeaturePool
+from ..telling import AttackPictures, MatchedPair, RunPictures, TriggeredImage
 
 #: Test images whose embeddings are drawn: more would lie on top of each other.
 EMBEDDED = 800
@@ -39,19 +26,19 @@ EMBEDDED = 800
 SHOWN_IMAGES, SHOWN_PAIRS = 5, 4
 
 
-def pictures_of(trainer: CLIPTrainer) -> RunPictures:
+def pictures_of(evaluators: Iterable[Any], embedder: Embedder, matches: list[MatchedPair]) -> RunPictures:
     """
     Make a report's pictures with the model as it is. Call it on all ranks: they share the work.
 
     Args:
-        trainer ([`CLIPTrainer`]): Its [`AttackSuccessEvaluator`]s give the triggers and the test images; of RoCLIP,
-            the pool of captions gives the matches.
+        evaluators (iterable of [`Evaluator`]): The [`AttackSuccessEvaluator`]s give the triggers and the test images.
+        embedder ([`~evaluation.embedding.Embedder`]): Of the model.
+        matches (`list[MatchedPair]`): Of [`matched_pairs`], for a run that matches.
 
     Returns:
         [`RunPictures`]: The same on every rank.
     """
-    embedder = trainer.make_embedder()
-    evaluators = [item for item in trainer.evaluators if isinstance(item, AttackSuccessEvaluator)]
+    evaluators = [item for item in evaluators if isinstance(item, AttackSuccessEvaluator)]
     samples: dict[tuple[int, str], tuple[np.ndarray, Any]] = {}
     for evaluator in evaluators:
         key = (id(evaluator.dataset), evaluator.image_column)
@@ -69,48 +56,37 @@ def pictures_of(trainer: CLIPTrainer) -> RunPictures:
         )
         for evaluator in evaluators
     }
-    return RunPictures(attacks, matched_pairs(trainer, embedder))
+    return RunPictures(attacks, matches)
 
 
-def save_report_of(trainer: CLIPTrainer, path: Path, controls: Mapping[str, RunRecord]) -> None:
-    """[`CLIPTrainer.save_report`]."""
-    check_report_extra()
-    if path.is_dir():
-        raise ValueError(f"path: {path} is a folder; accepted is the name of a file, such as {path / 'report.html'}")
-    pictures = pictures_of(trainer)
-    if trainer.args.should_save:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        others = [Control(label, record) for label, record in controls.items()]
-        write_text(path, render_run_report(trainer.record(), pictures, others))
-
-
-def matched_pairs(trainer: CLIPTrainer, embedder: Embedder, shown: int = SHOWN_PAIRS) -> list[MatchedPair]:
+def matched_pairs(
+    pool: FeaturePool, dataset: IndexedDataset, embedder: Embedder, by_caption: bool, shown: int = SHOWN_PAIRS
+) -> list[MatchedPair]:
     """
     What RoCLIP's pool of captions, as training left it, matches the first training pairs with.
 
     Args:
-        trainer ([`CLIPTrainer`]): Of another kind than RoCLIP, it has no matches.
-        embedder ([`~evaluation.embedding.Embedder`]): Of its model.
+        pool ([`FeaturePool`]): Of captions.
+        dataset ([`~data.rows.IndexedDataset`]): The training pairs, whose rows are the pool's keys.
+        embedder ([`~evaluation.embedding.Embedder`]): Of the model.
+        by_caption (`bool`): Whether a pair's caption is matched, in place of its image.
         shown (`int`): Poisoned pairs at most, and others at most; twice as many where it is not known which are.
 
     Returns:
         `list[MatchedPair]`: Empty where the pool is, or where it does not know the rows of its captions (streams).
     """
-    matching = getattr(trainer.args, "matching", None)
-    pool = getattr(getattr(trainer, "pools", None), "text", None)
-    if matching is None or pool is None or pool.filled == 0 or bool((pool.keys[: pool.filled] < 0).any()):
+    if pool.filled == 0 or bool((pool.keys[: pool.filled] < 0).any()):
         return []
-    args: Any = trainer.args
-    dataset = IndexedDataset(trainer.train_dataset, args.image_column, args.caption_column)
+    image_column = dataset.columns[0]
     pairs = _first_pairs(dataset, shown)
-    if matching == "unimodal":
+    if by_caption:
         queries = embedder.embed_texts([_caption(pair, dataset) for pair in pairs])
     else:
-        queries = embedder.embed_images(pairs, args.image_column)
+        queries = embedder.embed_images(pairs, image_column)
     slots = pool.nearest_slots(queries.to(pool.features.device))
     matched = dataset.__getitems__(pool.keys[slots].tolist())
     return [
-        MatchedPair(pair[args.image_column], _caption(pair, dataset), _caption(match, dataset), pair.get(POISONED))
+        MatchedPair(pair[image_column], _caption(pair, dataset), _caption(match, dataset), pair.get(POISONED))
         for pair, match in zip(pairs, matched, strict=True)
     ]
 

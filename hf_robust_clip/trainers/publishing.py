@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 from accelerate.utils import broadcast_object_list
 from huggingface_hub import HfApi
@@ -15,11 +15,24 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import CONFIG_NAME, logging
 
+from ..data.collator import CLIPDataCollator
+from ..defences import Defence
 from ..describing import describe_dataset, describe_evaluator
+from ..evaluation.embedding import Embedder
+from ..files import write_text
 from ..locking import FolderInUseError, sole_writer
 from ..models import check_weights
 from ..record import RUN_FILE, RunRecord, Skipped
-from ..telling import kept_card, license_of, write_card
+from ..telling import (
+    Control,
+    MatchedPair,
+    RunPictures,
+    check_report_extra,
+    kept_card,
+    license_of,
+    render_run_report,
+    write_card,
+)
 from ..wording import shortened, shown
 from .adapters import (
     ADAPTER_CONFIG,
@@ -32,11 +45,8 @@ from .adapters import (
 )
 from .arguments import CLIPTrainingArguments
 from .checkpoints import Staging, keep_best_alone, newest_checkpoint, trouble_with
-from .pictures import save_report_of
+from .pictures import pictures_of
 from .recording import record_of
-
-if TYPE_CHECKING:
-    from .base import CLIPTrainer
 
 logger = logging.get_logger(__name__)
 
@@ -74,6 +84,9 @@ class PublishingTrainer(Trainer):
 
     args: CLIPTrainingArguments
     evaluators: Sequence[Any]
+    defence: Defence
+    data_collator: CLIPDataCollator
+    image_augmentation: Any
 
     #: The evaluators' figures before training, and after it.
     figures_before: Mapping[str, float | None] | None = None
@@ -101,7 +114,41 @@ class PublishingTrainer(Trainer):
 
     def record(self) -> RunRecord:
         """What this run is and has come to, for its card and its report. It is saved beside the model."""
-        return record_of(cast("CLIPTrainer", self))
+        return record_of(
+            type(self),
+            self.unwrapped_model,
+            self.args,
+            self.state,
+            data=self.describe_data(),
+            evaluators=self.evaluators,
+            before=self.figures_before,
+            after=self.figures_after,
+            notes=self.defence.notes(),
+            image_size=self.data_collator.preprocess.image_size,
+            augmentations=(self.image_augmentation, self.data_collator.text_augmentation),
+            skipped=self.skipped,
+            seconds=self.training_seconds,
+        )
+
+    def make_embedder(self) -> Embedder:
+        """One for the model as it is. It shares its work among the ranks: call it on all of them."""
+        return Embedder(
+            self.unwrapped_model,
+            self.processing_class,
+            batch_size=self.args.eval_batch_size,
+            # Sharded parameters come together only while all ranks encode in step.
+            across_ranks=not (self.is_fsdp_enabled or self.is_deepspeed_enabled),
+            check=False,
+        )
+
+    def pictures(self) -> RunPictures:
+        """What a report shows of the model as it is. All ranks share the work: call it on all of them."""
+        embedder = self.make_embedder()
+        return pictures_of(self.evaluators, embedder, self._matches(embedder))
+
+    def _matches(self, embedder: Embedder) -> list[MatchedPair]:
+        """What training pairs are matched with, where the defence matches."""
+        return []
 
     def save_report(self, path: str | os.PathLike[str], controls: Mapping[str, RunRecord] | None = None) -> None:
         """
@@ -117,7 +164,17 @@ class PublishingTrainer(Trainer):
             `ValueError`: If it is a folder.
             `ModuleNotFoundError`: Without the extra `report`.
         """
-        save_report_of(cast("CLIPTrainer", self), Path(path), controls or {})
+        check_report_extra()
+        file = Path(path)
+        if file.is_dir():
+            raise ValueError(
+                f"path: {file} is a folder; accepted is the name of a file, such as {file / 'report.html'}"
+            )
+        pictures = self.pictures()
+        if self.args.should_save:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            others = [Control(label, record) for label, record in (controls or {}).items()]
+            write_text(file, render_run_report(self.record(), pictures, others))
 
     def describe_data(self) -> dict[str, Any] | None:
         """What the training data is, without its rows; `None` without any. It is read once: millions take a while."""

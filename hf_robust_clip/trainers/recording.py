@@ -1,4 +1,4 @@
-"""From a trainer to the record of its run."""
+"""The record of a run, from the values of its trainer."""
 
 from __future__ import annotations
 
@@ -6,17 +6,15 @@ import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from numbers import Real
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from transformers import TrainerState
 
 from ..describing import describe_evaluator, thinned
-from ..record import RunRecord, checked, jsonable
+from ..record import RunRecord, Skipped, checked, jsonable
 from ..versions import versions
-from .arguments import own_fields
-
-if TYPE_CHECKING:
-    from .base import CLIPTrainer
+from .arguments import CLIPTrainingArguments, own_fields
 
 #: Metrics of an evaluation that are no figures of an evaluator.
 _TIMES = ("loss", "runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
@@ -30,9 +28,38 @@ _OUTCOME_FREE = (
 )
 
 
-def record_of(trainer: CLIPTrainer) -> RunRecord:
-    """The run of a trainer as far as it has come."""
-    args, state = trainer.args, trainer.state
+def record_of(
+    trainer: type[Any],
+    model: Any,
+    args: CLIPTrainingArguments,
+    state: TrainerState,
+    *,
+    data: dict[str, Any] | None,
+    evaluators: Sequence[Any],
+    before: Mapping[str, float | None] | None,
+    after: Mapping[str, float | None] | None,
+    notes: Mapping[str, Any],
+    image_size: int,
+    augmentations: tuple[Any, Any],
+    skipped: Skipped | None,
+    seconds: float,
+) -> RunRecord:
+    """
+    The run as far as it has come.
+
+    Args:
+        trainer (class): The trainer's.
+        model: Without wrappers.
+        args, state: The trainer's.
+        data: Of [`~describing.describe_dataset`]; `None` without any.
+        evaluators: Whose metrics `before`, `after` and the log of `state` hold.
+        before, after: Metrics of evaluations outside of training, where there were any.
+        notes: What the defence says of the run.
+        image_size: Pixels of a side.
+        augmentations: Of images, and of captions.
+        skipped: The rows that were passed over.
+        seconds: Time spent in training.
+    """
     defaults = {item.name: _default(item) for item in dataclasses.fields(args) if item.init}
     own = [item.name for item in own_fields(type(args)) if not item.name.startswith(_OUTCOME_FREE)]
     values = {name: jsonable(getattr(args, name)) for name in defaults}
@@ -42,38 +69,39 @@ def record_of(trainer: CLIPTrainer) -> RunRecord:
         if name not in own and value != defaults[name] and not name.startswith(_OUTCOME_FREE)
     }
     course = evaluations(state.log_history)
-    before = course[0] if course and course[0]["step"] == 0 else None
-    after = _saved_weights(trainer, course)
+    if course and course[0]["step"] == 0:
+        before = _figures(course[0])
+    saved = _saved_weights(args, state, course) if after is None else {"step": state.global_step, **after}
     content = {
-        "trainer": type(trainer).__name__,
-        "model": _describe_model(trainer),
-        "data": trainer.describe_data(),
+        "trainer": trainer.__name__,
+        "model": _describe_model(model, image_size),
+        "data": data,
         "defence": {name: values[name] for name in own},
         "defence_defaults": {name: defaults[name] for name in own},
         "settings": settings,
-        "measures": [describe_evaluator(evaluator) for evaluator in trainer.evaluators],
-        "before": _figures(before) if before is not None else trainer.figures_before,
-        "after": None if after is None else _figures(after),
-        "after_step": None if after is None else after["step"],
+        "measures": [describe_evaluator(evaluator) for evaluator in evaluators],
+        "before": before,
+        "after": None if saved is None else _figures(saved),
+        "after_step": None if saved is None else saved["step"],
         "steps": state.global_step,
         "epochs": float(state.epoch or 0),
         "planned_steps": state.max_steps,
         "course": course,
         "log": thinned([_numbers(entry) for entry in state.log_history if "loss" in entry]),
-        "details": trainer.defence.notes(),
-        "method": next(cls.__name__ for cls in type(trainer).__mro__ if _is_ours(cls)),
+        "details": notes,
+        "method": next(cls.__name__ for cls in trainer.__mro__ if _is_ours(cls)),
         "augmentation": {
-            "images": _describe_augmentation(trainer.image_augmentation),
-            "captions": _describe_augmentation(trainer.data_collator.text_augmentation),
+            "images": _describe_augmentation(augmentations[0]),
+            "captions": _describe_augmentation(augmentations[1]),
         },
-        "skipped": trainer.skipped,
+        "skipped": skipped,
         "environment": {
             "versions": versions(),
             "device": _device_name(args.device),
             "processes": args.world_size,
             "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "float32",
             "seed": args.seed,
-            "seconds": round(trainer.training_seconds, 1),
+            "seconds": round(seconds, 1),
         },
     }
     return checked(RunRecord, content, "the record of this run")
@@ -90,11 +118,11 @@ def evaluations(log_history: Sequence[Mapping[str, Any]]) -> list[dict[str, floa
     return found
 
 
-def _saved_weights(trainer: CLIPTrainer, course: Sequence[Mapping[str, float]]) -> Mapping[str, float | None] | None:
-    """The evaluation of the weights as they are: of all after training, of the best, or the last."""
-    if trainer.figures_after is not None:
-        return {"step": trainer.state.global_step, **trainer.figures_after}
-    best = trainer.state.best_global_step if trainer.args.load_best_model_at_end else None
+def _saved_weights(
+    args: CLIPTrainingArguments, state: TrainerState, course: Sequence[Mapping[str, float]]
+) -> Mapping[str, float] | None:
+    """The evaluation during training of the weights that are kept: the best, or the last."""
+    best = state.best_global_step if args.load_best_model_at_end else None
     taken = [entry for entry in course if entry["step"] > 0 and best in (None, entry["step"])]
     return taken[-1] if taken else None
 
@@ -109,8 +137,7 @@ def _figures(entry: Mapping[str, float | None]) -> dict[str, float | None]:
     return {name: value for name, value in entry.items() if name not in ("step", "epoch")}
 
 
-def _describe_model(trainer: CLIPTrainer) -> dict[str, Any]:
-    model = trainer.unwrapped_model
+def _describe_model(model: Any, image_size: int) -> dict[str, Any]:
     adapter = getattr(model, "peft_config", None)
     name = str(getattr(model.config, "_name_or_path", "") or "")
     source = "memory" if not name else "folder" if os.path.exists(name) else "hub"
@@ -125,7 +152,7 @@ def _describe_model(trainer: CLIPTrainer) -> dict[str, Any]:
         "type": str(model.config.model_type),
         "parameters": sum(count.values()),
         "trainable_parameters": count[True],
-        "image_size": trainer.data_collator.preprocess.image_size,
+        "image_size": image_size,
         "adapter": _describe_adapter(next(iter(adapter.values()))) if adapter else None,
     }
 

@@ -9,14 +9,13 @@ from training import make_trainer, poisoned_pairs
 from hf_robust_clip import AttackSuccessEvaluator, CLIPTrainer, PatchTrigger, RoCLIPTrainer
 from hf_robust_clip.data.digits import CLASS_NAMES, load_digit_pairs
 from hf_robust_clip.trainers import pictures
-from hf_robust_clip.trainers.pictures import matched_pairs, pictures_of
 
 Trained = Callable[[type[CLIPTrainer]], CLIPTrainer]
 
 
 def test_pictures_are_those_that_the_evaluator_saw(trained: Trained) -> None:
     trainer = trained(CLIPTrainer)
-    found = pictures_of(trainer).attacks
+    found = trainer.pictures().attacks
     assert list(found) == ["attack_success_rate", "patch_attack_success_rate"]
     embedder = trainer.make_embedder()
     for evaluator, shown in zip(trainer.evaluators[1:], found.values(), strict=True):
@@ -37,9 +36,9 @@ def test_pictures_are_those_that_the_evaluator_saw(trained: Trained) -> None:
 
 def test_few_images_of_many_are_drawn(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = trained(CLIPTrainer)
-    whole = pictures_of(trainer).attacks["attack_success_rate"]
+    whole = trainer.pictures().attacks["attack_success_rate"]
     monkeypatch.setattr(pictures, "EMBEDDED", 12)
-    part = pictures_of(trainer).attacks["attack_success_rate"]
+    part = trainer.pictures().attacks["attack_success_rate"]
     # The shown ones are among them, and the same.
     assert 12 <= len(part.clean) == len(part.triggered) == len(part.is_target) <= 17 < len(whole.clean)
     assert [image.name for image in part.images] == [image.name for image in whole.images]
@@ -51,14 +50,14 @@ def test_images_of_any_dataset(kind: Any, tmp_path: Path) -> None:
     test = load_digit_pairs("test", renderings=1).select(range(20))
     dataset = list(test) if kind is list else test.with_transform(lambda rows: rows)
     evaluator = AttackSuccessEvaluator(dataset, PatchTrigger(size=3), "six", CLASS_NAMES)
-    shown = pictures_of(make_trainer(CLIPTrainer, tmp_path, evaluators=[evaluator])).attacks["attack_success_rate"]
+    shown = make_trainer(CLIPTrainer, tmp_path, evaluators=[evaluator]).pictures().attacks["attack_success_rate"]
     assert len(shown.clean) == 20 and len(shown.images) == 5
 
 
 def test_matches_are_the_nearest_in_the_pool(trained: Trained) -> None:
     trainer = trained(RoCLIPTrainer)
     pairs = trainer.train_dataset
-    matches = matched_pairs(trainer, trainer.make_embedder())
+    matches = trainer.pictures().matches
     rows = [
         row for flag in (True, False) for row in np.flatnonzero(np.asarray(pairs["poisoned"]) == flag)[:4].tolist()
     ]
@@ -74,10 +73,10 @@ def test_captions_are_matched_where_training_matches_captions(tmp_path: Path) ->
     trainer = make_trainer(
         RoCLIPTrainer, tmp_path, matching="unimodal", train_dataset=poisoned_pairs(48), pool_size=48
     )
-    assert matched_pairs(trainer, trainer.make_embedder()) == []  # an empty pool
+    assert trainer.pictures().matches == []  # an empty pool
     trainer.train()
     embedder, pool = trainer.make_embedder(), trainer.pools.text
-    matches = matched_pairs(trainer, embedder)
+    matches = trainer.pictures().matches
     queries = embedder.embed_texts([match.caption for match in matches]).double()
     nearest = pool.keys[(queries @ pool.features.double().T).argmax(dim=1)].tolist()
     assert [match.matched for match in matches] == [trainer.train_dataset[row]["caption"] for row in nearest]
@@ -88,7 +87,7 @@ def test_pairs_of_unknown_kind_and_lists_of_captions(tmp_path: Path) -> None:
     rows[1]["image"] = b"broken"
     trainer = make_trainer(RoCLIPTrainer, tmp_path, train_dataset=rows, on_bad_row="skip", num_train_epochs=1)
     trainer.train()
-    matches = matched_pairs(trainer, trainer.make_embedder())
+    matches = trainer.pictures().matches
     assert len(matches) == 8 and {match.poisoned for match in matches} == {None}
     first = [row["caption"][0] for number, row in enumerate(rows) if number != 1][:8]
     assert [match.caption for match in matches] == first
@@ -100,8 +99,8 @@ def test_streams_have_no_matches(tmp_path: Path) -> None:
     settings = {"steps_per_matching_epoch": 2, "matching_start_epoch": 1, "max_steps": 6}
     trainer = make_trainer(RoCLIPTrainer, tmp_path, train_dataset=stream, **settings)
     trainer.train()
-    assert trainer.pools.full and matched_pairs(trainer, trainer.make_embedder()) == []
+    assert trainer.pools.full and trainer.pictures().matches == []
 
 
 def test_other_trainers_have_no_matches(trained: Trained) -> None:
-    assert pictures_of(trained(CLIPTrainer)).matches == []
+    assert trained(CLIPTrainer).pictures().matches == []
