@@ -9,7 +9,6 @@ from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from .files import RUN_FILE, write_text
@@ -332,8 +331,10 @@ def jsonable(value: Any) -> Any:
     if isinstance(value, BaseModel):
         return jsonable(value.model_dump())
     # Before text and numbers, which some enumerations are as well.
-    if isinstance(value, Enum | np.generic):
-        return jsonable(value.value if isinstance(value, Enum) else value.item())
+    if isinstance(value, Enum):
+        return jsonable(value.value)
+    if getattr(value, "shape", None) == ():  # a number of NumPy's
+        return jsonable(value.item())
     if isinstance(value, dict):
         return {_encodable(str(key)): jsonable(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple | set | frozenset):

@@ -12,7 +12,8 @@ from .output import format_table, say
 
 DEPENDENCIES = (
     *("torch", "transformers", "accelerate", "datasets", "huggingface_hub", "peft", "evaluate", "kornia", "nlpaug"),
-    *("filelock", "jinja2", "numpy", "pillow", "pyyaml", "safetensors", "scikit-learn", "scipy", "tokenizers", "tqdm"),
+    *("filelock", "jinja2", "numpy", "pillow", "pydantic", "pyyaml", "safetensors", "scikit-learn", "scipy"),
+    *("tokenizers", "tqdm"),
 )
 #: Packages that add something, and how to get them.
 EXTRAS: dict[str, tuple[tuple[str, ...], str]] = {

@@ -133,7 +133,7 @@ def test_adapters(folder: Path, tmp_path: Path) -> None:
     assert {"q_proj", "k_proj", "v_proj", "out_proj"} == set(config["target_modules"])
     assert {"visual_projection", "text_projection"} == set(config["modules_to_save"])
     model = RunRecord.load(output).model
-    assert 0 < model["trainable_parameters"] < model["parameters"]
+    assert 0 < model.trainable_parameters < model.parameters
     out = tmp_path / "measured.json"
     arguments = [flag.replace("--eval-data", "--data") for flag in measured(folder)]
     assert main(["evaluate", str(output), *arguments, "--json", str(out)]) == 0

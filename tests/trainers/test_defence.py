@@ -63,7 +63,7 @@ def test_it_is_trained_with_logged_saved_and_resumed(tmp_path: Path) -> None:
     assert all(entry["trimmed_loss"] > 0 for entry in logs)
     assert [entry["learning_rate"] for entry in logs][:4] == [2.5e-4] * 4
     assert sum("similarity" in entry for entry in whole.state.log_history) == 3
-    assert whole.record().details == {"visited": 32}
+    assert whole.record().details.model_extra == {"visited": 32}
     resumed = trimmed(tmp_path / "resumed")
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
     assert_same_bits(whole, resumed)

@@ -53,7 +53,7 @@ def test_a_wrapped_model_is_saved_under_its_own_names(
     for folder in (tmp_path, tmp_path / "checkpoint-1"):
         assert load_file(folder / "model.safetensors").keys() == small_model().state_dict().keys()
         assert torch.equal(load_dual_encoder(folder).logit_scale, trainer.model.logit_scale)
-    assert trainer.record().model["name"] == make_trainer(CLIPTrainer, tmp_path).record().model["name"]
+    assert trainer.record().model.name == make_trainer(CLIPTrainer, tmp_path).record().model.name
 
 
 @pytest.mark.parametrize("outside", [True, False])
