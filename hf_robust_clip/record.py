@@ -11,6 +11,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from .columns import scalar
 from .files import RUN_FILE, write_text
 from .wording import MOST, listed, shortened, shown
 
@@ -333,8 +334,7 @@ def jsonable(value: Any) -> Any:
     # Before text and numbers, which some enumerations are as well.
     if isinstance(value, Enum):
         return jsonable(value.value)
-    if getattr(value, "shape", None) == ():  # a number of NumPy's
-        return jsonable(value.item())
+    value = scalar(value)
     if isinstance(value, dict):
         return {_encodable(str(key)): jsonable(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple | set | frozenset):

@@ -191,7 +191,7 @@ def read_caption(path: str) -> str | None:
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(f"{shortened(path, 200)} is not a JSON object with a 'caption'") from error
     if caption is not None and not isinstance(caption, str):
-        raise ValueError(f"{path}: 'caption' is {type(caption).__name__}; accepted is a text")
+        raise ValueError(f"{shortened(path, 200)}: 'caption' is {type(caption).__name__}; accepted is a text")
     return caption
 
 

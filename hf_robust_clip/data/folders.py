@@ -99,8 +99,8 @@ class Folder:
             absent = [start] if start != "." and not names else []
         else:
             patterns = {split: [self._relative(p) for p in some] for split, some in sanitize_patterns(given).items()}
-            names = _matched(self._names, [pattern for some in patterns.values() for pattern in some])
             named = [pattern for some in patterns.values() for pattern in some]
+            names = _matched(self._names, named)
             absent = [name for name in named if name not in names and (name.startswith("..") or not has_magic(name))]
         if absent:
             raise ValueError(f"the card of {self._shown} names {listed(absent)}, which it has not")
@@ -110,8 +110,7 @@ class Folder:
         # What has an image's name is about it, and is not a table.
         about = {*tables, *(file for image in images for file in caption_files(image))}
         self.kind = self._kind([name for name in names if name not in about and not self._is_known(name)])
-        read = [name for name in names if _MODULES.get(table_kind(name)) == self.kind]
-        read = [name for name in read if not self._is_known(name)]
+        read = [name for name in names if _MODULES.get(table_kind(name)) == self.kind and not self._is_known(name)]
         if given is None:
             patterns = _split_patterns(read, start, of_images=self.kind == "imagefolder")
         splits = {split: _matched(read, some) for split, some in patterns.items()}

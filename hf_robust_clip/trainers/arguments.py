@@ -98,6 +98,11 @@ class CLIPTrainingArguments(TrainingArguments):
         default="raise", metadata={"help": "What to do about an unusable row: 'raise', or 'skip' and list it."}
     )
 
+    @property
+    def order_seed(self) -> int:
+        """Of the order of the rows, and of what is drawn for a row: `data_seed`, or without one `seed`."""
+        return self.seed if self.data_seed is None else self.data_seed
+
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "hub_token" and value is not None:
             value = _Token(value)

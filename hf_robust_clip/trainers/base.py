@@ -186,7 +186,7 @@ class CLIPTrainer(PublishingTrainer):
                 text_augmentation=text_augmentation,
                 max_length=args.max_length or longest_caption(encoder, processing_class.tokenizer),
                 padding=caption_padding(encoder),
-                seed=args.data_seed if args.data_seed is not None else args.seed,
+                seed=args.order_seed,
             )
         if peft_config is not None:
             encoder = add_adapters(encoder, peft_config, args.seed)
@@ -523,8 +523,7 @@ class CLIPTrainer(PublishingTrainer):
         dataset = IndexedDataset(dataset, *columns, on_bad_row)
         batch_sampler = None
         if kwargs.get("is_training"):
-            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-            batch_sampler = self.defence.sampler(len(dataset), batch_size, self.args.world_size, seed)
+            batch_sampler = self.defence.sampler(len(dataset), batch_size, self.args.world_size, self.args.order_seed)
         if batch_sampler is not None:
             dataloader = self.accelerator.prepare(
                 DataLoader(
@@ -785,20 +784,14 @@ class CLIPTrainer(PublishingTrainer):
         return begin
 
     def _check_checkpoint(self, metadata: Mapping[str, str], checkpoint: str) -> None:
-        steps = now = metadata.get("steps_per_epoch")
-        if steps is not None and self._has_phases:  # which it counts in epochs
-            now = str(self._steps_per_epoch)
+        steps = metadata.get("steps_per_epoch")
+        # Phases are counted in epochs.
+        steps_now = str(self._steps_per_epoch) if steps is not None and self._has_phases else steps
         decides = "; per_device_train_batch_size, the number of processes and gradient_accumulation_steps decide it"
         for name, saved, current, hint in (
             ("trainer", metadata.get("trainer"), type(self).__name__, ""),
             ("number of rows of train_dataset", metadata.get("rows"), str(self._dataset_length()), ""),
-            # Where the defence counts its phases in epochs.
-            (
-                "number of optimizer steps in an epoch",
-                steps,
-                now if steps is not None and self._has_phases else steps,
-                decides,
-            ),
+            ("number of optimizer steps in an epoch", steps, steps_now, decides),
         ):
             if saved != current:
                 raise ValueError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -48,7 +49,7 @@ class Step:
         """The batch with its bytes turned into the views that its texts have; of an evaluation, un-augmented."""
         with forked_rng(batch.seed, self.device):
             inputs = self._stacked(batch.inputs, self.views if training else (ORIGINAL,))
-        return Batch(inputs, batch.seed, batch.step, batch.rows, batch.poisoned)
+        return replace(batch, inputs=inputs)
 
     @torch.no_grad()
     def _stacked(self, inputs: dict[str, torch.Tensor], views: Sequence[str]) -> dict[str, torch.Tensor]:
