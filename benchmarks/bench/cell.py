@@ -15,36 +15,20 @@ import torch
 from datasets import Dataset, concatenate_datasets
 from transformers import PrinterCallback, set_seed
 
-from hf_robust_clip import (
-    CleanCLIPTrainer,
-    CleanCLIPTrainingArguments,
-    CLIPTrainer,
-    CLIPTrainingArguments,
-    ImageAugmentation,
-    PairSimilarityCallback,
-    RoCLIPTrainer,
-    RoCLIPTrainingArguments,
-    SafeCLIPTrainer,
-    SafeCLIPTrainingArguments,
-)
+from hf_robust_clip import ImageAugmentation, PairSimilarityCallback, SafeCLIPTrainer
 from hf_robust_clip.cli.progress import quiet_libraries, quiet_trainers
 from hf_robust_clip.columns import POISONED
 from hf_robust_clip.data.images import ImagePreprocessor
 from hf_robust_clip.evaluation.embedding import Embedder
 from hf_robust_clip.evaluation.running import run_evaluators
 from hf_robust_clip.models import load_dual_encoder, load_processor
+from hf_robust_clip.trainers.defended import TRAINERS
 from hf_robust_clip.versions import versions
 
 from .attack import Planted, plant
 from .material import Material, load_material, start_model
 from .study import ROWS, Study, digest
 
-TRAINERS: dict[str, tuple[type[CLIPTrainer], type[CLIPTrainingArguments]]] = {
-    "clip": (CLIPTrainer, CLIPTrainingArguments),
-    "cleanclip": (CleanCLIPTrainer, CleanCLIPTrainingArguments),
-    "roclip": (RoCLIPTrainer, RoCLIPTrainingArguments),
-    "safeclip": (SafeCLIPTrainer, SafeCLIPTrainingArguments),
-}
 _DONE = "training.json"
 #: Fields of a study that decide how each of its models comes out.
 _DATA_AND_MODEL = (
@@ -191,7 +175,7 @@ def _train(cell: Cell, model: Any, processor: Any, material: Material, planted: 
     """Train and save model, processor and last of all the note that this is done."""
     shutil.rmtree(folder, ignore_errors=True)
     settings, study = cell.settings(), cell.study
-    trainer_class, arguments_class = TRAINERS[ROWS[cell.row].trainer]
+    trainer_class = TRAINERS[ROWS[cell.row].trainer]
     arguments = {
         "output_dir": str(folder),
         "image_column": study.image_column,
@@ -207,7 +191,7 @@ def _train(cell: Cell, model: Any, processor: Any, material: Material, planted: 
     set_seed(cell.seed)
     trainer = trainer_class(
         model,
-        arguments_class(**(arguments | settings["arguments"])),
+        trainer_class.args_class(**(arguments | settings["arguments"])),
         train_dataset=pairs,
         processing_class=processor,
         image_augmentation="identity" if augmentation is None else ImageAugmentation(**augmentation),

@@ -9,14 +9,8 @@ from typing import Any
 from transformers import PrinterCallback
 
 from ..augment.images import ImageAugmentation
-from ..trainers.arguments import (
-    CleanCLIPTrainingArguments,
-    CLIPTrainingArguments,
-    RoCLIPTrainingArguments,
-    SafeCLIPTrainingArguments,
-)
 from ..trainers.base import CLIPTrainer
-from ..trainers.defended import CleanCLIPTrainer, RoCLIPTrainer, SafeCLIPTrainer
+from ..trainers.defended import TRAINERS
 from .demo_recipe import Recipe
 from .progress import follow
 
@@ -47,35 +41,29 @@ def make_trainer(name: str, recipe: Recipe, folder: Path, seed: int, **shared: A
     """
     settings = _settings(name, recipe, folder, seed)
     shared = {**shared, "image_augmentation": _image_augmentation(name, recipe)}
-    trainer: CLIPTrainer
     if name == "cleanclip":
         settings["unimodal_weight"] = recipe.unimodal_weight
-        trainer = CleanCLIPTrainer(args=CleanCLIPTrainingArguments(**settings), **shared)
     elif name == "roclip":
-        args = RoCLIPTrainingArguments(
-            **settings,
-            pool_size=recipe.roclip_pool_size,
-            steps_per_matching_epoch=recipe.roclip_matching_steps,
-            matching_start_epoch=_matching_start(recipe, len(shared["train_dataset"])),
-            match_every_n_epochs=recipe.roclip_match_every_n_epochs,
-            matching=recipe.roclip_matching,
-            adversarial_phrase=recipe.target,
-        )
-        trainer = RoCLIPTrainer(args=args, **shared)
+        settings |= {
+            "pool_size": recipe.roclip_pool_size,
+            "steps_per_matching_epoch": recipe.roclip_matching_steps,
+            "matching_start_epoch": _matching_start(recipe, len(shared["train_dataset"])),
+            "match_every_n_epochs": recipe.roclip_match_every_n_epochs,
+            "matching": recipe.roclip_matching,
+            "adversarial_phrase": recipe.target,
+        }
     elif name == "safeclip":
-        safeclip_args = SafeCLIPTrainingArguments(
-            **settings,
-            warmup_unimodal_epochs=recipe.safeclip_warmup_unimodal_epochs,
-            warmup_cross_epochs=recipe.safeclip_warmup_cross_epochs,
-            warmup_cross_learning_rate=recipe.safeclip_warmup_cross_learning_rate,
-            safe_threshold=recipe.safeclip_threshold,
-            safe_growth=recipe.safeclip_growth,
-            safe_cap=recipe.safeclip_cap,
-            unimodal_pool_size=recipe.safeclip_pool_size,
-        )
-        trainer = SafeCLIPTrainer(args=safeclip_args, **shared)
-    else:
-        trainer = CLIPTrainer(args=CLIPTrainingArguments(**settings), **shared)
+        settings |= {
+            "warmup_unimodal_epochs": recipe.safeclip_warmup_unimodal_epochs,
+            "warmup_cross_epochs": recipe.safeclip_warmup_cross_epochs,
+            "warmup_cross_learning_rate": recipe.safeclip_warmup_cross_learning_rate,
+            "safe_threshold": recipe.safeclip_threshold,
+            "safe_growth": recipe.safeclip_growth,
+            "safe_cap": recipe.safeclip_cap,
+            "unimodal_pool_size": recipe.safeclip_pool_size,
+        }
+    trainer_class = TRAINERS.get(name, CLIPTrainer)
+    trainer = trainer_class(args=trainer_class.args_class(**settings), **shared)
     trainer.remove_callback(PrinterCallback)  # prints each log as a dictionary
     # What the steps print tells enough, unless one takes minutes.
     follow(trainer, {"eval_clean_accuracy": "clean", "eval_attack_success_rate": "ASR"}, indent="  ", brief=True)

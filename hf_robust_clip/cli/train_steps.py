@@ -18,7 +18,7 @@ from ..record import RUN_FILE, Figures, jsonable
 from ..trainers.arguments import CLIPTrainingArguments
 from ..trainers.base import CLIPTrainer
 from ..trainers.checkpoints import checkpoints_in, newest_checkpoint
-from ..trainers.defended import CleanCLIPTrainer, RoCLIPTrainer, SafeCLIPTrainer
+from ..trainers.defended import TRAINERS
 from ..trainers.publishing import sole_training
 from ..versions import versions
 from ..wording import listed, shown
@@ -37,12 +37,6 @@ from .output import (
 from .progress import OnFirstStep, follow
 from .train_flags import check_train, training_arguments
 
-TRAINERS: dict[str, type[CLIPTrainer]] = {
-    "clip": CLIPTrainer,
-    "cleanclip": CleanCLIPTrainer,
-    "roclip": RoCLIPTrainer,
-    "safeclip": SafeCLIPTrainer,
-}
 RESULTS = "results.json"
 #: What a run leaves in its folder, beside checkpoints and the card: the model, its processor, adapters, the record.
 LEFT = (
@@ -226,8 +220,7 @@ def _load_training_pairs(args: argparse.Namespace, arguments: CLIPTrainingArgume
     if not args.streaming:
         return load_data("--train-data", source, args.train_split, column)
     stream = load_data("--train-data", source, args.train_split, column, streaming=True)
-    seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
-    return stream.shuffle(seed=seed, buffer_size=args.shuffle_buffer)
+    return stream.shuffle(seed=arguments.order_seed, buffer_size=args.shuffle_buffer)
 
 
 def _start_from(args: argparse.Namespace, arguments: CLIPTrainingArguments, pairs: Any) -> tuple[Any, Any]:

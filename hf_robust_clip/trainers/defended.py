@@ -163,6 +163,15 @@ class SafeCLIPTrainer(CLIPTrainer):
         return None if safe is None else datasets.Dataset.from_dict({"safe": safe})
 
 
+#: By the names that the command line, the demo and the bench call them; `args_class` are their arguments.
+TRAINERS: dict[str, type[CLIPTrainer]] = {
+    "clip": CLIPTrainer,
+    "cleanclip": CleanCLIPTrainer,
+    "roclip": RoCLIPTrainer,
+    "safeclip": SafeCLIPTrainer,
+}
+
+
 def _given(defence: type[Defence], args: Any) -> dict[str, Any]:
     """What arguments of a training say of a defence, by the names of its own arguments."""
     return {name: getattr(args, name) for name in inspect.signature(defence).parameters if hasattr(args, name)}

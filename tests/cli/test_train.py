@@ -24,10 +24,10 @@ from hf_robust_clip import locking
 from hf_robust_clip.cli.main import main
 from hf_robust_clip.cli.train import METHODS
 from hf_robust_clip.cli.train_flags import ARGUMENTS, method_parser, training_arguments
-from hf_robust_clip.cli.train_steps import TRAINERS
 from hf_robust_clip.files import RUN_FILE
 from hf_robust_clip.locking import LOCK_FILE, sole_writer
 from hf_robust_clip.record import RunRecord
+from hf_robust_clip.trainers.defended import TRAINERS
 
 METHOD_FLAGS = {
     "clip": [],
