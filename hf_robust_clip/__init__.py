@@ -13,7 +13,7 @@ _PUBLIC = {
     "AttackSuccessEvaluator": "evaluation.attack_success",
     "BlendedTrigger": "attacks.triggers",
     "CLIPDataCollator": "data.collator",
-    "CLIPTrainer": "trainers.base",
+    "CLIPTrainer": "trainers.trainer",
     "CLIPTrainingArguments": "trainers.arguments",
     "CleanCLIPTrainer": "trainers.defended",
     "CleanCLIPTrainingArguments": "trainers.arguments",
@@ -87,11 +87,11 @@ if TYPE_CHECKING:
     from .trainers.arguments import CLIPTrainingArguments as CLIPTrainingArguments
     from .trainers.arguments import RoCLIPTrainingArguments as RoCLIPTrainingArguments
     from .trainers.arguments import SafeCLIPTrainingArguments as SafeCLIPTrainingArguments
-    from .trainers.base import CLIPTrainer as CLIPTrainer
     from .trainers.checkpoints import newest_checkpoint as newest_checkpoint
     from .trainers.defended import CleanCLIPTrainer as CleanCLIPTrainer
     from .trainers.defended import RoCLIPTrainer as RoCLIPTrainer
     from .trainers.defended import SafeCLIPTrainer as SafeCLIPTrainer
+    from .trainers.trainer import CLIPTrainer as CLIPTrainer
 else:
 
     def __getattr__(name: str) -> Any:

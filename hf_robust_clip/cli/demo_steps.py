@@ -17,7 +17,6 @@ from ..evaluation.attack_success import AttackSuccessEvaluator
 from ..evaluation.zero_shot import ZeroShotEvaluator
 from ..telling import Control, PoisonedPair
 from ..telling.sentences import notes
-from ..trainers.base import Evaluator
 from ..trainers.defended import RoCLIPTrainer, SafeCLIPTrainer
 from ..versions import versions
 from .demo_recipe import CLEAN_SEED_OFFSET, DEFENCES, LABELS, MANIFEST, RESULTS, TRIGGERS, Recipe, reports
@@ -77,7 +76,7 @@ class Demo:
         self.test = load_digit_pairs("test", seed=seed)
         self.processor = digit_processor()
         zero_shot, self.attack = digit_evaluators(self.test, trigger, recipe.target)
-        self.evaluators: list[Evaluator] = [zero_shot, self.attack]
+        self.evaluators: list[Any] = [zero_shot, self.attack]
         self.manifest: dict[str, Any] = {}
         self.pairs: list[PoisonedPair] = []
         self.figures: dict[str, dict[str, float | None]] = {}

@@ -9,8 +9,8 @@ from typing import Any
 from transformers import PrinterCallback
 
 from ..augment.images import ImageAugmentation
-from ..trainers.base import CLIPTrainer
 from ..trainers.defended import TRAINERS
+from ..trainers.trainer import CLIPTrainer
 from .demo_recipe import Recipe
 from .progress import follow
 

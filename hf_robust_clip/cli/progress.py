@@ -19,7 +19,7 @@ from transformers.utils import logging
 from .output import say
 
 if TYPE_CHECKING:
-    from ..trainers.base import CLIPTrainer
+    from ..trainers.trainer import CLIPTrainer
 
 #: Seconds after which a line is due.
 _MINUTE = 60.0

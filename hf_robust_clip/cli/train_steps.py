@@ -16,10 +16,9 @@ from ..data.rows import column_values
 from ..data.scratch import build_model, build_processor
 from ..record import RUN_FILE, Figures, jsonable
 from ..trainers.arguments import CLIPTrainingArguments
-from ..trainers.base import CLIPTrainer
-from ..trainers.checkpoints import checkpoints_in, newest_checkpoint
+from ..trainers.checkpoints import checkpoints_in, newest_checkpoint, sole_training
 from ..trainers.defended import TRAINERS
-from ..trainers.publishing import sole_training
+from ..trainers.trainer import CLIPTrainer
 from ..versions import versions
 from ..wording import listed, shown
 from .info import DEPENDENCIES

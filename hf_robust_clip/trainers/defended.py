@@ -17,8 +17,8 @@ from ..evaluation.embedding import Embedder
 from ..telling import MatchedPair
 from ..wording import shown
 from .arguments import CleanCLIPTrainingArguments, RoCLIPTrainingArguments, SafeCLIPTrainingArguments
-from .base import CLIPTrainer
 from .pictures import matched_pairs
+from .trainer import CLIPTrainer
 
 
 class CleanCLIPTrainer(CLIPTrainer):

@@ -19,6 +19,7 @@ from ..defences.base import PairScores
 from ..distributed import gather_features
 from ..seeding import derive_seed, forked_rng
 from .arguments import CLIPTrainingArguments
+from .loaders import worker_settings
 from .step import Step
 
 #: Sets the randomness of scoring apart from that of training.
@@ -33,7 +34,7 @@ _EXCHANGED = 1 << 22
 
 
 def score_pairs(
-    dataset: Any,
+    dataset: IndexedDataset,
     model: Any,
     step: Step,
     collator: CLIPDataCollator,
@@ -41,7 +42,6 @@ def score_pairs(
     epoch: int,
     augmented: bool,
     sharded: bool,
-    worker_settings: dict[str, Any],
     autocast: Callable[[], contextlib.AbstractContextManager[Any]],
 ) -> PairScores | None:
     """
@@ -52,17 +52,15 @@ def score_pairs(
     many of all rows on the first. Torch's global generators are left as they are.
 
     Args:
-        dataset (map-style dataset): The pairs.
+        dataset ([`~data.rows.IndexedDataset`]): The pairs.
         model (`nn.Module`): That scores them; wrapped where its weights are `sharded`.
-        step ([`~trainers.step.Step`]), collator, args, worker_settings, autocast: Of the training.
+        step ([`~trainers.step.Step`]), collator, args, autocast: Of the training.
         epoch (`int`): From 0; keys what is drawn.
         augmented (`bool`): Whether to score augmented views in place of the pairs as they are.
 
     Returns:
         [`~defences.base.PairScores`]: On the first rank; `None` on the others.
     """
-    on_bad_row: Any = args.on_bad_row
-    dataset = IndexedDataset(dataset, args.image_column, args.caption_column, on_bad_row)
     rows = len(dataset)
     share = -(-rows // args.world_size)
     scores = np.empty(share, dtype=_SCORE)
@@ -75,7 +73,7 @@ def score_pairs(
         batch_size=args.eval_batch_size,
         collate_fn=collator.with_views(("scored",) if augmented else (ORIGINAL,)),
         generator=torch.Generator(),  # its own, or the workers' seed would be drawn from the global one
-        **worker_settings,
+        **worker_settings(args),
     )
     was_training = model.training
     model.eval()

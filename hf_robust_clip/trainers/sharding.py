@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,23 +18,21 @@ if TYPE_CHECKING:
 _METHODS = ("get_image_features", "get_text_features")
 
 
-@contextlib.contextmanager
-def shardable(model: Any, accelerator: Accelerator) -> Iterator[None]:
+def set_apart_scalars(model: Any, accelerator: Accelerator) -> None:
     """
-    A context in which FSDP takes a dual encoder. Its temperature and its bias stay whole on every process, from where
-    losses read them, and their gradients are averaged.
+    Prepare a dual encoder for FSDP. Its temperature and its bias stay whole on every process, from where losses read
+    them, and their gradients are averaged.
 
     Args:
-        model (`nn.Module`): Before it is wrapped.
+        model (`nn.Module`): Before it is wrapped; one that is wrapped is left as it is.
         accelerator (`Accelerator`): Set up for FSDP.
 
     Raises:
         `ValueError`: For settings of FSDP that cannot work with it.
     """
-    from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+    from torch.distributed.fsdp import FSDPModule
 
     if isinstance(model, FSDPModule):
-        yield
         return
     plugin: Any = accelerator.state.fsdp_plugin
     for name, accepted in (("fsdp_version", 2), ("cpu_ram_efficient_loading", False)):
@@ -61,14 +57,16 @@ def shardable(model: Any, accelerator: Accelerator) -> Iterator[None]:
         ignored = [module for name, module in model.named_modules() if re.fullmatch(ignored, name)]
     plugin.ignored_modules = [*ignored, nn.ParameterList(spared)]
     # accelerate asks for them to shard them by themselves, and a dual encoder has none to name.
-    inputs_of = model.get_input_embeddings
     model.get_input_embeddings = _none
-    try:
-        yield
-    finally:
-        model.get_input_embeddings = inputs_of
-    for method in _METHODS:
-        register_fsdp_forward_method(model, method)
+
+
+def register_embedding_methods(model: Any) -> None:
+    """Let the whole weights of a wrapped model come together for what evaluators call, too."""
+    from torch.distributed.fsdp import register_fsdp_forward_method
+
+    if vars(model).pop("get_input_embeddings", None) is not None:  # of a model that has just been wrapped
+        for method in _METHODS:
+            register_fsdp_forward_method(model, method)
 
 
 def _none() -> None:

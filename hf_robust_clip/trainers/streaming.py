@@ -20,6 +20,7 @@ from ..data.collator import CLIPDataCollator
 from ..data.streams import Place, Stream, StreamCollator
 from ..files import write_text
 from ..wording import shown
+from .loaders import worker_settings
 
 logger = logging.get_logger(__name__)
 
@@ -42,7 +43,6 @@ class StreamedTraining:
         dataset (iterable dataset): What is trained on.
         batch_size (`int`): Rows of a batch, on each rank.
         args ([`CLIPTrainingArguments`]), accelerator (`Accelerator`), collator ([`CLIPDataCollator`]): The trainer's.
-        worker_settings (`dict`): Arguments of a `DataLoader` that say how its workers load.
 
     Raises:
         `ValueError`: If accelerate is to split or dispatch batches: ranks read their own.
@@ -55,7 +55,6 @@ class StreamedTraining:
         args: Any,
         accelerator: Any,
         collator: CLIPDataCollator,
-        worker_settings: dict[str, Any],
     ) -> None:
         self.args = args
         accelerator_config: Any = args.accelerator_config
@@ -87,7 +86,7 @@ class StreamedTraining:
             collate_fn=StreamCollator(collator),
             persistent_workers=args.dataloader_persistent_workers,
             in_order=args.dataloader_in_order,
-            **worker_settings,
+            **worker_settings(args),
         )
         self._group: Any = None
         self._begin(0, [])
@@ -178,8 +177,8 @@ class StreamedTraining:
         self._begin(epoch, places)
         if places and not self.stream.has_exact_state:
             logger.warning(
-                "train_dataset cannot say where it is (it has a shuffle buffer, or is no datasets.IterableDataset): "
-                f"to resume, {sum(place.rows for place in places)} rows of this pass are read again and left out."
+                "train_dataset cannot say where it is: it has a shuffle buffer, or is not a datasets.IterableDataset. "
+                f"To resume, {sum(place.rows for place in places)} rows of this pass are read again and left out."
             )
         return epoch, batches
 

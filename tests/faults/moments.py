@@ -116,9 +116,6 @@ MOMENTS: dict[str, Callable[[Moment], None]] = {
     "writing the optimizer": lambda moment: moment.of(moment.trainer, "_save_optimizer_and_scheduler"),
     "writing the generators": lambda moment: moment.of(moment.trainer, "_save_rng_state"),
     "writing the state": lambda moment: moment.of(TrainerState, "save_to_json", linger=_LINGER),
-    "moving the checkpoint": lambda moment: moment.of(
-        os, "replace", when=lambda _, to: Path(to).name.startswith("checkpoint-"), linger=_LINGER
-    ),
     "deleting a checkpoint": _deleting,
     "loading in workers": _loading,
     "pushing": lambda moment: None,  # the Hub announces it

@@ -8,7 +8,7 @@ from pushing import STRATEGIES
 from stand_in import BAD_TOKEN, READ_TOKEN, STRANGER_TOKEN, WRITE_TOKEN, HubStandIn, run_script
 from training import ARGUMENTS
 
-from hf_robust_clip.trainers.base import STATE_FILE
+from hf_robust_clip.trainers.trainer import STATE_FILE
 
 SCRIPT = Path(__file__).parent / "pushing.py"
 #: Everything that the libraries have to say.

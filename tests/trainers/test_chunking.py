@@ -158,8 +158,11 @@ def test_batches_of_a_step_that_was_not_made_are_no_part_of_the_next(spanned: bo
     given = {"rows": 32, "gradient_accumulation_steps": 2, "accumulate_negatives": spanned, "num_train_epochs": 2}
     trainer: Any = make_trainer(RecordedRoCLIP, tmp_path, callbacks=[EndsWithinAStep()], **given)
     checked = []
-    note_gradient = trainer._finite.note_gradient
-    trainer._finite.note_gradient = lambda *args: (checked.append(len(trainer._finite._batches)), note_gradient(*args))
+    note_gradient = trainer.watch.finite.note_gradient
+    trainer.watch.finite.note_gradient = lambda *args: (
+        checked.append(len(trainer.watch.finite._batches)),
+        note_gradient(*args),
+    )
     trainer.train()
     assert [len(step.rows) for step in trainer.steps] == ([16] * 3 if spanned else [8] * 7)
     assert checked == ([1] * 3 if spanned else [2] * 3)

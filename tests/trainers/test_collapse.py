@@ -12,8 +12,8 @@ from training import SHORT, digits, make_trainer, training_log
 
 from hf_robust_clip import CLIPTrainer, ZeroShotEvaluator
 from hf_robust_clip.data.digits import CAPTION_TEMPLATES, CLASS_NAMES
-from hf_robust_clip.trainers.base import Embeddings
 from hf_robust_clip.trainers.collapse import CollapseWatch
+from hf_robust_clip.trainers.trainer import Embeddings
 
 
 def test_measure_is_the_mean_cosine_of_different_rows() -> None:
@@ -112,8 +112,8 @@ def test_a_learning_rate_that_destroys_the_model(
         **options,
     )
     # As if it knew the digits.
-    judge = trainer._collapse.judge
-    trainer._collapse.judge = lambda figures, step: judge(figures if step else {"clean_accuracy": 0.9}, step)  # type: ignore[method-assign]
+    judge = trainer.watch.collapse.judge
+    trainer.watch.collapse.judge = lambda figures, step: judge(figures if step else {"clean_accuracy": 0.9}, step)  # type: ignore[method-assign]
     if before == "run_evaluators":
         trainer.run_evaluators()
     trainer.train()

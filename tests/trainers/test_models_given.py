@@ -157,7 +157,7 @@ def test_the_trial_leaves_the_generators_alone(tmp_path: Path) -> None:
         model = small_model()
         with pytest.MonkeyPatch.context() as patch:
             if not tried:
-                patch.setattr("hf_robust_clip.trainers.base.check_fit", lambda *_: None)
+                patch.setattr("hf_robust_clip.trainers.trainer.check_fit", lambda *_: None)
             make_trainer(CleanCLIPTrainer, tmp_path, rows=16, model=model)
         states.append((torch.get_rng_state(), model.training))
     assert torch.equal(states[0][0], states[1][0]) and states[0][1] == states[1][1]

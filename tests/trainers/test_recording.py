@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from hf_robust_clip.describing import describe_evaluator
 from hf_robust_clip.evaluation.embedding import Embedder
 from hf_robust_clip.evaluation.running import run_evaluators
 from hf_robust_clip.record import RUN_FILE, Data, RunRecord
-from hf_robust_clip.trainers import publishing
+from hf_robust_clip.trainers import trainer as trainer_module
 
 
 def evaluators() -> list[Any]:
@@ -97,24 +98,26 @@ def test_resumed_run_remembers_the_figures_before_and_the_time(tmp_path: Path) -
     resumed = make_trainer(CLIPTrainer, tmp_path / "resumed", evaluators=evaluators())
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-16"))
     record = resumed.record()
-    assert record.before == earlier.before == trainer.figures_before
+    assert record.before == earlier.before == trainer.run_log.before
     assert record.environment.seconds > earlier.environment.seconds > 0
 
 
-def test_a_record_of_another_version_does_not_stop_resuming(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    trainer = make_trainer(CLIPTrainer, tmp_path, save_strategy="epoch")
-    trainer.train()
-    checkpoint = tmp_path / "checkpoint-16"
-    (checkpoint / RUN_FILE).write_text('{"of": "tomorrow"}')
-    resumed = make_trainer(CLIPTrainer, tmp_path / "resumed")
-    resumed.train(resume_from_checkpoint=str(checkpoint))
-    assert resumed.state.global_step == trainer.state.global_step
-    assert "will not know of the run until here" in caplog.text and RUN_FILE in caplog.text
+def test_a_checkpoint_without_our_log_of_the_run_is_resumed_from_and_saved_again(tmp_path: Path) -> None:
+    """Such as one of the stock Trainer."""
+    make_trainer(CLIPTrainer, tmp_path, save_strategy="epoch", max_steps=16).train()
+    path = tmp_path / "checkpoint-16" / "trainer_state.json"
+    state = json.loads(path.read_text())
+    del state["stateful_callbacks"]["RunLog"]
+    path.write_text(json.dumps(state))
+    resumed = make_trainer(CLIPTrainer, tmp_path / "resumed", max_steps=17, save_strategy="steps", save_steps=1)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-16"))
+    saved = json.loads((tmp_path / "resumed" / "checkpoint-17" / "trainer_state.json").read_text())
+    assert "optimizer.pt" in saved["stateful_callbacks"]["RunLog"]["run"]["files"]
 
 
 def test_data_is_described_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    monkeypatch.setattr(publishing, "describe_dataset", lambda data: seen.append(data) or {"rows": len(data)})
+    monkeypatch.setattr(trainer_module, "describe_dataset", lambda data: seen.append(data) or {"rows": len(data)})
     trainer = make_trainer(CLIPTrainer, tmp_path)
     described = trainer.record().data
     assert described == trainer.record().data == Data(rows=len(trainer.train_dataset)) and len(seen) == 1

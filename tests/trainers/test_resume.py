@@ -18,8 +18,8 @@ from training import assert_same_bits, digits, is_whole, make_trainer, train_and
 
 from hf_robust_clip import CleanCLIPTrainer, CLIPTrainer, RoCLIPTrainer, SafeCLIPTrainer
 from hf_robust_clip.locking import FolderInUseError
-from hf_robust_clip.trainers.base import STATE_FILE
-from hf_robust_clip.trainers.checkpoints import CheckpointError
+from hf_robust_clip.trainers.checkpoints import CheckpointError, check_resumed, newest_checkpoint, why_incomplete
+from hf_robust_clip.trainers.trainer import STATE_FILE
 
 #: Four steps an epoch. RoCLIP matches in epochs 1 and 3, with pools full from step 3 on; SafeCLIP splits from epoch 2.
 RUNS: dict[type[CLIPTrainer], dict[str, Any]] = {
@@ -166,7 +166,7 @@ def test_checkpoint_of_epochs_of_another_length_is_refused_where_they_count(whol
     with pytest.raises(ValueError, match=message):
         other.train(resume_from_checkpoint=checkpoint)
     # Of one that does not say, nothing is known against it.
-    other._check_checkpoint({"trainer": "SafeCLIPTrainer", "rows": "40"}, checkpoint)
+    check_resumed(checkpoint, {"trainer": "SafeCLIPTrainer", "rows": "40"}, "SafeCLIPTrainer", 40, 5)
 
 
 @pytest.mark.parametrize(
@@ -198,8 +198,8 @@ def test_checkpoint_without_pools_is_refused_where_there_are_some(tmp_path: Path
 def test_checkpoint_without_training_state_is_warned_of(
     cls: type[CLIPTrainer], whole: Whole, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    shutil.copytree(whole(cls)[1] / "checkpoint-10", tmp_path / "checkpoint-10")
-    (tmp_path / "checkpoint-10" / STATE_FILE).unlink()
+    saved = {"save_strategy": "steps", "save_steps": 10, "save_only_model": True}
+    make_trainer(cls, tmp_path, **{**RUNS[cls], "max_steps": 10, **saved}).train()
     trainer: Any = make_trainer(cls, tmp_path, **{**RUNS[cls], "max_steps": 11})
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
     assert f"has no {STATE_FILE}" in caplog.text
@@ -292,9 +292,8 @@ def test_no_space_is_said_only_where_there_is_none(
 
 def test_what_a_killed_save_left_behind_is_removed_and_replaced(whole: Whole, tmp_path: Path) -> None:
     shutil.copytree(whole(CLIPTrainer)[1] / "checkpoint-3", tmp_path / "checkpoint-3")
-    for name in ("_saving-checkpoint-4", "checkpoint-6"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "stale").write_text("torn")
+    (tmp_path / "checkpoint-6").mkdir()
+    (tmp_path / "checkpoint-6" / "stale").write_text("torn")
     trainer = make_trainer(CLIPTrainer, tmp_path, save_strategy="steps", save_steps=1, **RUNS[CLIPTrainer])
     trainer.train(resume_from_checkpoint=True)
     assert {path.name for path in tmp_path.iterdir()} == {f"checkpoint-{step}" for step in range(3, 13)}
@@ -311,7 +310,7 @@ def delete_in_part(path: str | Path, **_: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", ["replaced", "outdated"])
-def test_deletion_that_is_cut_short_leaves_no_torn_checkpoint(
+def test_deletion_that_is_cut_short_leaves_a_checkpoint_that_is_not_resumed_from(
     kind: str, whole: Whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for step in (2, 3, 4):
@@ -327,7 +326,7 @@ def test_deletion_that_is_cut_short_leaves_no_torn_checkpoint(
         patch.setattr(shutil, "rmtree", delete_in_part)
         trainer.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{2 if kind == 'replaced' else 4}"))
     left = [path for path in tmp_path.iterdir() if path.name.startswith("checkpoint-")]
-    assert left and all(map(is_whole, left))
+    assert [why_incomplete(path) is None for path in left] == list(map(is_whole, left)) and any(map(is_whole, left))
     resumed = make_trainer(CLIPTrainer, tmp_path, **options)
     resumed.train(resume_from_checkpoint=True)
     assert_same_bits(whole(CLIPTrainer)[0], resumed)
@@ -358,7 +357,7 @@ def test_best_and_newest_checkpoints_are_kept(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-2", "checkpoint-5"}
 
 
-def test_best_alone_is_kept_at_the_end_and_none_torn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_best_alone_is_kept_at_the_end_and_resumed_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = evaluating_trainer(tmp_path, save_total_limit=1)
     with monkeypatch.context() as patch, pytest.raises(Killed):
         finalize = trainer._finalize_training
@@ -369,7 +368,7 @@ def test_best_alone_is_kept_at_the_end_and_none_torn(tmp_path: Path, monkeypatch
 
         patch.setattr(trainer, "_finalize_training", finalize_until_killed)
         trainer.train()
-    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+    assert newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
     assert is_whole(tmp_path / "checkpoint-2")
     evaluating_trainer(tmp_path / "again", save_total_limit=1).train()
     assert [path.name for path in (tmp_path / "again").iterdir()] == ["checkpoint-2"]
@@ -400,15 +399,15 @@ def test_two_trainings_in_one_folder_are_one_too_many(tmp_path: Path) -> None:
 
 
 def test_all_ranks_of_a_training_are_refused_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hf_robust_clip.trainers import publishing
+    from hf_robust_clip.trainers import checkpoints
 
     told: list[Any] = ["out is in use"]
-    monkeypatch.setattr(publishing, "broadcast_object_list", lambda given: given.__setitem__(0, told[0]))
+    monkeypatch.setattr(checkpoints, "broadcast_object_list", lambda given: given.__setitem__(0, told[0]))
     another_rank: Any = SimpleNamespace(process_index=1, world_size=2, output_dir=str(tmp_path / "out"))
-    with pytest.raises(FolderInUseError, match="out is in use"), publishing.sole_training(another_rank):
+    with pytest.raises(FolderInUseError, match="out is in use"), checkpoints.sole_training(another_rank):
         pass
     told[0] = None
-    with publishing.sole_training(another_rank):
+    with checkpoints.sole_training(another_rank):
         assert not list(tmp_path.iterdir())
 
 

@@ -199,7 +199,7 @@ def test_nothing_is_read_of_a_pass_that_is_over(stopped: tuple[Path, Any], monke
 
 def streamed_again(trainer: Any) -> StreamedTraining:
     args, accelerator = trainer.args, trainer.accelerator
-    return StreamedTraining(shards(), 8, args, accelerator, trainer.data_collator, trainer.worker_settings())
+    return StreamedTraining(shards(), 8, args, accelerator, trainer.data_collator)
 
 
 @pytest.fixture(scope="module")

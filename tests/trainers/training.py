@@ -23,7 +23,7 @@ from hf_robust_clip import (
 )
 from hf_robust_clip.data.digits import digit_processor, load_digit_pairs
 from hf_robust_clip.data.scratch import build_model
-from hf_robust_clip.trainers.base import STATE_FILE
+from hf_robust_clip.trainers.trainer import STATE_FILE
 
 ARGUMENTS: dict[type[CLIPTrainer], type[CLIPTrainingArguments]] = {
     CLIPTrainer: CLIPTrainingArguments,

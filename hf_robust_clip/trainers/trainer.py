@@ -1,4 +1,4 @@
-"""`CLIPTrainer`: the undefended baseline, and every hook that the defences share."""
+"""`CLIPTrainer`: the undefended baseline, which wires the parts of a training to the hooks of the Trainer."""
 
 from __future__ import annotations
 
@@ -10,42 +10,67 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate.utils import gather_object
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader
-from transformers import SchedulerType
+from transformers import Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from ..augment.images import ImageNormalization
 from ..batch import Batch, Embeddings
 from ..callbacks import TrainerHooks
 from ..columns import BAD_ROWS, POISONED, ROW_INDEX
-from ..data.collator import ORIGINAL, CLIPDataCollator, RowsOnHost
+from ..data.collator import ORIGINAL, CLIPDataCollator
 from ..data.fitting import check_fit
-from ..data.rows import IndexedDataset, check_dataset
-from ..data.streams import PLACE, Stream, StreamCollator
+from ..data.rows import check_dataset
+from ..data.streams import PLACE
 from ..defences import CLIP, Defence
 from ..defences.base import PairScores, Plan
-from ..describing import describe_skipped
+from ..describing import describe_dataset, describe_evaluator, describe_skipped
+from ..evaluation.embedding import Embedder
 from ..evaluation.running import evaluator_list, run_evaluators
+from ..files import write_text
 from ..kinds import kind
-from ..losses import clip_loss
-from ..models import caption_padding, check_processor, load_processor, longest_caption
+from ..locking import sole_writer
+from ..models import check_processor, load_processor
+from ..record import RunRecord
 from ..seeding import derive_seed
+from ..telling import (
+    Control,
+    MatchedPair,
+    RunPictures,
+    check_report_extra,
+    kept_card,
+    license_of,
+    render_run_report,
+    write_card,
+)
 from ..wording import shown
-from .adapters import add_adapters, check_adapters
+from .adapters import (
+    add_adapters,
+    check_adapters,
+    complete_adapter_file,
+    has_adapters,
+    merged,
+    remove_adapter_files,
+    warn_of_local_base,
+)
 from .arguments import CLIPTrainingArguments
+from .checkpoints import (
+    check_resumed,
+    check_saved_weights,
+    checkpoint_to_resume,
+    sole_training,
+    writing_checkpoint,
+)
 from .checks import (
-    ONE_ROW,
     callback_list,
     check_arguments,
     check_best_metric,
-    check_collator,
     check_negatives,
     check_trained,
     decide_best_metric,
@@ -55,25 +80,34 @@ from .checks import (
     resolve_text_augmentation,
     warn_of_half_precision,
 )
-from .collapse import CollapseWatch
+from .evaluating import EvaluatedPairs
 from .finite import FiniteCheck
-from .means import RecentLoss, RunningMeans
-from .publishing import PublishingTrainer
+from .hub import check_merged_push, warn_of_failed_pushes
+from .loaders import (
+    indexed,
+    is_stream,
+    map_style_loader,
+    stream_to_evaluate,
+    training_collator,
+)
+from .pictures import pictures_of
+from .recording import record_of
+from .runlog import RunLog
+from .schedule import has_phases, phased
 from .scoring import score_pairs
-from .sharding import shardable
+from .sharding import register_embedding_methods, set_apart_scalars
 from .step import Step, scale_of
 from .streaming import StreamedTraining
+from .watch import Watch
 
 logger = logging.get_logger(__name__)
 
 STATE_FILE = "robust_clip_state.safetensors"
-#: Methods in which a subclass may add figures, whose names are then not known.
+#: Methods in which a subclass may add metrics, whose names are then not known.
 _EVALUATION = ("evaluate", "evaluation_loop", "run_evaluators")
 
-Evaluator = Callable[..., dict[str, float]]
 
-
-class CLIPTrainer(PublishingTrainer):
+class CLIPTrainer(Trainer):
     """
     Train or fine-tune a dual encoder of images and texts with the loss of CLIP (Radford et al., ICML 2021).
 
@@ -141,7 +175,7 @@ class CLIPTrainer(PublishingTrainer):
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: Any = None,
-        evaluators: Evaluator | Sequence[Evaluator] = (),
+        evaluators: Callable[..., dict[str, float]] | Sequence[Callable[..., dict[str, float]]] = (),
         image_augmentation: nn.Module | Callable[[torch.Tensor], torch.Tensor] | str | None = None,
         text_augmentation: Callable[[str, int], str] | str | None = None,
         peft_config: Any = None,
@@ -156,57 +190,43 @@ class CLIPTrainer(PublishingTrainer):
         check_arguments(args, self.args_class, train_dataset, eval_dataset)
         if defence is not None and not isinstance(defence, Defence):
             raise ValueError(f"defence must be a Defence, but is {kind(defence)}")
+        if not isinstance(optimizers, list | tuple) or len(optimizers) != 2:
+            raise ValueError(f"optimizers must be a pair of an optimizer and a scheduler, but is {kind(optimizers)}")
         if defence is None:
             defence = self.make_defence(args, train_dataset)
-        evaluators = evaluator_list(evaluators)
+        self.evaluators = evaluator_list(evaluators)
         encoder = load_to_train(model)
         warn_of_half_precision(encoder)
         processing_class = load_processor(model, processing_class)
         check_processor(processing_class, "processing_class")
-        for evaluator in evaluators:
+        for evaluator in self.evaluators:
             if hasattr(evaluator, "check"):
                 evaluator.check(processing_class)
-        decide_best_metric(args, evaluators)
+        decide_best_metric(args, self.evaluators)
         if all(getattr(type(self), name) is getattr(CLIPTrainer, name) for name in _EVALUATION):
-            check_best_metric(args, evaluators, eval_dataset)
+            check_best_metric(args, self.evaluators, eval_dataset)
         self.image_augmentation = resolve_image_augmentation(image_augmentation, args)
         text_augmentation = resolve_text_augmentation(text_augmentation, args)
         # One view and an augmentation: the augmented view takes the original's place.
         augments = self.image_augmentation is not None or text_augmentation is not None
         views = tuple(self.views or defence.views)
         self.views = ("augmented",) if views == (ORIGINAL,) and augments else views
-        if data_collator is not None:
-            check_collator(data_collator, args, text_augmentation)
-        else:
-            data_collator = CLIPDataCollator(
-                processing_class,
-                image_column=args.image_column,
-                caption_column=args.caption_column,
-                views=self.views,
-                text_augmentation=text_augmentation,
-                max_length=args.max_length or longest_caption(encoder, processing_class.tokenizer),
-                padding=caption_padding(encoder),
-                seed=args.order_seed,
-            )
+        collator = training_collator(data_collator, processing_class, encoder, args, self.views, text_augmentation)
         if peft_config is not None:
             encoder = add_adapters(encoder, peft_config, args.seed)
         check_adapters(encoder, args)
         if train_dataset is not None:
             check_trained(encoder)
-        check_fit(encoder, processing_class, data_collator, train_dataset)
-        if evaluators and data_collator.tokenizer is not processing_class.tokenizer:
+        check_fit(encoder, processing_class, collator, train_dataset)
+        if self.evaluators and collator.tokenizer is not processing_class.tokenizer:
             check_fit(encoder, processing_class)
-        # The Trainer refuses an eval_strategy without a dataset; evaluators bring their own.
-        if eval_dataset is None and evaluators:
-            eval_dataset = []
-        if not isinstance(optimizers, list | tuple) or len(optimizers) != 2:
-            raise ValueError(f"optimizers must be a pair of an optimizer and a scheduler, but is {kind(optimizers)}")
         super().__init__(
             model=encoder,
             args=args,
-            data_collator=data_collator,
+            data_collator=collator,
             train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
+            # The Trainer refuses an eval_strategy without a dataset; evaluators bring their own.
+            eval_dataset=[] if eval_dataset is None and self.evaluators else eval_dataset,
             processing_class=processing_class,
             callbacks=callback_list(callbacks),
             optimizers=optimizers,
@@ -215,12 +235,20 @@ class CLIPTrainer(PublishingTrainer):
         # Without these the Trainer sees no labels and reports no eval_loss.
         self.can_return_loss = True
         self.label_names = []
-        self.evaluators = evaluators
-        normalization = ImageNormalization(data_collator.preprocess.mean, data_collator.preprocess.std)
-        self.step = Step(
-            self.views, self.image_augmentation, normalization.to(self.args.device), self.args.device, self._loss
-        )
-        self._eval_collator = data_collator.for_evaluation()
+        device = self.args.device
+        self.defence = defence.to(device)
+        normalization = ImageNormalization(collator.preprocess.mean, collator.preprocess.std).to(device)
+        self.step = Step(self.views, self.image_augmentation, normalization, device, self._loss)
+        folder = Path(str(args.output_dir))
+        finite = FiniteCheck(folder, args.process_index, device, lambda: self.unwrapped_model.named_parameters())
+        self.watch = Watch(self.accelerator, finite if args.stop_on_non_finite else None)
+        #: What is logged as a mean; see [`~trainers.means.RunningMeans`].
+        self.means = self.watch.means
+        #: For whoever tells of the progress, between two logs.
+        self.recent_loss = self.watch.recent_loss
+        self.defence.gather, self.defence.means = args.gather_across_devices, self.means
+        self._eval_collator = collator.for_evaluation()
+        self._evaluated = EvaluatedPairs()
         self._evaluators_prefix: str | None = None
         self._evaluating = False
         self._epoch: int | None = None
@@ -228,28 +256,13 @@ class CLIPTrainer(PublishingTrainer):
         self._steps_per_epoch = 0  # of a map-style dataset, in optimizer steps; known when its loader is made
         self._micro_step = 0
         self._pending: list[Batch] = []
-        self._evaluated: list[list[torch.Tensor | None]] = []  # of each batch: numbers of rows, embeddings
         self._bad_rows: set[int] = set()
         self._loader_generator = torch.Generator()
-        self._finite: FiniteCheck | None = None
-        if args.stop_on_non_finite:
-            self._finite = FiniteCheck(
-                Path(str(args.output_dir)),
-                args.process_index,
-                args.device,
-                lambda: self.unwrapped_model.named_parameters(),
-            )
         self._streamed: StreamedTraining | None = None
         self._streamed_next: StreamedTraining | None = None
-        #: What is logged as a mean; see [`~trainers.means.RunningMeans`].
-        self.means = RunningMeans(self.accelerator)
-        self.defence = defence.to(self.args.device)
-        self.defence.gather, self.defence.means = args.gather_across_devices, self.means
-        #: For whoever tells of the progress, between two logs.
-        self.recent_loss = RecentLoss()
-        self._collapse = CollapseWatch()
-        self._pairs_since_log = 0
-        self._last_log = time.perf_counter()
+        self._eval_loaders: dict[str, tuple[Any, DataLoader[Any]]] = {}  # with persistent workers
+        self._unwrapped: tuple[Any, Any] | None = None
+        self._described: tuple[Any, dict[str, Any]] | None = None
         self.add_callback(
             TrainerHooks(
                 self.on_train_begin,
@@ -259,13 +272,37 @@ class CLIPTrainer(PublishingTrainer):
                 self.on_train_end,
             )
         )
+        self.add_callback(RunLog())
         if train_dataset is not None:
             self.check_batches(self.args.train_batch_size)
-        if self._has_phases and self.lr_scheduler is not None:
+        if has_phases(self.defence) and self.lr_scheduler is not None:
             logger.warning(
                 f"optimizers brings a scheduler of its own: it is used as it is, without the learning rates of "
                 f"{type(self.defence).__name__}."
             )
+
+    @property
+    def unwrapped_model(self) -> Any:
+        """The model without what distributed training wraps around it."""
+        if self._unwrapped is None or self._unwrapped[0] is not self.model:
+            # Looking for wrappers goes through all modules.
+            self._unwrapped = self.model, self.accelerator.unwrap_model(self.model)
+        return self._unwrapped[1]
+
+    @property
+    def loaded_from(self) -> str:
+        """The folder or Hub id that the model was loaded from; `""` where it was made."""
+        return str(getattr(self.unwrapped_model.config, "_name_or_path", "") or "")
+
+    @property
+    def run_log(self) -> RunLog:
+        """Metrics outside of training, the time in training, skipped rows."""
+        return next(item for item in self.callback_handler.callbacks if isinstance(item, RunLog))
+
+    @property
+    def sharded(self) -> bool:
+        """Whether an engine shards the weights, which then come together only while all ranks encode in step."""
+        return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
 
     # ---- The defence ----
 
@@ -291,18 +328,15 @@ class CLIPTrainer(PublishingTrainer):
         Returns:
             [`~defences.base.PairScores`]: On the first rank; `None` on the others.
         """
-        # Sharded parameters come together only in the wrapped model's forward pass.
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         return score_pairs(
-            self.train_dataset,
-            self.model_wrapped if sharded else self.unwrapped_model,
+            indexed(self.train_dataset, self.args),
+            self.model_wrapped if self.sharded else self.unwrapped_model,
             self.step,
             self.data_collator,
             self.args,
             epoch,
             augmented,
-            sharded,
-            self.worker_settings(),
+            self.sharded,
             self.compute_loss_context_manager,
         )
 
@@ -318,10 +352,6 @@ class CLIPTrainer(PublishingTrainer):
         """Numbers of the rows passed over so far under `on_bad_row="skip"`, on all ranks; call it on all ranks."""
         rows = sorted(self._bad_rows)
         return sorted(set(gather_object(rows))) if self.args.world_size > 1 else rows
-
-    def _note_skipped_rows(self) -> None:
-        # For the record, which is written by one rank alone.
-        self.skipped = describe_skipped(self.skipped_rows, streamed=self._dataset_length() is None)
 
     # ---- Batches and losses ----
 
@@ -359,15 +389,7 @@ class CLIPTrainer(PublishingTrainer):
 
     def _loss(self, views: dict[str, Embeddings], scale: torch.Tensor, batch: Batch) -> torch.Tensor:
         """The sum of [`loss_components`], which are logged."""
-        terms = self.loss_components(views, scale, batch)
-        if self._finite is not None:
-            self._finite.note_batch(terms, views, batch.rows)
-        pairs = views[self.views[0]]
-        self.means.add({**terms, "logit_scale": scale.squeeze(), **self._collapse.measure(pairs)})
-        self._note_similarities(pairs, batch.poisoned)
-        loss = torch.stack(list(terms.values())).sum()
-        self.recent_loss.add(loss, pairs.image_embeds.shape[0])
-        return loss
+        return self.watch.see(self.loss_components(views, scale, batch), views, scale, batch)
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
@@ -400,45 +422,35 @@ class CLIPTrainer(PublishingTrainer):
             self.compute_loss_context_manager,
         )
 
-    def _note_similarities(self, pairs: Embeddings, poisoned: torch.Tensor | None) -> None:
-        similarities = (pairs.image_embeds * pairs.text_embeds).sum(dim=-1).detach()  # (B,)
-        self._pairs_since_log += similarities.shape[0]
-        self.means.add({"pair_similarity": similarities})
-        if poisoned is not None:
-            self.means.add({"clean_pair_similarity": similarities}, ~poisoned)
-            self.means.add({"poisoned_pair_similarity": similarities}, poisoned)
-
     # ---- Events ----
 
     def on_train_begin(self) -> None:
         """Called when training starts, after a checkpoint is restored."""
-        if self.state.global_step == 0:
+        anew = self.state.global_step == 0
+        if anew:
             self._forget()
-            self._collapse.begin()
+        if self.is_fsdp_enabled:
+            register_embedding_methods(self.unwrapped_model)
         args = self.args
         calls = 1 if args.accumulate_negatives else args.gradient_accumulation_steps
         batches = args.gradient_accumulation_steps // calls
         batch = self._train_batch_size * args.world_size * batches
         self.defence.begin_training(Plan(self.state.max_steps, self.state.num_train_epochs, calls, batch))
-        if self.args.bf16_full_eval or self.args.fp16_full_eval:
+        if args.bf16_full_eval or args.fp16_full_eval:
             # With these, evaluate() before train() turns the weights themselves to half precision.
             warn_of_half_precision(self.unwrapped_model)
+        for evaluator in self.evaluators:
+            describe_evaluator(evaluator)
         self._epoch = None
         self._pending.clear()
-        self.means.clear()
-        if self._finite is not None:
-            self._finite.clear()
-        self._pairs_since_log = 0
-        self._last_log = time.perf_counter()
-        self.begin_record()
+        self.watch.begin(anew)
 
     def on_epoch_begin(self) -> None:
         """Called before each epoch, and again when training resumes within one."""
         self._epoch = self._first_epoch if self._epoch is None else self._epoch + 1
         # A callback may have ended the last epoch within a step.
         self._pending.clear()
-        if self._finite is not None:
-            self._finite.drop_batches()
+        self.watch.drop_batches()
         if self._streamed is not None:
             self._streamed.begin_pass(self._epoch)
         self.data_collator.set_epoch(self._epoch)
@@ -454,7 +466,7 @@ class CLIPTrainer(PublishingTrainer):
         optimizer, as the Trainer does, but counts its epochs, and what a defence does in them, from 0.
         """
         self._bad_rows.clear()
-        self.skipped = None
+        self.run_log.skipped = None
         self.defence.reset()
 
     def on_step_begin(self) -> None:
@@ -470,113 +482,80 @@ class CLIPTrainer(PublishingTrainer):
 
     def on_train_end(self) -> None:
         """Called when training is over."""
-        if self._finite is not None:
-            self._finite.check()
-        self.end_record()
+        self.watch.check()
         self._note_skipped_rows()
-        if self.skipped:
-            logger.warning(f"Unusable rows of train_dataset were skipped, {self.skipped}")
+        if self.run_log.skipped:
+            logger.warning(f"Unusable rows of train_dataset were skipped, {self.run_log.skipped}")
         if self.state.global_step == 0 and self.state.max_steps > 0:
             raise ValueError(
                 "train_dataset yielded no full batch of "
                 f"per_device_train_batch_size={self.args.per_device_train_batch_size} rows: nothing was trained"
             )
 
-    # ---- Logging ----
+    def _note_skipped_rows(self) -> None:
+        # For the record, which is written by one rank alone.
+        self.run_log.skipped = describe_skipped(self.skipped_rows, streamed=self._dataset_length() is None)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the mean of each loss term since the last log, over all ranks, and the throughput, to training logs."""
         if "loss" in logs:
-            now = time.perf_counter()
-            means = self.means.take()
-            self._collapse.look(means, self.state.global_step, self.state.max_steps)
-            logs.update(means)
-            logs["pairs_per_second"] = self._pairs_since_log * self.args.world_size / (now - self._last_log)
+            logs.update(self.watch.logs(self.state.global_step, self.state.max_steps))
             self.defence.logged(logs)
-            self._pairs_since_log = 0
-            self._last_log = now
         super().log(logs, start_time)
 
     # ---- Data ----
 
-    def _get_dataloader(  # type: ignore[override]  # passes on what it does not name
-        self, dataset: Any, description: str, batch_size: int, **kwargs: Any
-    ) -> DataLoader[Any]:
-        columns = (self.args.image_column, self.args.caption_column)
-        on_bad_row: Any = self.args.on_bad_row
-        given = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
-        if all(dataset is not checked for checked in (self.train_dataset, *given)):
-            check_dataset(dataset, *columns, argument="eval_dataset", on_bad_row=on_bad_row)
-        # A loader draws a seed for its workers at each epoch, but with persistent workers at the first only, and after
-        # resuming within an epoch once more: from the global generator, that would shift the model's dropout.
-        generator = self._loader_generator if kwargs.get("is_training") else torch.Generator()
-        if kwargs.get("is_training"):
-            self.check_batches(batch_size)  # auto_find_batch_size lowers it
-        if kwargs.get("is_training") and isinstance(dataset, torch.utils.data.IterableDataset):
-            self._streamed_next = StreamedTraining(
-                dataset, batch_size, self.args, self.accelerator, self.data_collator, self.worker_settings()
-            )
-            self._streamed_next.loader.base_dataloader.generator = generator
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """As the Trainer's, with the batches of the defence or of the stream."""
+        dataset, args, batch_size = self.train_dataset, self.args, self._train_batch_size
+        if dataset is None:
+            raise ValueError("train_dataset is None: training needs one")
+        self.check_batches(batch_size)  # auto_find_batch_size lowers it
+        if is_stream(dataset):
+            self._streamed_next = StreamedTraining(dataset, batch_size, args, self.accelerator, self.data_collator)
+            self._streamed_next.loader.base_dataloader.generator = self._loader_generator
             return self._streamed_next.loader
-        if isinstance(dataset, torch.utils.data.IterableDataset):
-            return self._stream_of_rank(dataset, batch_size)
-        dataset = IndexedDataset(dataset, *columns, on_bad_row)
-        batch_sampler = None
-        if kwargs.get("is_training"):
-            batch_sampler = self.defence.sampler(len(dataset), batch_size, self.args.world_size, self.args.order_seed)
-        if batch_sampler is not None:
-            dataloader = self.accelerator.prepare(
-                DataLoader(
-                    dataset,
-                    batch_sampler=batch_sampler,
-                    collate_fn=RowsOnHost(self.data_collator),
-                    persistent_workers=self.args.dataloader_persistent_workers,
-                    in_order=self.args.dataloader_in_order,
-                    **self.worker_settings(),
-                )
-            )
-        else:
-            # Dropping the last batch is for training: an evaluation reads every row.
-            drop_last = self.args.dataloader_drop_last
-            self.args.dataloader_drop_last = drop_last and bool(kwargs.get("is_training"))
-            try:
-                dataloader = super()._get_dataloader(dataset, description, batch_size, **kwargs)
-            finally:
-                self.args.dataloader_drop_last = drop_last
-        getattr(dataloader, "base_dataloader", dataloader).generator = generator
-        if kwargs.get("is_training"):
-            self._steps_per_epoch = -(-len(dataloader) // self.args.gradient_accumulation_steps)
-        return dataloader
-
-    def _stream_of_rank(self, dataset: Any, batch_size: int) -> DataLoader[Any]:
-        """The batches to evaluate of an iterable dataset: each rank reads its own rows, however many there are."""
-        args = self.args
-        if args.world_size > 1 and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            raise ValueError(
-                f"eval_dataset is a {type(dataset).__name__}, of which processes read unequal shares, but with "
-                "sharded weights all of them encode equally many batches: give a map-style dataset"
-            )
-        stream = Stream(
-            dataset,
-            args.image_column,
-            args.caption_column,
-            batch_size,
-            least_rows=1,
-            on_bad_row=args.on_bad_row,  # type: ignore[arg-type]  # checked by the arguments
-            rank=args.process_index,
-            world_size=args.world_size,
+        rows = indexed(dataset, args)
+        own = self.defence.sampler(len(rows), batch_size, args.world_size, args.order_seed)
+        batches: dict[str, Any] = {"batch_sampler": own}
+        if own is None:
+            sampler = self._get_train_sampler(rows)
+            batches = {"batch_size": batch_size, "sampler": sampler, "drop_last": args.dataloader_drop_last}
+        loader = map_style_loader(
+            rows, self.data_collator, args, self.accelerator, batches, self._loader_generator, training=True
         )
-        collator: Any = StreamCollator(self._eval_collator)
-        return DataLoader(stream, batch_size=None, collate_fn=collator, **self.worker_settings())
+        self._steps_per_epoch = -(-len(loader) // args.gradient_accumulation_steps)
+        return loader
 
-    def worker_settings(self) -> dict[str, Any]:
-        """The arguments of a `DataLoader` that say how its workers load."""
-        return {
-            "num_workers": self.args.dataloader_num_workers,
-            "pin_memory": self.args.dataloader_pin_memory,
-            "multiprocessing_context": self.args.dataloader_multiprocessing_context,
-            "prefetch_factor": self.args.dataloader_prefetch_factor,
-        }
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        """As the Trainer's, of every row: dropping the last batch is for training."""
+        given: Any = self.eval_dataset
+        name = eval_dataset if isinstance(eval_dataset, str) else "eval"
+        dataset = given[name] if isinstance(eval_dataset, str) else given if eval_dataset is None else eval_dataset
+        if dataset is None:
+            raise ValueError("eval_dataset is None: evaluation needs one")
+        known = (self.train_dataset, *(given.values() if isinstance(given, dict) else (given,)))
+        if all(dataset is not checked for checked in known):
+            on_bad_row: Any = self.args.on_bad_row
+            columns = (self.args.image_column, self.args.caption_column)
+            check_dataset(dataset, *columns, argument="eval_dataset", on_bad_row=on_bad_row)
+        if is_stream(dataset):
+            return stream_to_evaluate(dataset, self._eval_collator, self.args, self.sharded)
+        kept = self._eval_loaders.get(name)
+        if kept is not None and kept[0] is dataset:
+            return kept[1]
+        rows = indexed(dataset, self.args)
+        batches = {"batch_size": self.args.eval_batch_size, "sampler": self._get_eval_sampler(rows)}
+        loader = map_style_loader(
+            rows, self._eval_collator, self.args, self.accelerator, batches, torch.Generator(), training=False
+        )
+        if self.args.dataloader_persistent_workers:
+            self._eval_loaders[name] = dataset, loader  # or each evaluation would start workers that stay
+        return loader
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader[Any]:
+        """As that of an evaluation."""
+        return self.get_eval_dataloader(test_dataset)
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         """As the Trainer's; of an iterable dataset, none but those of a whole step, and as many on every rank."""
@@ -587,59 +566,28 @@ class CLIPTrainer(PublishingTrainer):
             batch_samples = self._streamed.take(batch_samples, num_batches)
         return batch_samples, num_items
 
-    def _get_collator_with_removed_columns(
-        self, data_collator: Callable[..., Any], description: str | None = None
-    ) -> Callable[..., Any]:
-        # The collator picks its columns itself; the stock one would hand it only what model.forward takes.
-        return RowsOnHost(self.data_collator if description == "Training" else self._eval_collator)
-
     # ---- Optimizer ----
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm)
-        if self._finite is not None:
-            # A gradient scaler looks for gradients that are not finite by itself, and leaves their step out.
-            seen = norm if self.accelerator.scaler is None else None
-            self._finite.note_gradient(seen, self.state.global_step + 1, self.state.epoch)
+        self.watch.see_gradient(norm, self.state.global_step + 1, self.state.epoch)
         return norm
 
-    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
-        sharded = shardable(self.unwrapped_model, self.accelerator) if self.is_fsdp_enabled else nullcontext()
-        with sharded:
-            return super()._prepare_for_training(*args, **kwargs)
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """As the Trainer's; with FSDP, which wraps the model next, the temperature is set apart before."""
+        if self.is_fsdp_enabled:
+            set_apart_scalars(self.unwrapped_model, self.accelerator)
+        return super().create_optimizer(model)
 
-    @property
-    def _has_phases(self) -> bool:
-        """Whether the defence has learning rates of its own."""
-        cls = type(self.defence)
-        return cls.scheduled is not Defence.scheduled or cls.learning_rate_factor is not Defence.learning_rate_factor
-
-    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LRScheduler:
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """The Trainer's schedule over all steps, with the learning rates that the defence has in some epochs."""
         created = self.lr_scheduler is None
-        scheduler = super().create_scheduler(num_training_steps, optimizer)
-        if not created or not self._has_phases:
-            return scheduler
-        if not isinstance(scheduler, LambdaLR):
-            name = SchedulerType(self.args.lr_scheduler_type).value
-            raise ValueError(
-                f"lr_scheduler_type={shown(name)} does not work with {type(self.defence).__name__}: its phases need a "
-                "schedule that is a function of the step, such as 'cosine', 'linear' or 'constant'"
-            )
-        if self._dataset_length() is None:
-            raise ValueError(
-                f"train_dataset has no length, and {type(self.defence).__name__} has learning rates by its epochs: "
-                "give a map-style dataset"
-            )
-        # Of the optimizer, which may be the user's, with other rates than args.learning_rate.
-        peak = max(map(float, scheduler.base_lrs))
-        steps = max(self._steps_per_epoch, 1)  # none before the dataloader is made
-
-        def phased(schedule: Callable[[int], float]) -> Callable[[int], float]:
-            return lambda step: self.defence.scheduled(step // steps, schedule(step), peak)
-
-        self.lr_scheduler = LambdaLR(scheduler.optimizer, [phased(schedule) for schedule in scheduler.lr_lambdas])
-        return self.lr_scheduler
+        scheduler: Any = super().create_scheduler(num_training_steps, optimizer)
+        if created and has_phases(self.defence):
+            name, rows = self.args.lr_scheduler_type, self._dataset_length()
+            scheduler = phased(scheduler, self.defence, name, rows, self._steps_per_epoch)
+            self.lr_scheduler = scheduler
+        return scheduler
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """As the Trainer's, without `logit_scale` and `logit_bias`: a temperature has nothing to decay to."""
@@ -660,7 +608,7 @@ class CLIPTrainer(PublishingTrainer):
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         finally:
             self._evaluating, self._evaluators_prefix = False, None
-            self._last_log += time.perf_counter() - start  # no part of the training's throughput
+            self.watch.leave_out(time.perf_counter() - start)
 
     @torch.no_grad()
     def prediction_step(
@@ -670,7 +618,7 @@ class CLIPTrainer(PublishingTrainer):
         batch = self._prepare_inputs(inputs)
         with self.compute_loss_context_manager():
             embeddings = self.step.encode(model, batch.inputs)
-        self._evaluated.append([batch.rows, *(side.cpu() for side in embeddings)])
+        self._evaluated.add(batch.rows, embeddings)
         return None, None, None
 
     def evaluation_loop(self, dataloader: DataLoader[Any], *args: Any, **kwargs: Any) -> Any:
@@ -680,7 +628,7 @@ class CLIPTrainer(PublishingTrainer):
         """
         self._evaluated.clear()
         output: Any = super().evaluation_loop(dataloader, *args, **kwargs)
-        rows, loss = self._loss_of_all()
+        rows, loss = self._evaluated.loss(scale_of(self.unwrapped_model), self.args.world_size)
         if rows:
             output.metrics[f"{kwargs.get('metric_key_prefix', 'eval')}_loss"] = loss
         prefix, self._evaluators_prefix = self._evaluators_prefix, None
@@ -688,52 +636,77 @@ class CLIPTrainer(PublishingTrainer):
             output.metrics.update({f"{prefix}_{name}": value for name, value in self.run_evaluators().items()})
         return output._replace(num_samples=rows)
 
-    @torch.no_grad()
-    def _loss_of_all(self) -> tuple[int, float]:
-        """How many rows were evaluated on all ranks, and their loss."""
-        batches: Any = gather_object(self._evaluated) if self.args.world_size > 1 else list(self._evaluated)
-        self._evaluated.clear()
-        if not batches:
-            return 0, math.nan  # an evaluation of evaluators alone
-        sides: Any = [None if side[0] is None else torch.cat(side) for side in zip(*batches, strict=True)]
-        numbers, images, texts = sides
-        if numbers is not None:
-            # accelerate fills up the last batches with rows that others have.
-            _, kept = np.unique(numbers, return_index=True)
-            images, texts = images[kept], texts[kept]
-        if len(images) < 2:
-            raise ValueError(ONE_ROW.format("eval_dataset"))
-        images, texts = images.to(self.args.device), texts.to(self.args.device)
-        return len(images), float(clip_loss(images, texts, scale_of(self.unwrapped_model)))
+    def make_embedder(self) -> Embedder:
+        """One for the model as it is. It shares its work among the ranks: call it on all of them."""
+        return Embedder(
+            self.unwrapped_model,
+            self.processing_class,
+            batch_size=self.args.eval_batch_size,
+            across_ranks=not self.sharded,
+            check=False,
+        )
 
     def run_evaluators(self) -> dict[str, float]:
         """
         Run the evaluators on the model as it is. Embeddings that several of them need are computed once, and the work
         is shared among the ranks: call it on all of them.
         """
-        figures = run_evaluators(self.evaluators, self.processing_class, self.make_embedder())
-        self._collapse.judge(figures, self.state.global_step)
-        self.note_figures(figures)
-        return figures
+        metrics = run_evaluators(self.evaluators, self.processing_class, self.make_embedder())
+        self.watch.collapse.judge(metrics, self.state.global_step)
+        if not self.is_in_train:
+            self.run_log.note(metrics, self.state.global_step)
+        return metrics
 
     # ---- Checkpoints ----
 
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        if self._finite is not None:
-            self._finite.check()
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """
+        As the Trainer's. `resume_from_checkpoint=True` takes the newest checkpoint that is whole, and names those that
+        are not.
+
+        Raises:
+            `ValueError`: If there is none, or the one that is named is not whole or of another model; if another
+                process writes to `output_dir` ([`~locking.FolderInUseError`]); without a checkpoint, if `output_dir`
+                is the folder that the model was loaded from, whose files would be replaced.
+        """
+        folder = str(self.args.output_dir)
+        with sole_training(self.args):
+            checkpoint = checkpoint_to_resume(resume_from_checkpoint, folder, self.loaded_from)
+            if checkpoint is not None:
+                check_saved_weights(self.unwrapped_model, checkpoint)
+            # An evaluation before marks the model as prepared, and accelerate would not wrap it for training: ranks
+            # would drift apart (transformers 5.23, accelerate 1.15).
+            vars(self.unwrapped_model).pop("_is_accelerate_prepared", None)
+            try:
+                return super().train(checkpoint, *args, **kwargs)
+            finally:
+                self._warn_of_failed_pushes()
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self.watch.check()
         self._note_skipped_rows()
-        super()._save_checkpoint(*args, **kwargs)
+        if self.args.push_to_hub and self.args.hub_always_push:
+            # The push under way reads the files that this one is about to overwrite: what arrived would be torn.
+            self._finish_current_push()
+        self._warn_of_failed_pushes()
+        folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        self.run_log.checkpoint = folder
+        try:
+            with writing_checkpoint(folder, self.args):
+                super()._save_checkpoint(model, trial)
+        finally:
+            self.run_log.checkpoint = None
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self._streamed is not None:
-            self._streamed.save(self._staged(output_dir))
+            self._streamed.save(output_dir)
         state = self.training_state()
         if self.args.should_save:
             metadata = {"trainer": type(self).__name__, "rows": str(self._dataset_length())}
             if self._streamed is None:
                 metadata["steps_per_epoch"] = str(self._steps_per_epoch)
-            save_file(state, os.path.join(self._staged(output_dir), STATE_FILE), metadata=metadata)
+            save_file(state, os.path.join(output_dir, STATE_FILE), metadata=metadata)
 
     def training_state(self) -> dict[str, torch.Tensor]:
         """What a checkpoint holds beside weights, optimizer and generators; the same on every rank."""
@@ -744,12 +717,14 @@ class CLIPTrainer(PublishingTrainer):
         path = os.path.join(checkpoint, STATE_FILE) if checkpoint is not None else ""
         if os.path.isfile(path):
             with safe_open(path, framework="pt") as file:
-                self._check_checkpoint(file.metadata() or {}, str(checkpoint))
+                # Phases are counted in epochs.
+                steps = self._steps_per_epoch if has_phases(self.defence) else None
+                saved = file.metadata() or {}
+                check_resumed(str(checkpoint), saved, type(self).__name__, self._dataset_length(), steps)
                 state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
             self._bad_rows = set(state.pop(BAD_ROWS).tolist())
             self.defence.load_state_dict(state)
             self.defence.to(self.args.device)
-            self.continue_record(str(checkpoint))
         elif checkpoint is not None:
             self._forget()
             logger.warning(
@@ -783,23 +758,165 @@ class CLIPTrainer(PublishingTrainer):
         self._first_epoch = begin[0]
         return begin
 
-    def _check_checkpoint(self, metadata: Mapping[str, str], checkpoint: str) -> None:
-        steps = metadata.get("steps_per_epoch")
-        # Phases are counted in epochs.
-        steps_now = str(self._steps_per_epoch) if steps is not None and self._has_phases else steps
-        decides = "; per_device_train_batch_size, the number of processes and gradient_accumulation_steps decide it"
-        for name, saved, current, hint in (
-            ("trainer", metadata.get("trainer"), type(self).__name__, ""),
-            ("number of rows of train_dataset", metadata.get("rows"), str(self._dataset_length()), ""),
-            ("number of optimizer steps in an epoch", steps, steps_now, decides),
-        ):
-            if saved != current:
-                raise ValueError(
-                    f"resume_from_checkpoint={shown(checkpoint)}: its {name} was {saved}, but is {current} now. "
-                    "Resume with what it was saved with, or start anew from its weights by passing the folder as "
-                    f"model{hint}"
-                )
-
     def _dataset_length(self) -> int | None:
         dataset: Any = self.train_dataset
         return len(dataset) if hasattr(dataset, "__len__") else None
+
+    # ---- What a run leaves behind ----
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        folder = output_dir or str(self.args.output_dir)
+        save = super()._save
+        if not self.args.should_save or not has_adapters(self.unwrapped_model):
+            save(output_dir, state_dict)
+        elif self.args.merge_adapters and self.run_log.checkpoint is None:
+            trained, self.model = self.model, merged(self.unwrapped_model)
+            try:
+                save(folder, state_dict)
+            finally:
+                self.model = trained
+            remove_adapter_files(folder)
+        else:
+            with kept_card(folder):
+                save(output_dir, state_dict)
+            complete_adapter_file(self.unwrapped_model, folder, state_dict)
+        if self.args.should_save:
+            self.record().save(folder)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As the Trainer's, with the record of the run beside the model."""
+        folder = Path(output_dir or str(self.args.output_dir))
+        # By the main process alone, which many call it on; a checkpoint is in the folder of the training.
+        alone = self.args.process_index == 0 and self.run_log.checkpoint is None
+        with sole_writer(folder, "output_dir", "a training") if alone else nullcontext():
+            super().save_model(output_dir, _internal_call)
+
+    def record(self) -> RunRecord:
+        """What this run is and has come to, for its card and its report. It is saved beside the model."""
+        return record_of(
+            type(self),
+            self.unwrapped_model,
+            self.args,
+            self.state,
+            data=self.describe_data(),
+            evaluators=self.evaluators,
+            before=self.run_log.before,
+            after=self.run_log.after,
+            notes=self.defence.notes(),
+            image_size=self.data_collator.preprocess.image_size,
+            augmentations=(self.image_augmentation, self.data_collator.text_augmentation),
+            skipped=self.run_log.skipped,
+            seconds=self.run_log.seconds,
+        )
+
+    def describe_data(self) -> dict[str, Any] | None:
+        """What the training data is, without its rows; `None` without any. It is read once: millions take a while."""
+        data = self.train_dataset
+        if data is None:
+            return None
+        if self._described is None or self._described[0] is not data:
+            self._described = data, describe_dataset(data)
+        return dict(self._described[1])
+
+    def pictures(self) -> RunPictures:
+        """What a report shows of the model as it is. All ranks share the work: call it on all of them."""
+        embedder = self.make_embedder()
+        return pictures_of(self.evaluators, embedder, self._matches(embedder))
+
+    def _matches(self, embedder: Embedder) -> list[MatchedPair]:
+        """What training pairs are matched with, where the defence matches."""
+        return []
+
+    def save_report(self, path: str | os.PathLike[str], controls: Mapping[str, RunRecord] | None = None) -> None:
+        """
+        Write the report of this run as one HTML file that needs nothing beside it. Its pictures take the model as it
+        is and the evaluators' images; call it on all ranks.
+
+        Args:
+            path (`str` or path): Of the file, such as `"report.html"`. Its folder is made, a file there replaced.
+            controls (mapping of `str` to [`RunRecord`], *optional*): Other runs, whose figures stand beside those of
+                this one, and what to call them.
+
+        Raises:
+            `ValueError`: If it is a folder.
+            `ModuleNotFoundError`: Without the extra `report`.
+        """
+        check_report_extra()
+        file = Path(path)
+        if file.is_dir():
+            raise ValueError(
+                f"path: {file} is a folder; accepted is the name of a file, such as {file / 'report.html'}"
+            )
+        pictures = self.pictures()
+        if self.args.should_save:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            others = [Control(label, record) for label, record in (controls or {}).items()]
+            write_text(file, render_run_report(self.record(), pictures, others))
+
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+    ) -> None:
+        """
+        Write the model card of this run, `README.md` in `args.output_dir`, from [`record`]: what was done, the figures
+        of the evaluators before and after, and what was not measured. A `README.md` that a person wrote stays.
+
+        Args:
+            language, tags, model_name: As of `transformers.Trainer`.
+            license (`str`, *optional*): `None`: that of the model that training started from, if its card is on disk.
+            finetuned_from (`str`, *optional*): Hub id of that model. `None`: the one that it was loaded from.
+            tasks (`str` or `list[str]`, *optional*): In place of `zero-shot-image-classification`.
+            dataset_tags (`str` or `list[str]`, *optional*): Hub ids of the training data, beside what it says itself.
+            dataset, dataset_args (`str` or `list[str]`, *optional*): What the data is called, and its arguments.
+
+        Raises:
+            `ValueError`: If `finetuned_from` or one of `dataset_tags` is no id of the Hub.
+        """
+        if not self.is_world_process_zero():
+            return
+        write_card(
+            self.record(),
+            str(self.args.output_dir),
+            language=language,
+            license=license or license_of(self.loaded_from),
+            tags=tags,
+            model_name=model_name or Path(str(self.args.output_dir)).resolve().name,
+            base_model=finetuned_from,
+            tasks=tasks,
+            datasets=dataset_tags,
+            dataset_names=dataset,
+            dataset_args=dataset_args,
+            repo_id=self.hub_model_id or self.args.hub_model_id,
+        )
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """
+        As the Trainer's, with the card of [`create_model_card`].
+
+        Raises:
+            `ValueError`: With `merge_adapters`, if the repository has adapters, which loading would prefer to the
+                merged model.
+        """
+        if self.args.merge_adapters and self.hub_model_id is None:
+            self.init_hf_repo(token=kwargs.get("token"))
+        if self.is_world_process_zero():
+            if self.args.merge_adapters:
+                revision = kwargs.get("revision") or self.args.hub_revision
+                check_merged_push(str(self.hub_model_id), kwargs.get("token") or self.args.hub_token, revision)
+            warn_of_local_base(self.unwrapped_model, self.args)
+        try:
+            return super().push_to_hub(*args, **kwargs)
+        finally:
+            self._warn_of_failed_pushes()
+
+    def _warn_of_failed_pushes(self) -> None:
+        push = getattr(self, "push_in_progress", None)
+        warn_of_failed_pushes(push, self.hub_model_id if push is not None else None, str(self.args.output_dir))
