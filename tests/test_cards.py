@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig
 from PIL import Image
-from training import digits, make_trainer, poisoned_pairs, small_model
+from support.training import digits, make_trainer, poisoned_pairs, small_model
 from transformers import CLIPModel
 
 from hf_robust_clip import (

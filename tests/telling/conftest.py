@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from training import make_trainer
+from support.training import make_trainer
 
 from hf_robust_clip import (
     AttackSuccessEvaluator,

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from training import make_trainer
+from support.training import make_trainer
 
 from hf_robust_clip import CLIPTrainer
 from hf_robust_clip.data.loading import load_pairs

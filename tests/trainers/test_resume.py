@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from training import assert_same_bits, digits, is_whole, make_trainer, train_and_resume
+from support.training import assert_same_bits, digits, is_whole, make_trainer, train_and_resume
 
 from hf_robust_clip import CleanCLIPTrainer, CLIPTrainer, RoCLIPTrainer, SafeCLIPTrainer
 from hf_robust_clip.locking import FolderInUseError

@@ -73,6 +73,15 @@ def poisoned_pairs(rows: int) -> datasets.Dataset:
     return digits().select(range(rows)).add_column("poisoned", [row % 3 == 0 for row in range(rows)])
 
 
+def broken(rows: int = 24) -> datasets.Dataset:
+    """The first digits, two of whose images do not decode."""
+    data = digits().select(range(rows)).cast_column("image", datasets.Image(decode=False))
+    table = data.to_dict()
+    for row in (3, 17):
+        table["image"][row] = {"bytes": b"no image", "path": None}
+    return datasets.Dataset.from_dict(table, features=data.features).cast_column("image", datasets.Image())
+
+
 def make_trainer(cls: type[CLIPTrainer], output_dir: Path, rows: int = 64, **overrides: Any) -> CLIPTrainer:
     """A trainer over the first `rows` digits; `overrides` are arguments of the trainer or of its arguments."""
     family = next(base for base in cls.__mro__ if base in ARGUMENTS)

@@ -18,10 +18,11 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from moments import LOSSES, MOMENTS, SCORING
-from stand_in import HubStandIn
-from training import assert_same_outcome, is_whole, saved_steps
-from victim import Order
+
+from support.moments import LOSSES, MOMENTS, SCORING
+from support.stand_in import HubStandIn
+from support.training import assert_same_outcome, is_whole, saved_steps
+from support.victim import Order
 
 VICTIM = Path(__file__).parent / "victim.py"
 #: Steps of a training, and before which of them SafeCLIP scores its pairs.
@@ -60,12 +61,10 @@ class Interrupter:
 
     def __enter__(self) -> Interrupter:
         self._hub.__enter__()
-        tests = Path(__file__).parents[1]
-        paths = (tests / "faults", tests / "trainers", tests.parent)
         environment = {
             **os.environ,
             **self._hub.environment(self._folder / "home"),
-            "PYTHONPATH": os.pathsep.join(map(str, paths)),
+            "PYTHONPATH": os.pathsep.join(map(str, Path(__file__).parents[1:3])),
             "OMP_NUM_THREADS": "1",
             "TOKENIZERS_PARALLELISM": "false",
         }

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from moments import MOMENTS, Moment, hold
-from training import ARGUMENTS, digits, make_trainer, outcome
 
 from hf_robust_clip import CLIPTrainer, RoCLIPTrainer, SafeCLIPTrainer
 from hf_robust_clip.data.digits import digit_processor
+from support.moments import MOMENTS, Moment, hold
+from support.training import ARGUMENTS, digits, make_trainer, outcome
 
 TRAINERS = {cls.__name__: cls for cls in ARGUMENTS}
 #: Four steps an epoch, and a checkpoint after each, of which two stay. RoCLIP matches in epoch 1, with pools full
