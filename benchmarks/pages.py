@@ -42,7 +42,7 @@ def whereof(*names: str) -> str:
 
 
 def step_costs() -> str:
-    """What a step of each trainer costs beside another."""
+    """What a step of each trainer costs against another."""
     result = read("step_cost")
     ratios, times = result["ratios"], result["milliseconds_per_step"]
     titles = {
@@ -59,7 +59,7 @@ def step_costs() -> str:
     ]
     epoch = f"{ratios['safeclip_epoch_over_clip_epoch']:.2f}"
     rows.append(("SafeCLIP, an epoch with its scoring pass", "an epoch of CLIP on two views", epoch, ""))
-    return markdown(("a step of", "beside", "times", "ms"), rows) + "\n" + whereof("step_cost")
+    return markdown(("a step of", "against", "times", "ms"), rows) + "\n" + whereof("step_cost")
 
 
 def misses() -> str:
@@ -108,7 +108,7 @@ def misses() -> str:
             "small pools pay for finding the largest product, and a CPU converts bfloat16 first",
         )
     )
-    return markdown(("figure", "measured", "asked", "why"), rows)
+    return markdown(("cost", "measured", "asked", "why"), rows)
 
 
 def memory() -> str:

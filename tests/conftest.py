@@ -9,15 +9,17 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import datasets
 import pytest
 import torch
+from support.training import digits as rendered
+from support.training import small_model
 from transformers import CLIPModel, CLIPProcessor, Trainer
 
-from hf_robust_clip.data.digits import digit_processor, load_digit_pairs
-from hf_robust_clip.data.scratch import build_model
+from hf_robust_clip.data.digits import digit_processor
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Several workers with a thread for each core each would only wait for one another.
@@ -66,7 +68,7 @@ def processor() -> CLIPProcessor:
 @pytest.fixture(scope="session")
 def digits() -> datasets.Dataset:
     """Every training digit once: `image`, `caption`, `label`, `digit`."""
-    return load_digit_pairs("train", renderings=1)
+    return rendered()
 
 
 @pytest.fixture(scope="session")
@@ -76,18 +78,6 @@ def pairs(digits: datasets.Dataset) -> datasets.Dataset:
 
 
 @pytest.fixture(scope="session")
-def tiny_model(processor: CLIPProcessor) -> Callable[[int], CLIPModel]:
+def tiny_model() -> Callable[[int], CLIPModel]:
     """`tiny_model(seed)`: a fresh untrained CLIP that fits `processor`, with two vision layers and one text layer."""
-
-    def build(seed: int = 0) -> CLIPModel:
-        return build_model(
-            processor,
-            vision_width=32,
-            vision_layers=2,
-            text_width=32,
-            text_layers=1,
-            projection_dim=16,
-            seed=seed,
-        )
-
-    return build
+    return partial(small_model, dropout=0.0)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from training import assert_same_bits, digits, make_trainer, poisoned_pairs
+from support.training import assert_same_bits, digits, make_trainer, poisoned_pairs
 from transformers import TrainerControl, TrainerState
 
 from hf_robust_clip import CleanCLIPTrainer, CLIPTrainer, PairSimilarityCallback, SafeCLIPTrainer

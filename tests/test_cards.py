@@ -19,7 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig
 from PIL import Image
-from training import digits, make_trainer, poisoned_pairs, small_model
+from support.records import make_record
+from support.training import digits, make_trainer, poisoned_pairs, small_model
 from transformers import CLIPModel
 
 from hf_robust_clip import (
@@ -79,31 +80,18 @@ AFTER = {"clean_accuracy": 0.8, "attack_success_rate": 0.02, "triggered_accuracy
 
 def record(trainer: str = "CleanCLIPTrainer", **changes: Any) -> RunRecord:
     """A run that was measured before and after."""
-    content: dict[str, Any] = {
-        "trainer": trainer,
-        "method": trainer,
-        "model": {
-            **{"name": "someone/clip", "revision": "abc", "source": "hub", "type": "clip", "adapter": None},
-            **{"parameters": 1000, "trainable_parameters": 1000, "image_size": 16},
-        },
+    content = {
+        "model": {**dict(make_record().model), "name": "someone/clip", "revision": "abc"},
         "data": {"name": "pairs", "rows": 64, "hub_id": "someone/pairs", "revision": "0123abc", "fingerprint": "beef"},
         "defence": {"unimodal_weight": 2.0, "on_bad_row": "raise", "image_preset": "cleanclip"},
         "defence_defaults": {"unimodal_weight": 1.0, "on_bad_row": "raise", "image_preset": "cleanclip"},
         "augmentation": {"images": "ImageAugmentation('weak')", "captions": None},
         "settings": {"max_grad_norm": 0.5},
         "measures": [ACCURACY, attack()],
-        "before": BEFORE,
-        "after": AFTER,
-        "after_step": 8,
-        "steps": 8,
-        "epochs": 1.0,
-        "planned_steps": 8,
-        "environment": {
-            **{"versions": {"torch": "2.0"}, "device": "CPU", "processes": 1, "precision": "float32", "seed": 0},
-            "seconds": 3.2,
-        },
+        **{"before": BEFORE, "after": AFTER, "after_step": 8, "steps": 8, "planned_steps": 8},
+        **{"course": [], "log": [], "details": {}},
     }
-    return RunRecord(**{**content, **changes})
+    return make_record(trainer, **{**content, **changes})
 
 
 def beginning(card: str) -> str:

@@ -16,7 +16,7 @@ import datasets
 import pytest
 from bench.marked import table_marks
 from pages import PAGES as TABLES
-from stand_in import HubStandIn, run_script
+from support.stand_in import HubStandIn, run_script
 from transformers import CLIPModel, CLIPProcessor
 
 import hf_robust_clip

@@ -17,7 +17,7 @@ import torch
 from huggingface_hub import ModelCard
 from peft import PeftConfig
 from safetensors.torch import load_file
-from stand_in import HubStandIn, run_script
+from support.stand_in import HubStandIn, run_script
 from transformers import AutoModel, AutoProcessor, CLIPModel
 
 from hf_robust_clip import PoisonSpec, poison_dataset, replay_manifest

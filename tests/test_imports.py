@@ -1,6 +1,7 @@
 """The floors of the house: what may import what, and what importing the package costs."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -112,6 +113,13 @@ def test_only_the_upper_floors_know_the_trainer(path: Path):
         return
     known = [name for name in imported(path) if name.startswith("transformers.") and "Train" in name.split(".")[-1]]
     assert not known
+
+
+@pytest.mark.parametrize("path", sorted(Path(__file__).parent.rglob("*.py")), ids=lambda path: path.name)
+def test_no_test_imports_another(path: Path):
+    """What they share is in `support`."""
+    taken = re.findall(r"^ *(?:from|import) +(?:[\w.]+\.)?(test_\w+|conftest)\b", path.read_text(), re.MULTILINE)
+    assert taken == []
 
 
 def run(command: str) -> str:

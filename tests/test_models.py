@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from test_families import altclip, chinese_clip, siglip, vision_text_dual_encoder
+from support.families import altclip, chinese_clip, siglip, vision_text_dual_encoder
 
 from hf_robust_clip.evaluation.embedding import Embedder
 from hf_robust_clip.files import check_pulled

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.records import make_record
 
 from hf_robust_clip.attacks.triggers import PatchTrigger
 from hf_robust_clip.describing import describe_dataset, describe_trigger, thinned
@@ -20,41 +21,8 @@ from hf_robust_clip.record import RUN_FILE, RunRecord, jsonable
 from hf_robust_clip.trainers.recording import evaluations
 
 
-def record(**changes: Any) -> RunRecord:
-    given: dict[str, Any] = {
-        "trainer": "CleanCLIPTrainer",
-        "model": {
-            "name": None,
-            "type": "clip",
-            "parameters": 10,
-            "trainable_parameters": 10,
-            "image_size": 16,
-            "adapter": None,
-        },
-        "data": {"rows": 3},
-        "defence": {"unimodal_weight": 1.0},
-        "settings": {},
-        "measures": [],
-        "before": {"clean_accuracy": 0.5},
-        "after": None,
-        "after_step": None,
-        "steps": 4,
-        "epochs": 1.0,
-        "planned_steps": 8,
-        "environment": {
-            "versions": {"torch": "2"},
-            "device": "CPU",
-            "processes": 1,
-            "precision": "float32",
-            "seed": 0,
-            "seconds": 1.5,
-        },
-    }
-    return RunRecord(**{**given, **changes})
-
-
 def test_file_reads_back(tmp_path: Path) -> None:
-    written = record(course=[{"step": 4, "epoch": 1.0, "clean_accuracy": 0.7}])
+    written = make_record(course=[{"step": 4, "epoch": 1.0, "clean_accuracy": 0.7}])
     written.save(tmp_path)
     assert RunRecord.load(tmp_path) == written
 
@@ -98,13 +66,13 @@ def test_what_is_no_record_is_refused(content: str | None, message: str, tmp_pat
     ],
 )
 def test_entries_that_no_record_has_are_refused(entry: str, value: Any, message: str) -> None:
-    content = {**json.loads(record().to_json()), entry: value}
+    content = {**json.loads(make_record().to_json()), entry: value}
     with pytest.raises(ValueError, match=f"^FILE: {message}"):
         RunRecord.from_json(json.dumps(content), "FILE")
 
 
 def test_a_record_nested_too_deeply_is_refused() -> None:
-    content = {**json.loads(record().to_json()), "settings": {}}
+    content = {**json.loads(make_record().to_json()), "settings": {}}
     text = json.dumps(content).replace('"settings": {}', f'"settings": {"[" * 5000}{"]" * 5000}')
     with pytest.raises(ValueError, match="nested too deeply"):
         RunRecord.from_json(text)
@@ -112,14 +80,14 @@ def test_a_record_nested_too_deeply_is_refused() -> None:
 
 def test_half_a_pair_of_surrogates_does_not_lose_the_record(tmp_path: Path) -> None:
     odd = "caf\udce9"
-    environment = {**dict(record().environment), "device": odd}
+    environment = {**dict(make_record().environment), "device": odd}
     measure = {"measure": "x", "figures": [], "classes": [odd], "trigger": {"name": "word", odd: odd}}
-    record(environment=environment, measures=[measure]).save(tmp_path)
+    make_record(environment=environment, measures=[measure]).save(tmp_path)
     read = RunRecord.load(tmp_path)
     assert read.environment.device == r"caf\udce9"
     assert read.measures[0].classes == [r"caf\udce9"]
     # From a file, too, which can spell one out.
-    text = record().to_json().replace('"CPU"', r'"caf\udce9"')
+    text = make_record().to_json().replace('"CPU"', r'"caf\udce9"')
     assert RunRecord.from_json(text).environment.device == r"caf\udce9"
 
 
@@ -128,12 +96,12 @@ def test_a_record_is_not_written_through_a_link(tmp_path: Path) -> None:
     other.write_text("mine")
     folder.mkdir()
     (folder / RUN_FILE).symlink_to(other)
-    record().save(folder)
-    assert other.read_text() == "mine" and RunRecord.load(folder) == record()
+    make_record().save(folder)
+    assert other.read_text() == "mine" and RunRecord.load(folder) == make_record()
 
 
 def test_unknown_keys_are_refused(tmp_path: Path) -> None:
-    record().save(tmp_path)
+    make_record().save(tmp_path)
     path = tmp_path / RUN_FILE
     path.write_text(json.dumps({**json.loads(path.read_text()), "other": 1}))
     with pytest.raises(ValueError, match=r"'other' is not known; accepted are 'trainer'"):

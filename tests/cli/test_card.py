@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
+from support.records import make_record
 
 from hf_robust_clip.cli.main import main
-from hf_robust_clip.record import RUN_FILE, RunRecord
+from hf_robust_clip.record import RUN_FILE
 
 ACCURACY = {"measure": "zero-shot accuracy", "figures": ["clean_accuracy"], "images": 10, "classes": ["cat", "dog"]}
 RESULTS = {"measures": [{**ACCURACY, "images": 20}], "figures": {"clean_accuracy": 0.875}}
@@ -18,35 +19,14 @@ RESULTS = {"measures": [{**ACCURACY, "images": 20}], "figures": {"clean_accuracy
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    record = RunRecord(
-        trainer="CleanCLIPTrainer",
-        model={
-            "name": "openai/clip-vit-base-patch32",
-            "type": "clip",
-            "parameters": 10,
-            "trainable_parameters": 10,
-            "image_size": 16,
-            "adapter": None,
-        },
+    record = make_record(
+        model={**dict(make_record().model), "name": "openai/clip-vit-base-patch32"},
         data={"rows": 64, "name": "pairs"},
-        defence={"unimodal_weight": 1.0},
-        defence_defaults={"unimodal_weight": 1.0},
-        settings={},
         measures=[ACCURACY],
         before={"clean_accuracy": 0.5},
         after={"clean_accuracy": 0.625},
-        after_step=2,
-        steps=2,
-        epochs=1.0,
-        planned_steps=2,
-        environment={
-            "versions": {"hf_robust_clip": "0.1.0", "python": "3.11", "torch": "2.13.0"},
-            "device": "CPU",
-            "processes": 1,
-            "precision": "float32",
-            "seed": 0,
-            "seconds": 1.0,
-        },
+        course=[],
+        log=[],
     )
     record.save(tmp_path)
     return tmp_path

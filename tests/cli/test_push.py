@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from stand_in import BAD_TOKEN, READ_TOKEN, WRITE_TOKEN, HubStandIn
+from support.stand_in import BAD_TOKEN, READ_TOKEN, WRITE_TOKEN, HubStandIn
 
 from hf_robust_clip.cli.main import main
 

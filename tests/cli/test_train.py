@@ -17,7 +17,7 @@ import datasets
 import pytest
 import torch
 import yaml
-from stand_in import WRITE_TOKEN, HubStandIn
+from support.stand_in import WRITE_TOKEN, HubStandIn
 from transformers import AutoModel, AutoProcessor, CLIPModel, CLIPProcessor
 
 from hf_robust_clip import locking

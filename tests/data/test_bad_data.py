@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from bad_data import CASES, Case, claiming, encoded, picture
 from PIL import Image
-from training import make_trainer
+from support.bad_data import CASES, Case, claiming, encoded, picture
+from support.training import make_trainer
 from transformers import CLIPImageProcessor
 
 from hf_robust_clip import CleanCLIPTrainer, CLIPTrainer

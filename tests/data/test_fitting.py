@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 from PIL import Image
-from test_families import processor_for, siglip, vision_text_dual_encoder
+from support.families import processor_for, siglip, vision_text_dual_encoder
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from hf_robust_clip.data.collator import CLIPDataCollator

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from bad_data import POSTSCRIPT, claiming
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import ExifTags, Image, ImageCms, ImageOps
+from support.bad_data import POSTSCRIPT, claiming
 from transformers import CLIPImageProcessor, SiglipImageProcessor
 
 from hf_robust_clip.data.images import ImagePreprocessor

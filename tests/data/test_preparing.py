@@ -14,8 +14,8 @@ import pytest
 import torch
 from datasets import ClassLabel, Features, List, Value
 from PIL import Image
+from support.training import ARGUMENTS, make_trainer
 from torch.utils.data import DataLoader
-from training import ARGUMENTS, make_trainer
 from transformers import CLIPImageProcessor, CLIPProcessor
 
 from hf_robust_clip import CLIPDataCollator, CLIPTrainer, prepare_dataset

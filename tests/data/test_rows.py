@@ -8,9 +8,9 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from bad_data import claiming
 from datasets import ClassLabel, Features, List, Value
 from PIL import Image
+from support.bad_data import claiming
 
 from hf_robust_clip.data.collator import CLIPDataCollator
 from hf_robust_clip.data.rows import (

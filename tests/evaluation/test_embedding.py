@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from training import make_trainer
+from support.training import make_trainer
 
 from hf_robust_clip import CLIPTrainer
 from hf_robust_clip.attacks.triggers import BlendedTrigger, PatchTrigger

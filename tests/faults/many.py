@@ -18,11 +18,10 @@ import time
 from collections import Counter
 from pathlib import Path
 
-for _name in ("trainers", "hub"):
-    sys.path.append(str(Path(__file__).parents[1] / _name))
+sys.path.append(str(Path(__file__).parents[1]))
 
-from interrupting import STEPS, Interrupter, moments_of  # noqa: E402
-from moments import MOMENTS, SCORING  # noqa: E402
+from support.interrupting import STEPS, Interrupter, moments_of
+from support.moments import MOMENTS, SCORING
 
 #: Kills of one training at most.
 LONGEST = 3

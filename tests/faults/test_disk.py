@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from training import assert_same_bits, is_whole, make_trainer
+from support.training import assert_same_bits, is_whole, make_trainer
 
 from hf_robust_clip import RoCLIPTrainer
 from hf_robust_clip.trainers.checkpoints import CheckpointError

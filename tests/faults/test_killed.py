@@ -8,10 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from interrupting import STEPS, Interrupter, moments_of
-from moments import LOSSES
-from training import assert_same_outcome
-from victim import Order
+from support.interrupting import STEPS, Interrupter, moments_of
+from support.moments import LOSSES
+from support.training import assert_same_outcome
+from support.victim import Order
 
 
 @pytest.fixture(scope="module")

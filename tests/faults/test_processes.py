@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from training import make_trainer
+from support.training import make_trainer
 from transformers import TrainerCallback
 
 from hf_robust_clip import CLIPTrainer
@@ -35,7 +35,7 @@ class End(TrainerCallback):
 @pytest.mark.faults
 @pytest.mark.parametrize("launched", [True, False], ids=["torchrun", "alone"])
 def test_process_that_is_left_ends_with_an_error(launched: bool, tmp_path: Path) -> None:
-    paths = os.pathsep.join([str(Path(__file__).parents[1] / "trainers"), str(Path(__file__).parents[2])])
+    paths = os.pathsep.join(map(str, Path(__file__).parents[1:3]))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pushing import STRATEGIES
-from stand_in import BAD_TOKEN, READ_TOKEN, STRANGER_TOKEN, WRITE_TOKEN, HubStandIn, run_script
-from training import ARGUMENTS
+from support import pushing
+from support.stand_in import BAD_TOKEN, READ_TOKEN, STRANGER_TOKEN, WRITE_TOKEN, HubStandIn, run_script
+from support.training import ARGUMENTS
 
 from hf_robust_clip.trainers.trainer import STATE_FILE
 
-SCRIPT = Path(__file__).parent / "pushing.py"
+SCRIPT = Path(pushing.__file__)
 #: Everything that the libraries have to say.
 VERBOSE = {"TRANSFORMERS_VERBOSITY": "debug", "HF_HUB_VERBOSITY": "debug", "HF_DEBUG": "1"}
 #: What a model needs to be loaded, with its processor.
@@ -40,7 +40,7 @@ def test_every_strategy_pushes_what_it_is_for(tmp_path: Path) -> None:
         "all_checkpoints": {"checkpoint-1", "checkpoint-2"},
     }
     for cls in ARGUMENTS:
-        trainer, ways = cls.__name__, ("by-hand", "checkpoint", *STRATEGIES[cls])
+        trainer, ways = cls.__name__, ("by-hand", "checkpoint", *pushing.STRATEGIES[cls])
         for way in ways:
             checkpoints = pushed[way]
             files = set(hub.files(f"tester/{trainer}-{way}"))

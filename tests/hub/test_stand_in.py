@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from stand_in import HubStandIn, run_script
+from support import storing
+from support.stand_in import HubStandIn, run_script
 
 
 def test_client_stores_and_reads_through_the_stand_in(tmp_path: Path) -> None:
@@ -13,7 +14,7 @@ def test_client_stores_and_reads_through_the_stand_in(tmp_path: Path) -> None:
         # One answer that the client asks for again, and one connection that it builds up again.
         hub.traffic.fail("POST", "/api/models/tester/files/preupload/main", 500)
         hub.traffic.fail("PUT", "/tester/files/upload/.*/2", None)
-        run_script(hub, Path(__file__).parent / "storing.py", tmp_path / "files", home=tmp_path / "home")
+        run_script(hub, Path(storing.__file__), tmp_path / "files", home=tmp_path / "home")
         uploads = [status for method, path, status in hub.traffic.requests if method == "PUT"]
         assert sorted(uploads) == [0, 200, 200, 200, 200, 200], "four parts, one of them twice, and a small file"
         files = hub.files("tester/files")

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from stand_in import WRITE_TOKEN
-from training import ARGUMENTS
+from support.stand_in import WRITE_TOKEN
+from support.training import ARGUMENTS
 
 from hf_robust_clip import CLIPTrainingArguments
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from records import TRAINERS, ZERO_SHOT, attack, figures, make_record, split
+from support.records import TRAINERS, ZERO_SHOT, attack, figures, make_record, split
 
 from hf_robust_clip import CleanCLIPTrainer, CLIPTrainer, RoCLIPTrainer, SafeCLIPTrainer
 from hf_robust_clip.record import Measure, RunRecord, jsonable

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from training import make_trainer, poisoned_pairs
+from support.training import make_trainer, poisoned_pairs
 
 from hf_robust_clip import AttackSuccessEvaluator, CLIPTrainer, PatchTrigger, RoCLIPTrainer
 from hf_robust_clip.data.digits import CLASS_NAMES, load_digit_pairs

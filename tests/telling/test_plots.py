@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from records import split
+from support.records import split
 
 from hf_robust_clip.record import Split
 from hf_robust_clip.telling import plots

@@ -6,7 +6,7 @@ from itertools import product
 from typing import Any
 
 import pytest
-from records import ZERO_SHOT, attack, figures, make_record, split
+from support.records import ZERO_SHOT, attack, figures, make_record, split
 
 from hf_robust_clip.telling import Control
 from hf_robust_clip.telling.facts import ACCURACY_LOSS, REMOVED, TAKEN

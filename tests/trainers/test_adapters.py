@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
-from training import assert_same_bits, digits, make_trainer, small_model, train_and_resume
+from support.training import assert_same_bits, digits, make_trainer, small_model, train_and_resume
 from transformers import AutoModel, CLIPModel
 
 from hf_robust_clip import (

@@ -11,7 +11,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
-from training import ARGUMENTS, digits, make_trainer, small_model, training_log
+from support.training import ARGUMENTS, broken, digits, make_trainer, small_model, training_log
 from transformers import BertConfig, BertModel
 
 from hf_robust_clip import (
@@ -227,14 +227,6 @@ def test_custom_and_no_augmentation(tmp_path: Path) -> None:
     first, second = trainer._prepare_inputs(batch).inputs["pixel_values"].chunk(2)
     assert torch.equal(first, second)
     assert torch.equal(*batch["input_ids"].chunk(2))
-
-
-def broken(rows: int = 24) -> datasets.Dataset:
-    data = digits().select(range(rows)).cast_column("image", datasets.Image(decode=False))
-    table = data.to_dict()
-    for row in (3, 17):
-        table["image"][row] = {"bytes": b"no image", "path": None}
-    return datasets.Dataset.from_dict(table, features=data.features).cast_column("image", datasets.Image())
 
 
 def test_bad_row_raises_and_names_it(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from training import digits, make_trainer
+from support.training import digits, make_trainer
 
 from hf_robust_clip import AttackSuccessEvaluator, CLIPTrainer, PatchTrigger
 from hf_robust_clip.data.digits import CLASS_NAMES

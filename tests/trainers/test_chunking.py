@@ -7,8 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from recording import RecordedRoCLIP, RecordedSafeCLIP
-from training import SHORT, assert_same_bits, make_trainer, poisoned_pairs, small_model, train_and_resume, training_log
+from support.recording import RecordedRoCLIP, RecordedSafeCLIP
+from support.training import (
+    SHORT,
+    assert_same_bits,
+    make_trainer,
+    poisoned_pairs,
+    small_model,
+    train_and_resume,
+    training_log,
+)
 from transformers import SiglipConfig, SiglipModel, TrainerCallback
 
 from hf_robust_clip import (

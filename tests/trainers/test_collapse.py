@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from training import SHORT, digits, make_trainer, training_log
+from support.training import SHORT, digits, make_trainer, training_log
 
 from hf_robust_clip import CLIPTrainer, ZeroShotEvaluator
 from hf_robust_clip.data.digits import CAPTION_TEMPLATES, CLASS_NAMES

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from training import assert_same_bits, digits, make_trainer, training_log
+from support.training import assert_same_bits, digits, make_trainer, training_log
 
 from hf_robust_clip import CLIPTrainer, CLIPTrainingArguments, Defence, RoCLIPTrainer
 from hf_robust_clip.batch import Batch

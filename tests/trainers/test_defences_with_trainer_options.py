@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from training import assert_same_bits, digits, make_trainer, small_model, training_log
+from support.training import assert_same_bits, digits, make_trainer, small_model, training_log
 from transformers import CLIPModel
 
 from hf_robust_clip import CleanCLIPTrainer, CLIPTrainer, RoCLIPTrainer, SafeCLIPTrainer, ZeroShotEvaluator

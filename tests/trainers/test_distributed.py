@@ -18,8 +18,9 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, gather_object
-from training import (
+from support.training import (
     assert_same_bits,
+    broken,
     digits,
     make_trainer,
     poisoned_pairs,
@@ -162,7 +163,7 @@ def launch(mode: str, output: Path, processes: int = WORLD, **environment: str) 
     """Run this file as a script in several processes, as `torchrun` does."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "0"]
     command[3:3] = ["--standalone"]
-    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[2])])
+    paths = os.pathsep.join(map(str, Path(__file__).parents[1:3]))
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **environment}
     done = subprocess.run(
         [*command, __file__, mode, str(output)], env=environment, capture_output=True, text=True, timeout=900
@@ -393,9 +394,8 @@ def four(output: Path) -> None:
 
 def two(output: Path) -> None:
     """What two processes do, in one launch."""
-    from recording import RecordedRoCLIP, RecordedSafeCLIP
-    from test_base import broken
-    from test_streaming import STREAMED
+    from support.recording import RecordedRoCLIP, RecordedSafeCLIP
+    from support.streaming import STREAMED
 
     report: dict[str, Any] = {"resumed_equals_uninterrupted": {}, "ranks_agree": {}, "matching_steps": {}}
     main = PartialState().is_main_process  # joins the other process

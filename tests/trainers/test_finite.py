@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_base import broken
-from training import SHORT, make_trainer, poisoned_pairs
+from support.training import SHORT, broken, make_trainer, poisoned_pairs
 
 from hf_robust_clip import CLIPTrainer, RoCLIPTrainer
 from hf_robust_clip.trainers import finite

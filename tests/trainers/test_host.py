@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from support.training import SHORT, make_trainer
 from torch.utils._python_dispatch import TorchDispatchMode
-from training import SHORT, make_trainer
 from transformers import Trainer
 
 import hf_robust_clip

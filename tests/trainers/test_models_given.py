@@ -10,7 +10,7 @@ import torch
 from accelerate.utils import compile_regions
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from training import make_trainer, small_model
+from support.training import make_trainer, small_model
 
 from hf_robust_clip import CleanCLIPTrainer, CLIPTrainer, ZeroShotEvaluator
 from hf_robust_clip.data.collator import CLIPDataCollator

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from training import digits, make_trainer
+from support.training import digits, make_trainer
 
 from hf_robust_clip import CleanCLIPTrainer, CLIPTrainer, RoCLIPTrainer, SafeCLIPTrainer
 from hf_robust_clip.losses import clip_loss

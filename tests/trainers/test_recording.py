@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from training import digits, make_trainer, poisoned_pairs, small_model
+from support.training import digits, make_trainer, poisoned_pairs, small_model
 
 from hf_robust_clip import (
     AttackSuccessEvaluator,

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from training import assert_same_bits, digits, is_whole, make_trainer, train_and_resume
+from support.training import assert_same_bits, digits, is_whole, make_trainer, train_and_resume
 
 from hf_robust_clip import CleanCLIPTrainer, CLIPTrainer, RoCLIPTrainer, SafeCLIPTrainer
 from hf_robust_clip.locking import FolderInUseError
@@ -326,7 +326,8 @@ def test_deletion_that_is_cut_short_leaves_a_checkpoint_that_is_not_resumed_from
         patch.setattr(shutil, "rmtree", delete_in_part)
         trainer.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{2 if kind == 'replaced' else 4}"))
     left = [path for path in tmp_path.iterdir() if path.name.startswith("checkpoint-")]
-    assert [why_incomplete(path) is None for path in left] == list(map(is_whole, left)) and any(map(is_whole, left))
+    taken = [path for path in left if why_incomplete(path) is None]
+    assert len(taken) == len(left) - 1 and all(map(is_whole, taken))
     resumed = make_trainer(CLIPTrainer, tmp_path, **options)
     resumed.train(resume_from_checkpoint=True)
     assert_same_bits(whole(CLIPTrainer)[0], resumed)

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from recording import Queue, RecordedRoCLIP, Step, clip, nearest
-from training import digits, make_trainer, poisoned_pairs, training_log
+from support.recording import Queue, RecordedRoCLIP, Step, clip, nearest
+from support.training import digits, make_trainer, poisoned_pairs, training_log
 
 from hf_robust_clip import CLIPTrainer, RoCLIPTrainer, RoCLIPTrainingArguments
 from hf_robust_clip.defences import RoCLIP

@@ -10,10 +10,9 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from recording import Queue, RecordedSafeCLIP, Step, clip, info_nce, nearest
-from test_base import broken
-from test_streaming import TorchStream
-from training import digits, make_trainer, poisoned_pairs, small_model, training_log
+from support.recording import Queue, RecordedSafeCLIP, Step, clip, info_nce, nearest
+from support.streaming import TorchStream
+from support.training import broken, digits, make_trainer, poisoned_pairs, small_model, training_log
 
 from hf_robust_clip import SafeCLIPTrainer, SafeCLIPTrainingArguments, fit_similarity_mixture
 from hf_robust_clip.defences import SafeCLIP

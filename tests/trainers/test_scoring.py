@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_base import broken
-from training import digits, make_trainer
+from support.training import broken, digits, make_trainer
 
 from hf_robust_clip import SafeCLIPTrainer
 from hf_robust_clip.data.digits import digit_processor

@@ -18,10 +18,12 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from moments import LOSSES, MOMENTS, SCORING
-from stand_in import HubStandIn
-from training import assert_same_outcome, is_whole, saved_steps
-from victim import Order
+
+from hf_robust_clip.trainers.checkpoints import why_incomplete
+from support.moments import LOSSES, MOMENTS, SCORING
+from support.stand_in import HubStandIn
+from support.training import assert_same_outcome, is_whole, saved_steps
+from support.victim import Order
 
 VICTIM = Path(__file__).parent / "victim.py"
 #: Steps of a training, and before which of them SafeCLIP scores its pairs.
@@ -60,12 +62,10 @@ class Interrupter:
 
     def __enter__(self) -> Interrupter:
         self._hub.__enter__()
-        tests = Path(__file__).parents[1]
-        paths = (tests / "faults", tests / "trainers", tests.parent)
         environment = {
             **os.environ,
             **self._hub.environment(self._folder / "home"),
-            "PYTHONPATH": os.pathsep.join(map(str, paths)),
+            "PYTHONPATH": os.pathsep.join(map(str, Path(__file__).parents[1:3])),
             "OMP_NUM_THREADS": "1",
             "TOKENIZERS_PARALLELISM": "false",
         }
@@ -164,8 +164,8 @@ class Interrupter:
         Kill a training at each of some moments in turn, resuming it in between, and let it end.
 
         Raises:
-            `AssertionError`: If a checkpoint is not whole, something is left over, or the outcome is another than that
-                of the uninterrupted training; with the seed, at which it can be repeated.
+            `AssertionError`: If a checkpoint that is not whole is taken for one, something is left over, or the
+                outcome is another than that of the uninterrupted training; with the seed, at which it can be repeated.
         """
         try:
             self._check_survives(trainer, moments, random.Random(seed))
@@ -199,9 +199,10 @@ class Interrupter:
                 self.kill(started, delay=rng.uniform(0, rng.choice([0.005, 0.05])), put=rng.randint(1, 3))
             tried = number + 1
             steps = saved_steps(output_dir)
-            torn = [step for step in steps if not self._is_whole(trainer, output_dir / f"checkpoint-{step}")]
-            assert not torn, f"checkpoints of steps {torn} are not whole after it was killed {moment}"
-            begin = max(steps, default=0)
+            whole = [step for step in steps if self._is_whole(trainer, output_dir / f"checkpoint-{step}")]
+            taken = [step for step in steps if why_incomplete(output_dir / f"checkpoint-{step}") is None]
+            assert taken == whole, f"whole after it was killed {moment}: {whole}; taken for whole: {taken}"
+            begin = max(whole, default=0)
         outcome = self.finish(order)
         assert_same_outcome(self.whole(trainer), outcome)
         left = [path.name for path in output_dir.iterdir() if path.name.startswith("_") or ".partial" in path.name]

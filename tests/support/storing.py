@@ -15,7 +15,8 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from stand_in import BAD_TOKEN, READ_TOKEN, STRANGER_TOKEN
+
+from support.stand_in import BAD_TOKEN, READ_TOKEN, STRANGER_TOKEN
 
 REPO = "tester/files"
 #: Text, files of several parts and of one, one under a name that must be quoted, and an empty one.

@@ -13,8 +13,6 @@ import torch
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 from peft import LoraConfig
-from stand_in import BAD_TOKEN, READ_TOKEN, STRANGER_TOKEN, WRITE_TOKEN
-from training import ARGUMENTS, assert_same_bits, digits, make_trainer
 from transformers import (
     AutoModel,
     AutoProcessor,
@@ -27,6 +25,8 @@ from transformers import (
 
 from hf_robust_clip import CLIPTrainer, SafeCLIPTrainer, ZeroShotEvaluator
 from hf_robust_clip.data.digits import CAPTION_TEMPLATES, CLASS_NAMES, digit_processor
+from support.stand_in import BAD_TOKEN, READ_TOKEN, STRANGER_TOKEN, WRITE_TOKEN
+from support.training import ARGUMENTS, assert_same_bits, digits, make_trainer
 
 #: Four steps an epoch, or five, of three epochs; SafeCLIP splits before the last.
 RUN: dict[type[CLIPTrainer], dict[str, Any]] = {cls: {"rows": 32} for cls in ARGUMENTS}

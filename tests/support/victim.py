@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from moments import MOMENTS, Moment, hold
-from training import ARGUMENTS, digits, make_trainer, outcome
 
-from hf_robust_clip import CLIPTrainer, RoCLIPTrainer, SafeCLIPTrainer
+from hf_robust_clip import CLIPTrainer, RoCLIPTrainer, SafeCLIPTrainer, newest_checkpoint
 from hf_robust_clip.data.digits import digit_processor
+from support.moments import MOMENTS, Moment, hold
+from support.training import ARGUMENTS, digits, make_trainer, outcome
 
 TRAINERS = {cls.__name__: cls for cls in ARGUMENTS}
 #: Four steps an epoch, and a checkpoint after each, of which two stay. RoCLIP matches in epoch 1, with pools full
@@ -76,7 +76,7 @@ def train(order: Order, channel: int) -> None:
     if order.moment is not None:
         moment = Moment(trainer, lambda: announce(channel), order.step)
         MOMENTS[order.moment](moment)
-    trainer.train(resume_from_checkpoint=True if any(output_dir.glob("checkpoint-*")) else None)
+    trainer.train(resume_from_checkpoint=newest_checkpoint(output_dir))
     if order.moment is not None:
         hold()
     torch.save(outcome(trainer), results / "outcome.pt")

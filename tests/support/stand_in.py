@@ -24,9 +24,10 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import yaml
-from large_files import Storage
-from loopback import Refusal, Request, Response, Route, Server, Traffic
-from repositories import Commit, File, Repository, upload_mode
+
+from support.large_files import Storage
+from support.loopback import Refusal, Request, Response, Route, Server, Traffic
+from support.repositories import Commit, File, Repository, upload_mode
 
 #: May do everything in the namespace `tester`, only read there, or everything in the namespace `stranger`.
 WRITE_TOKEN, READ_TOKEN, STRANGER_TOKEN = "hf_WriteTokenOfTheStandIn", "hf_ReadTokenOfTheStandIn", "hf_StrangersToken"
@@ -316,7 +317,7 @@ def run_script(
     Returns:
         `str`: All that it printed, errors and logs included.
     """
-    paths = [Path(__file__).parents[1] / "trainers", Path(__file__).parent, Path(__file__).parents[2]]
+    paths = Path(__file__).parents[1:3]
     given = {"PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "1", **environment}
     done = subprocess.run(
         [sys.executable, str(script), *map(str, arguments)],

@@ -3,34 +3,22 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
 from safetensors.torch import load_file
-from transformers import TrainerState
+from transformers import CLIPModel, TrainerState
 
-from hf_robust_clip import (
-    CleanCLIPTrainer,
-    CleanCLIPTrainingArguments,
-    CLIPTrainer,
-    CLIPTrainingArguments,
-    RoCLIPTrainer,
-    RoCLIPTrainingArguments,
-    SafeCLIPTrainer,
-    SafeCLIPTrainingArguments,
-)
+from hf_robust_clip import CleanCLIPTrainer, CLIPTrainer, CLIPTrainingArguments, RoCLIPTrainer, SafeCLIPTrainer
 from hf_robust_clip.data.digits import digit_processor, load_digit_pairs
 from hf_robust_clip.data.scratch import build_model
+from hf_robust_clip.trainers.defended import TRAINERS
 from hf_robust_clip.trainers.trainer import STATE_FILE
 
-ARGUMENTS: dict[type[CLIPTrainer], type[CLIPTrainingArguments]] = {
-    CLIPTrainer: CLIPTrainingArguments,
-    CleanCLIPTrainer: CleanCLIPTrainingArguments,
-    RoCLIPTrainer: RoCLIPTrainingArguments,
-    SafeCLIPTrainer: SafeCLIPTrainingArguments,
-}
+ARGUMENTS: dict[type[CLIPTrainer], type[CLIPTrainingArguments]] = {cls: cls.args_class for cls in TRAINERS.values()}
 #: What makes every phase and both kinds of epoch come up within three epochs.
 SHORT: dict[type[CLIPTrainer], dict[str, Any]] = {
     CLIPTrainer: {},
@@ -38,17 +26,6 @@ SHORT: dict[type[CLIPTrainer], dict[str, Any]] = {
     RoCLIPTrainer: {"pool_size": 24, "matching_start_epoch": 1, "match_every_n_epochs": 2},
     SafeCLIPTrainer: {"unimodal_pool_size": 24, "warmup_unimodal_epochs": 1, "warmup_cross_epochs": 1},
 }
-#: A trainer's own arguments, and those of its TrainingArguments, go through one call.
-_TRAINER = ("image_augmentation", "text_augmentation", "evaluators", "eval_dataset", "train_dataset", "model")
-_TRAINER += (
-    "data_collator",
-    "peft_config",
-    "callbacks",
-    "processing_class",
-    "optimizers",
-    "optimizer_cls_and_kwargs",
-    "defence",
-)
 
 
 @functools.cache
@@ -57,14 +34,14 @@ def digits(split: str = "train") -> datasets.Dataset:
     return load_digit_pairs(split, renderings=1)
 
 
-def small_model(seed: int = 0) -> Any:
-    """A CLIP with dropout, so that resuming also has to restore the global generator."""
+def small_model(seed: int = 0, dropout: float = 0.1) -> CLIPModel:
+    """A CLIP for `digit_processor`. With dropout, so that resuming also has to restore the global generator."""
     model = build_model(
         digit_processor(), vision_width=32, vision_layers=2, text_width=32, text_layers=1, projection_dim=16, seed=seed
     )
     for module in model.modules():
         if hasattr(module, "dropout") and isinstance(module.dropout, float):
-            module.dropout = 0.1
+            module.dropout = dropout
     return model
 
 
@@ -73,10 +50,19 @@ def poisoned_pairs(rows: int) -> datasets.Dataset:
     return digits().select(range(rows)).add_column("poisoned", [row % 3 == 0 for row in range(rows)])
 
 
+def broken(rows: int = 24) -> datasets.Dataset:
+    """The first digits, two of whose images do not decode."""
+    data = digits().select(range(rows)).cast_column("image", datasets.Image(decode=False))
+    table = data.to_dict()
+    for row in (3, 17):
+        table["image"][row] = {"bytes": b"no image", "path": None}
+    return datasets.Dataset.from_dict(table, features=data.features).cast_column("image", datasets.Image())
+
+
 def make_trainer(cls: type[CLIPTrainer], output_dir: Path, rows: int = 64, **overrides: Any) -> CLIPTrainer:
     """A trainer over the first `rows` digits; `overrides` are arguments of the trainer or of its arguments."""
-    family = next(base for base in cls.__mro__ if base in ARGUMENTS)
-    given = {name: overrides.pop(name) for name in _TRAINER if name in overrides}
+    family = next(base for base in cls.__mro__ if base in SHORT)
+    given = {name: overrides.pop(name) for name in inspect.signature(CLIPTrainer).parameters if name in overrides}
     arguments: dict[str, Any] = {
         "per_device_train_batch_size": 8,
         "num_train_epochs": 3,
@@ -94,7 +80,7 @@ def make_trainer(cls: type[CLIPTrainer], output_dir: Path, rows: int = 64, **ove
     given.setdefault("model", small_model())
     given.setdefault("train_dataset", digits().select(range(rows)))
     given.setdefault("processing_class", digit_processor())
-    return cls(args=ARGUMENTS[family](str(output_dir), **arguments), **given)
+    return cls(args=cls.args_class(str(output_dir), **arguments), **given)
 
 
 def train_and_resume(

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from loopback import Refusal, Request, Response, Route, Server, Traffic
-from repositories import File, Repository
+from support.loopback import Refusal, Request, Response, Route, Server, Traffic
+from support.repositories import File, Repository
 
 
 @dataclass
