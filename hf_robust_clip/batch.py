@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from .distributed import gather_features
 
@@ -16,6 +17,17 @@ class Embeddings(NamedTuple):
 
     image_embeds: torch.Tensor
     text_embeds: torch.Tensor
+
+    @property
+    def similarities(self) -> torch.Tensor:
+        """The cosine of each pair `(B,)`."""
+        return (self.image_embeds * self.text_embeds).sum(dim=-1)
+
+
+def encode_pairs(model: Any, inputs: Mapping[str, torch.Tensor]) -> Embeddings:
+    """The embeddings `(B, D)` of images and captions under a dual encoder, from what its forward pass takes."""
+    outputs = model(**inputs)
+    return Embeddings(*(F.normalize(side.float(), dim=-1) for side in (outputs.image_embeds, outputs.text_embeds)))
 
 
 @dataclass

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .augment.images import ImageNormalization
+from .batch import encode_pairs
 from .columns import BAD_ROWS, POISONED, ROW_INDEX, check_columns, check_flag
 from .data.collator import CLIPDataCollator
 from .data.rows import IndexedDataset, column_values
@@ -27,35 +27,16 @@ _QUANTILES = {"q05": 0.05, "q50": 0.5, "q95": 0.95}
 
 class TrainerHooks(TrainerCallback):
     """
-    Passes the Trainer's events on to what takes no arguments: the methods of a trainer, which cannot override the loop
-    that raises them.
+    Passes the Trainer's events on to what takes no arguments, such as the methods of a trainer, which cannot override
+    the loop that raises them.
+
+    Args:
+        **events (callables): Each by the name of its event, such as `on_train_begin`.
     """
 
-    def __init__(
-        self,
-        train_begin: Callable[[], None],
-        epoch_begin: Callable[[], None],
-        step_begin: Callable[[], None],
-        optimizer_step: Callable[[], None],
-        train_end: Callable[[], None],
-    ) -> None:
-        self._train_begin, self._epoch_begin, self._step_begin = train_begin, epoch_begin, step_begin
-        self._optimizer_step, self._train_end = optimizer_step, train_end
-
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        self._train_begin()
-
-    def on_epoch_begin(self, *args: Any, **kwargs: Any) -> None:
-        self._epoch_begin()
-
-    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        self._step_begin()
-
-    def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        self._optimizer_step()
-
-    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
-        self._train_end()
+    def __init__(self, **events: Callable[[], None]) -> None:
+        for name, call in events.items():
+            setattr(self, name, lambda *args, call=call, **kwargs: call())
 
 
 @dataclass(frozen=True)
@@ -210,10 +191,7 @@ class PairSimilarityCallback(TrainerCallback):
                 usable = batch.pop(ROW_INDEX) == torch.tensor(wanted)
                 inputs = {name: value.to(device) for name, value in batch.items() if name not in (POISONED, BAD_ROWS)}
                 inputs["pixel_values"] = normalization(inputs["pixel_values"]).to(dtype)
-                outputs = model(**inputs)
-                image_embeds = F.normalize(outputs.image_embeds.float(), dim=-1)
-                text_embeds = F.normalize(outputs.text_embeds.float(), dim=-1)
-                found.append((image_embeds * text_embeds).sum(dim=-1).cpu()[usable])
+                found.append(encode_pairs(model, inputs).similarities.cpu()[usable])
         return torch.cat(found).double().numpy()
 
 

@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from ..augment.images import to_float
+from ..batch import encode_pairs
 from ..columns import BAD_ROWS, POISONED, ROW_INDEX
 from ..data.collator import ORIGINAL, CLIPDataCollator
 from ..data.rows import IndexedDataset
@@ -104,8 +105,7 @@ def _score_batch(step: Step, model: Any, batch: dict[str, Any], key: int | None)
     if key is not None:
         with forked_rng(key, images.device):
             images = step.image_view(images, "scored")
-    embeddings = step.encode(model, {**inputs, "pixel_values": step.normalization(images)})
-    similarities = (embeddings.image_embeds * embeddings.text_embeds).sum(dim=-1)
+    similarities = encode_pairs(model, {**inputs, "pixel_values": step.normalization(images)}).similarities
     parts = (rows.to(images.device), similarities, flags.to(images.device))
     return torch.stack([part.double() for part in parts], dim=1)
 

@@ -9,11 +9,10 @@ from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from ..augment.images import to_float
-from ..batch import Batch, Embeddings, cut, joined, rows_of, split_views
+from ..batch import Batch, Embeddings, cut, encode_pairs, joined, rows_of, split_views
 from ..data.collator import ORIGINAL
 from ..seeding import derive_seed, forked_rng
 from ..wording import shown
@@ -78,15 +77,9 @@ class Step:
             )
         return augmented
 
-    def encode(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> Embeddings:
-        """The embeddings of the inputs of a prepared batch, all views stacked, `(V*B, D)` each."""
-        outputs = model(**inputs)
-        sides = (outputs.image_embeds, outputs.text_embeds)
-        return Embeddings(*(F.normalize(side.float(), dim=-1) for side in sides))
-
     def whole(self, model: nn.Module, encoder: Any, batch: Batch) -> torch.Tensor:
         """The loss of a prepared batch."""
-        embeddings = self.encode(model, batch.inputs)
+        embeddings = encode_pairs(model, batch.inputs)
         # DDP waits for a gradient of every parameter that the forward pass used: give a tower that a loss leaves out
         # one of zero. Embeddings are bounded, so zero times their sum is zero.
         unused = 0.0 * (embeddings.image_embeds.sum() + embeddings.text_embeds.sum()) + unused_of(encoder)
@@ -130,7 +123,7 @@ class Step:
 
         def encoded(chunk: _Chunk) -> Embeddings:
             with forked_rng(chunk.batch.seed, self.device), autocast():
-                return self.encode(model, self._stacked(chunk.batch.inputs, self.views))
+                return encode_pairs(model, self._stacked(chunk.batch.inputs, self.views))
 
         with torch.no_grad():
             found = [encoded(chunk) for chunk in chunks]

@@ -21,7 +21,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from ..augment.images import ImageNormalization
-from ..batch import Batch, Embeddings
+from ..batch import Batch, Embeddings, encode_pairs
 from ..callbacks import TrainerHooks
 from ..columns import BAD_ROWS, POISONED, ROW_INDEX
 from ..data.collator import ORIGINAL, CLIPDataCollator
@@ -265,11 +265,11 @@ class CLIPTrainer(Trainer):
         self._described: tuple[Any, dict[str, Any]] | None = None
         self.add_callback(
             TrainerHooks(
-                self.on_train_begin,
-                self.on_epoch_begin,
-                self.on_step_begin,
-                self.on_optimizer_step,
-                self.on_train_end,
+                on_train_begin=self.on_train_begin,
+                on_epoch_begin=self.on_epoch_begin,
+                on_step_begin=self.on_step_begin,
+                on_optimizer_step=self.on_optimizer_step,
+                on_train_end=self.on_train_end,
             )
         )
         self.add_callback(RunLog())
@@ -617,7 +617,7 @@ class CLIPTrainer(Trainer):
         """Keep the embeddings of a batch for [`evaluation_loop`], which contrasts those of all batches."""
         batch = self._prepare_inputs(inputs)
         with self.compute_loss_context_manager():
-            embeddings = self.step.encode(model, batch.inputs)
+            embeddings = encode_pairs(model, batch.inputs)
         self._evaluated.add(batch.rows, embeddings)
         return None, None, None
 

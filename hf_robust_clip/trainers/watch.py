@@ -56,7 +56,7 @@ class Watch:
         if self.finite is not None:
             self.finite.note_batch(terms, views, batch.rows)
         pairs = next(iter(views.values()))
-        similarities = (pairs.image_embeds * pairs.text_embeds).sum(dim=-1).detach()  # (B,)
+        similarities = pairs.similarities.detach()  # (B,)
         seen = {"logit_scale": scale.squeeze(), "pair_similarity": similarities}
         self.means.add({**terms, **seen, **self.collapse.measure(pairs)})
         if batch.poisoned is not None:

@@ -27,7 +27,7 @@ from hf_robust_clip import (
     RoCLIPTrainer,
     SafeCLIPTrainer,
 )
-from hf_robust_clip.batch import Embeddings, cut, split_views
+from hf_robust_clip.batch import Embeddings, cut, encode_pairs, split_views
 from hf_robust_clip.data.digits import digit_processor
 from hf_robust_clip.seeding import derive_seed, forked_rng
 from hf_robust_clip.trainers.step import Step, _of_a_kind, scale_of
@@ -217,7 +217,7 @@ def test_what_is_drawn_for_a_chunk_is_drawn_again_alike(tmp_path: Path, monkeypa
         members = []
         for place, inputs in enumerate(cut(batch.inputs, len(step.views), size)):
             with forked_rng(derive_seed(batch.seed, place), step.device):
-                members.append(split_views(step.views, step.encode(model, step._stacked(inputs, step.views))))
+                members.append(split_views(step.views, encode_pairs(model, step._stacked(inputs, step.views))))
         views = {
             view: Embeddings(*(torch.cat([chunk[view][side] for chunk in members]) for side in (0, 1)))
             for view in step.views

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from support.training import SHORT, digits, make_trainer, training_log
 
 from hf_robust_clip import CLIPTrainer, ZeroShotEvaluator
+from hf_robust_clip.batch import Embeddings, encode_pairs
 from hf_robust_clip.data.digits import CAPTION_TEMPLATES, CLASS_NAMES
+from hf_robust_clip.trainers import step
 from hf_robust_clip.trainers.collapse import CollapseWatch
-from hf_robust_clip.trainers.trainer import Embeddings
 
 
 def test_measure_is_the_mean_cosine_of_different_rows() -> None:
@@ -47,16 +48,15 @@ def test_embeddings_all_alike(
 
 @pytest.mark.parametrize("cls", SHORT)
 def test_a_collapsed_tower_is_seen_in_training(
-    cls: type[CLIPTrainer], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    cls: type[CLIPTrainer], tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = make_trainer(cls, tmp_path, max_steps=4)
-    encode = trainer.step.encode
 
     def collapsed(model: Any, inputs: dict[str, Any]) -> Any:
-        embeddings = encode(model, inputs)
+        embeddings = encode_pairs(model, inputs)
         return embeddings._replace(text_embeds=0 * embeddings.text_embeds + embeddings.text_embeds[:1])
 
-    trainer.step.encode = collapsed  # type: ignore[method-assign]
+    monkeypatch.setattr(step, "encode_pairs", collapsed)
     trainer.train()
     assert "the captions of a batch have nearly the same embedding" in caplog.text
     assert "look whether the captions differ" in caplog.text

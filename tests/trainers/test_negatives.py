@@ -10,6 +10,7 @@ import torch
 from support.training import digits, make_trainer
 
 from hf_robust_clip import CleanCLIPTrainer, CLIPTrainer, RoCLIPTrainer, SafeCLIPTrainer
+from hf_robust_clip.batch import encode_pairs
 from hf_robust_clip.losses import clip_loss
 
 ACCUMULATED = {"accumulate_negatives": True, "gradient_accumulation_steps": 4}
@@ -86,7 +87,7 @@ def test_the_evaluation_loss_is_that_of_all_rows_at_once(cls: type[CLIPTrainer],
         found += [trainer.evaluate()["eval_loss"], trainer.predict(test).metrics["test_loss"]]
     (batch,) = trainer.get_eval_dataloader()  # of the last size
     with torch.no_grad():
-        embeddings = trainer.step.encode(trainer.model.eval(), trainer._prepare_inputs(batch).inputs)
+        embeddings = encode_pairs(trainer.model.eval(), trainer._prepare_inputs(batch).inputs)
         expected = clip_loss(*embeddings, trainer.model.logit_scale.exp()).item()
     assert len(embeddings.image_embeds) == 11 and expected > 1
     assert found == pytest.approx([expected] * len(found), rel=1e-5)
