@@ -13,7 +13,7 @@ from support.training import SHORT, digits, make_trainer, training_log
 from hf_robust_clip import CLIPTrainer, ZeroShotEvaluator
 from hf_robust_clip.batch import Embeddings, encode_pairs
 from hf_robust_clip.data.digits import CAPTION_TEMPLATES, CLASS_NAMES
-from hf_robust_clip.trainers import step
+from hf_robust_clip.trainers import step as step_module
 from hf_robust_clip.trainers.collapse import CollapseWatch
 
 
@@ -56,7 +56,7 @@ def test_a_collapsed_tower_is_seen_in_training(
         embeddings = encode_pairs(model, inputs)
         return embeddings._replace(text_embeds=0 * embeddings.text_embeds + embeddings.text_embeds[:1])
 
-    monkeypatch.setattr(step, "encode_pairs", collapsed)
+    monkeypatch.setattr(step_module, "encode_pairs", collapsed)
     trainer.train()
     assert "the captions of a batch have nearly the same embedding" in caplog.text
     assert "look whether the captions differ" in caplog.text
