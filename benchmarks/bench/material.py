@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from .study import DIGITS, Study
 
 #: The clean digits are rendered under another seed than the poisoned ones: new places, noise and captions.
 CLEAN_SEED_OFFSET = 1000
+#: The cells of a seed share their digits.
+_digits = lru_cache(maxsize=8)(digits.load_digit_pairs)
 
 
 @dataclass(frozen=True)
@@ -56,9 +59,9 @@ def load_material(study: Study, data: Path | None, seed: int) -> Material:
         `ValueError`: If the study needs files and `data` is no folder that has them.
     """
     if study.source == DIGITS:
-        pairs = digits.load_digit_pairs("train", study.renderings, seed)
-        clean = digits.load_digit_pairs("train", study.renderings, seed + CLEAN_SEED_OFFSET)
-        test = digits.load_digit_pairs("test", seed=seed)
+        pairs = _digits("train", study.renderings, seed)
+        clean = _digits("train", study.renderings, seed + CLEAN_SEED_OFFSET)
+        test = _digits("test", seed=seed)
         prompts = list(study.prompts or digits.CAPTION_TEMPLATES)
         names, templates = list(digits.CLASS_NAMES), list(digits.CAPTION_TEMPLATES)
         return Material(pairs, clean, test, test, names, prompts, "label", templates)

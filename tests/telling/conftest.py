@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from support.browser import CHROMIUM, CONTRASTS, FOCUS_OUTLINE, Browser
-from support.training import make_trainer, poisoned_pairs
+from support.training import digits, make_trainer, poisoned_pairs
 
 from hf_robust_clip import (
     AttackSuccessEvaluator,
@@ -17,7 +17,7 @@ from hf_robust_clip import (
     PatchTrigger,
     ZeroShotEvaluator,
 )
-from hf_robust_clip.data.digits import CLASS_NAMES, load_digit_pairs
+from hf_robust_clip.data.digits import CLASS_NAMES
 from hf_robust_clip.telling import plots
 
 
@@ -110,7 +110,7 @@ def saved(
 
 
 def _evaluators() -> list[Any]:
-    test = load_digit_pairs("test", renderings=1).select(range(40))
+    test = digits("test").select(range(40))
     return [
         ZeroShotEvaluator(test, CLASS_NAMES),
         AttackSuccessEvaluator(test, BlendedTrigger(), "six", CLASS_NAMES),

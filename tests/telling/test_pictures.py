@@ -4,10 +4,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.training import make_trainer, poisoned_pairs
+from support.training import digits, make_trainer, poisoned_pairs
 
 from hf_robust_clip import AttackSuccessEvaluator, CLIPTrainer, PatchTrigger, RoCLIPTrainer
-from hf_robust_clip.data.digits import CLASS_NAMES, load_digit_pairs
+from hf_robust_clip.data.digits import CLASS_NAMES
 from hf_robust_clip.trainers import pictures
 
 Trained = Callable[[type[CLIPTrainer]], CLIPTrainer]
@@ -47,7 +47,7 @@ def test_few_images_of_many_are_drawn(trained: Trained, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("kind", [list, "transform"])
 def test_images_of_any_dataset(kind: Any, tmp_path: Path) -> None:
-    test = load_digit_pairs("test", renderings=1).select(range(20))
+    test = digits("test").select(range(20))
     dataset = list(test) if kind is list else test.with_transform(lambda rows: rows)
     evaluator = AttackSuccessEvaluator(dataset, PatchTrigger(size=3), "six", CLASS_NAMES)
     shown = make_trainer(CLIPTrainer, tmp_path, evaluators=[evaluator]).pictures().attacks["attack_success_rate"]

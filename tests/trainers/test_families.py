@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 from support.families import altclip, chinese_clip, clip, processor_for, siglip, vision_text_dual_encoder
-from support.training import make_trainer, training_log
+from support.training import digits, make_trainer, training_log
 
 from hf_robust_clip import CleanCLIPTrainer, ZeroShotEvaluator
-from hf_robust_clip.data.digits import CAPTION_TEMPLATES, CLASS_NAMES, load_digit_pairs
+from hf_robust_clip.data.digits import CAPTION_TEMPLATES, CLASS_NAMES
 from hf_robust_clip.models import longest_caption
 
 
@@ -20,7 +20,7 @@ def test_family_trains_and_evaluates(family: Any, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = family()
     processor = processor_for(model)
-    test = load_digit_pairs("test").select(range(10))
+    test = digits("test").select(range(10))
     trainer = make_trainer(
         CleanCLIPTrainer,
         tmp_path,
@@ -46,7 +46,7 @@ def test_family_trains_and_evaluates(family: Any, tmp_path: Path) -> None:
 def test_evaluator_embeds_as_the_forward_pass_does() -> None:
     from hf_robust_clip.evaluation.embedding import Embedder
 
-    test = load_digit_pairs("test").select(range(6))
+    test = digits("test").select(range(6))
     for family in (clip, siglip, altclip, chinese_clip, vision_text_dual_encoder):
         torch.manual_seed(0)
         model = family().eval()

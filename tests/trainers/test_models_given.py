@@ -10,11 +10,11 @@ import torch
 from accelerate.utils import compile_regions
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from support.training import make_trainer, small_model
+from support.training import digits, make_trainer, small_model
 
 from hf_robust_clip import CleanCLIPTrainer, CLIPTrainer, ZeroShotEvaluator
 from hf_robust_clip.data.collator import CLIPDataCollator
-from hf_robust_clip.data.digits import CLASS_NAMES, digit_processor, load_digit_pairs
+from hf_robust_clip.data.digits import CLASS_NAMES, digit_processor
 from hf_robust_clip.models import load_dual_encoder
 
 
@@ -122,7 +122,7 @@ def test_adapters_loaded_frozen_are_refused(tmp_path: Path) -> None:
 
 
 def test_evaluators_have_their_own_processor_tried(tmp_path: Path) -> None:
-    test = load_digit_pairs("test").select(range(10))
+    test = digits("test").select(range(10))
     given = {"processing_class": larger_images(), "data_collator": CLIPDataCollator(digit_processor())}
     make_trainer(CLIPTrainer, tmp_path, rows=16, **given)
     with pytest.raises(ValueError, match="makes images of 32 x 32"):
@@ -130,7 +130,7 @@ def test_evaluators_have_their_own_processor_tried(tmp_path: Path) -> None:
 
 
 def test_a_frozen_model_can_be_evaluated(tmp_path: Path) -> None:
-    test = load_digit_pairs("test").select(range(10))
+    test = digits("test").select(range(10))
     evaluators = [ZeroShotEvaluator(test, CLASS_NAMES)]
     trainer = make_trainer(CLIPTrainer, tmp_path, model=frozen(), train_dataset=None, evaluators=evaluators)
     assert 0 <= trainer.evaluate()["eval_clean_accuracy"] <= 1
