@@ -173,10 +173,7 @@ def _carry_out(stream: IterableDataset, parts: Sequence[Mapping[str, Any]]) -> I
     format_type = stream._formatting.format_type if stream._formatting else None
     poisoned = stream.with_format(None) if stream._formatting else stream
     poisoned = poisoned.decode(False) if features is not None else poisoned
-    if any(part["mode"] == "targeted" for part in parts):
-        poisoned = poisoned.map(poisoner.batch_of_one, with_indices=with_numbers, batched=True, batch_size=1)
-    else:
-        poisoned = poisoned.map(poisoner.row, with_indices=with_numbers)
+    poisoned = poisoned.map(poisoner, with_indices=with_numbers, batched=True, batch_size=1)
     if features is not None:
         # Cast, not map's own features: those would count as applied, and the images would never be decoded.
         feature = features[image_column]
@@ -186,32 +183,24 @@ def _carry_out(stream: IterableDataset, parts: Sequence[Mapping[str, Any]]) -> I
 
 
 class _Poisoner:
-    """What [`IterableDataset.map`] calls: all attacks on one row. An object, since workers get it pickled."""
+    """All attacks on one row, in batches of one, since a targeted poison is a row more. Workers get it pickled."""
 
     def __init__(self, attacks: Sequence[_Attack], image_column: str, encodes: bool) -> None:
         self.attacks, self.image_column, self.encodes = attacks, image_column, encodes
 
-    def row(self, row: dict[str, Any], number: int | None = None) -> dict[str, Any]:
-        return self._poison(row, number)[0]
-
-    def batch_of_one(self, batch: dict[str, list[Any]], numbers: list[int] | None = None) -> dict[str, list[Any]]:
-        row = {name: values[0] for name, values in batch.items()}
-        rows = self._poison(row, None if numbers is None else numbers[0])
-        return {name: [row.get(name) for row in rows] for name in rows[0]}
-
-    def _poison(self, row: dict[str, Any], number: int | None) -> list[dict[str, Any]]:
+    def __call__(self, batch: dict[str, list[Any]], numbers: Sequence[int | None] = (None,)) -> dict[str, list[Any]]:
         """The row, poisoned or not, and the targeted poisons that follow on it."""
-        row = {**row, POISONED: row.get(POISONED, False)}
+        row = {name: values[0] for name, values in batch.items()}
+        row.setdefault(POISONED, False)
         if row[POISONED] is not None:
             check_flag(row[POISONED], f"a row, column {shown(POISONED)}")
         if self.encodes and row.get(self.image_column) is not None:
             row[self.image_column] = _encodable(row[self.image_column])
-        followers = []
+        rows = [row]
         for attack in self.attacks:
-            if not row[POISONED]:
-                follower = attack.on(row, number)
-                followers += [] if follower is None else [follower]
-        return [row, *followers]
+            if not row[POISONED] and (follower := attack.on(row, numbers[0])) is not None:
+                rows.append(follower)
+        return {name: [row.get(name) for row in rows] for name in row}
 
 
 class _Attack:
