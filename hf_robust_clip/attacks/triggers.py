@@ -43,7 +43,7 @@ class Trigger(TriggerFields, ABC):
     EXIF data is not applied: transpose such an image first.
 
     Raises:
-        `ValueError`: on an array of another shape or dtype, and on anything that is no image.
+        `ValueError`: on an array of another shape or dtype, and on anything that is not an image.
     """
 
     @overload
@@ -249,7 +249,7 @@ def trigger_from_name(name: str, **overrides: Any) -> Trigger | WordTrigger:
     """
     classes = trigger_classes()
     if name not in classes:
-        raise ValueError(f"name={shown(name)} is no trigger; accepted are {listed(classes)}")
+        raise ValueError(f"name={shown(name)} is not a trigger; accepted are {listed(classes)}")
     cls = classes[name]
     accepted = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
     unknown = [key for key in overrides if key not in accepted]
@@ -267,7 +267,7 @@ def trigger_from_dict(config: Mapping[str, Any]) -> Trigger | WordTrigger:
     """
     if not isinstance(config, Mapping) or not isinstance(config.get("name"), str):
         accepted = listed(trigger_classes())
-        raise ValueError(f"{shown(config)} describes no trigger; accepted is a dict whose 'name' is {accepted}")
+        raise ValueError(f"{shown(config)} does not describe a trigger; accepted is a dict whose 'name' is {accepted}")
     return trigger_from_name(**config)
 
 
