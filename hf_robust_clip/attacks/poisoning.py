@@ -35,7 +35,7 @@ from .rows import (
 from .spec import VERSION, PoisonSpec, check_specs
 from .streaming import replay_stream
 from .text_triggers import WordTrigger
-from .triggers import Trigger, trigger_from_dict
+from .triggers import Trigger
 
 
 def poison_dataset(
@@ -128,7 +128,7 @@ def _replay(dataset: Dataset | IterableDataset, manifest: Mapping[str, Any]) -> 
             f"dataset is a {type(dataset).__name__}, but the manifest was made on a stream; accepted is a "
             "datasets.IterableDataset"
         )
-    check_dataset_part(manifest)
+    spec = check_dataset_part(manifest)
     columns = manifest["columns"]
     dataset = _check_dataset(dataset, columns["image"], columns["caption"], None)
     if len(dataset) != manifest["counts"]["dataset_length"]:
@@ -139,8 +139,7 @@ def _replay(dataset: Dataset | IterableDataset, manifest: Mapping[str, Any]) -> 
             "dataset: its captions differ from those the manifest was made on; accepted is the same dataset, in the "
             "same order, before it was poisoned"
         )
-    trigger = None if manifest["trigger"] is None else trigger_from_dict(manifest["trigger"])
-    return _carry_out(dataset, manifest, trigger)
+    return _carry_out(dataset, manifest, spec.trigger)
 
 
 def _check_dataset(

@@ -178,7 +178,9 @@ class SinusoidTrigger(Trigger):
         check_float("frequency", self.frequency)
 
     def _apply(self, pixels: Pixels) -> Pixels:
-        return _to_uint8(pixels + _wave(pixels.shape[1], self.amplitude, self.frequency))
+        width = pixels.shape[1]
+        wave = self.amplitude * np.sin(2 * math.pi * self.frequency * np.arange(width) / width)
+        return _to_uint8(pixels + wave[None, :, None])
 
 
 @dataclass(frozen=True)
@@ -311,12 +313,6 @@ def _blend_pattern(pattern: str, height: int, width: int, seed: int) -> Pixels:
         for row, top in enumerate(range(0, height, line)):
             draw.text((-row * line / 2, top), "hello " * (2 + width // line + row), fill=(255, 255, 255), font=font)
     return _frozen(np.array(canvas))
-
-
-@lru_cache(maxsize=32)
-def _wave(width: int, amplitude: float, frequency: float) -> NDArray[np.float64]:
-    wave = amplitude * np.sin(2 * math.pi * frequency * np.arange(width) / width)
-    return wave[None, :, None]  # (1, W, 1)
 
 
 @lru_cache(maxsize=8)
