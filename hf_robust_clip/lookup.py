@@ -10,8 +10,6 @@ import torch
 #: What the default chunking gives a chunk's products, and its entries where they are converted, in bytes: little
 #: enough for the caches of a CPU, and enough to keep an accelerator busy.
 LOOKUP_BYTES = {"cpu": 8 * 2**20, "other": 64 * 2**20}
-#: Entries of which the largest similarity is found first, since that is faster than to find where it is.
-GROUP = 16
 
 
 def nearest_slots(
@@ -31,33 +29,30 @@ def nearest_slots(
         `torch.Tensor` of shape `(B,)`: int64.
     """
     dtype = torch.promote_types(torch.promote_types(queries.dtype, features.dtype), torch.float32)
-    columns = queries.to(dtype).T.contiguous()  # (D, B)
-    batch = columns.shape[1]
+    queries = queries.to(dtype)
     converted = 0 if dtype == features.dtype else features.shape[1]
-    budget = LOOKUP_BYTES.get(columns.device.type, LOOKUP_BYTES["other"])
-    chunk_size = chunk_size or max(budget // max(dtype.itemsize * (batch + converted), 1), GROUP)
-    best = columns.new_full((batch,), -torch.inf)
-    slots = torch.full((batch,), oldest, device=columns.device)
+    budget = LOOKUP_BYTES.get(queries.device.type, LOOKUP_BYTES["other"])
+    chunk_size = chunk_size or max(budget // (dtype.itemsize * max(len(queries) + converted, 1)), 1)
+    slots = best = None
     for begin, end in ((oldest, len(features)), (0, oldest)):  # from the oldest to the newest
         for first in range(begin, end, chunk_size):
-            chunk = features[first : min(first + chunk_size, end)].to(dtype)
-            peaks, entries = _largest(chunk, columns)
-            slots = torch.where(peaks > best, entries + first, slots)
-            best = torch.maximum(best, peaks)
+            peaks, entries = _largest(queries, features[first : min(first + chunk_size, end)].to(dtype))
+            entries += first
+            if slots is not None and best is not None:
+                entries = torch.where(peaks > best, entries, slots)
+                peaks = torch.maximum(peaks, best)
+            slots, best = entries, peaks
+    assert slots is not None  # there is an entry at least
     return slots
 
 
-def _largest(chunk: torch.Tensor, columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The largest product of each column with the rows of a chunk, and the first row that has it, `(B,)` both."""
-    count, batch = len(chunk), columns.shape[1]
-    groups = -(-count // GROUP)
-    products = chunk.new_empty(groups * GROUP, batch)
-    products[count:] = -torch.inf
-    torch.mm(chunk, columns, out=products[:count])
-    products = products.view(groups, GROUP, batch)
-    peaks, group = products.amax(dim=1).max(dim=0)
-    members = products[group, :, torch.arange(batch, device=group.device)]  # (B, GROUP)
-    return peaks, group * GROUP + members.argmax(dim=1)
+def _largest(queries: torch.Tensor, chunk: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The largest product of each query with the rows of a chunk, and the first row that has it, `(B,)` both."""
+    products = queries @ chunk.T  # (B, chunk)
+    if products.device.type != "cpu":
+        return products.max(dim=1)
+    rows = torch.from_numpy(products.numpy().argmax(axis=1))  # in a tenth of the time of torch's
+    return products.gather(1, rows[:, None])[:, 0], rows
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -24,8 +23,8 @@ class FeaturePool(nn.Module):
 
     The look-up compares a query with every entry, in float32 (float64 if the queries or the pool are), with autocast,
     TF32 and bfloat16 products switched off; of equal products, the entry that entered first is taken. Entries whose
-    products differ by less than the rounding of float32 count as equal or in either order. Nothing waits for the
-    device, but loading.
+    products differ by less than the rounding of float32 count as equal or in either order. Only `age` and loading
+    wait for the device.
 
     A pool of P entries takes `P * (dim * itemsize + 16)` bytes: 2.06 GB for 1,000,000 x 512 in float32, 1.04 GB in
     bfloat16. A look-up takes, whatever P, about `LOOKUP_BYTES` (8 MiB on a CPU, else 64 MiB) and a few copies of the
@@ -33,8 +32,8 @@ class FeaturePool(nn.Module):
 
     Pools that must be the same on every rank are given the same features in the same order: gather them first
     (`distributed.gather_features`). Casting the module (`.half()`, `.to(torch.bfloat16)`) leaves the pool's dtype
-    alone; moving it to another device moves it. Features and queries must be finite:
-    otherwise some filled slot is returned, not necessarily the nearest.
+    alone; moving it to another device moves it. Features and queries must be finite: otherwise any filled slot is
+    returned.
 
     Args:
         size (`int`): Number of features kept.
@@ -55,13 +54,10 @@ class FeaturePool(nn.Module):
     _cursor: int
     _fill: int
     _calls: int  # the number of the next one
-    _rows_of_calls: deque[int]  # still held, of each call from the oldest on
 
     def __init__(self, size: int, dim: int, dtype: torch.dtype = torch.float32, chunk_size: int | None = None) -> None:
         super().__init__()
-        for name, value in (("size", size), ("dim", dim), ("chunk_size", chunk_size)):
-            if name == "chunk_size" and value is None:
-                continue
+        for name, value in (("size", size), ("dim", dim), ("chunk_size", 1 if chunk_size is None else chunk_size)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be an integer of at least 1, but is {shown(value)}")
         if dtype not in DTYPES:
@@ -87,7 +83,7 @@ class FeaturePool(nn.Module):
     @property
     def age(self) -> int:
         """How many enqueue calls ago the oldest feature entered: 0 after a first one, and for an empty pool."""
-        return max(len(self._rows_of_calls) - 1, 0)
+        return self._calls - 1 - int(self.entered[self._oldest]) if self._fill else 0
 
     @torch.no_grad()
     def enqueue(self, features: torch.Tensor, keys: torch.Tensor | None = None) -> None:
@@ -123,14 +119,6 @@ class FeaturePool(nn.Module):
             buffer[self._cursor : self._cursor + before_end].copy_(value[:before_end])
             buffer[: kept.shape[0] - before_end].copy_(value[before_end:])
         self._calls += 1
-        self._rows_of_calls.append(kept.shape[0])
-        lost = max(self._fill + kept.shape[0] - self.size, 0)
-        while lost:  # from the oldest calls
-            taken = min(lost, self._rows_of_calls[0])
-            self._rows_of_calls[0] -= taken
-            lost -= taken
-            if self._rows_of_calls[0] == 0:
-                self._rows_of_calls.popleft()
         self._cursor = (self._cursor + kept.shape[0]) % self.size
         self._fill = min(self._fill + kept.shape[0], self.size)
         self.cursor.fill_(self._cursor)
@@ -143,7 +131,6 @@ class FeaturePool(nn.Module):
             buffer.zero_()
         self.keys.fill_(-1)
         self._cursor, self._fill, self._calls = 0, 0, 0
-        self._rows_of_calls.clear()
 
     @torch.no_grad()
     def nearest(self, queries: torch.Tensor) -> torch.Tensor:
@@ -192,9 +179,7 @@ class FeaturePool(nn.Module):
     def _read_state(self) -> None:
         """Set the mirrors from the buffers."""
         self._cursor, self._fill = int(self.cursor), int(self.fill)
-        calls = self.entered[: self._fill].roll(-self._oldest).cpu()
-        self._calls = int(calls[-1]) + 1 if self._fill else 0
-        self._rows_of_calls = deque(calls.unique_consecutive(return_counts=True)[1].tolist())
+        self._calls = int(self.entered[: self._fill].max()) + 1 if self._fill else 0
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> FeaturePool:
         def keep_dtype(tensor: torch.Tensor) -> torch.Tensor:
@@ -208,17 +193,16 @@ class FeaturePool(nn.Module):
         self, state_dict: Mapping[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool,
         missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
     ) -> None:  # fmt: skip
-        missing = [prefix + name for name in self._buffers if prefix + name not in state_dict]
-        problems = []
-        for name, buffer in self.named_buffers() if not missing else ():
-            loaded = state_dict[prefix + name]
-            if loaded.shape != buffer.shape or loaded.dtype != buffer.dtype:
-                problems.append(
-                    f"{prefix}{name} is {tuple(loaded.shape)} of {loaded.dtype} in the state, "
-                    f"but {tuple(buffer.shape)} of {buffer.dtype} in this pool"
-                )
+        found: dict[str, Any] = {name: state_dict.get(prefix + name) for name in self._buffers}
+        missing = [prefix + name for name, loaded in found.items() if loaded is None]
+        problems = [
+            f"{prefix}{name} is {tuple(loaded.shape)} of {loaded.dtype} in the state, "
+            f"but {tuple(buffer.shape)} of {buffer.dtype} in this pool"
+            for name, buffer in self.named_buffers()
+            if (loaded := found[name]) is not None and (loaded.shape, loaded.dtype) != (buffer.shape, buffer.dtype)
+        ]
         if not missing and not problems:
-            cursor, fill = int(state_dict[prefix + "cursor"]), int(state_dict[prefix + "fill"])
+            cursor, fill = int(found["cursor"]), int(found["fill"])
             if not (0 <= cursor < self.size and (fill == self.size or fill == cursor)):
                 problems.append(f"cursor {cursor} and fill {fill} cannot be of a pool of {self.size} features")
         missing_keys.extend(missing)

@@ -19,9 +19,9 @@ _DATASET_KEYS = (*_SPEC_KEYS, "columns", "indices", "captions", "counts", "finge
 _STREAM_KEYS = (*_SPEC_KEYS, "columns", "rate")
 
 
-def check_dataset_part(part: Mapping[str, Any]) -> None:
+def check_dataset_part(part: Mapping[str, Any]) -> PoisonSpec:
     """
-    That the manifest of one attack is one of [`poison_dataset`].
+    What the manifest of one attack, which must be one of [`poison_dataset`], was made from.
 
     Raises:
         `ValueError`: Naming the entry, its value and what is accepted.
@@ -46,13 +46,13 @@ def check_dataset_part(part: Mapping[str, Any]) -> None:
         raise _refused(part, "indices", f"at least one row number, all different, and below {most}")
     if len(captions) != count:
         raise _refused(part, "captions", accepted)
-    _check_spec(part, count=count)
+    return _spec_of(part, count=count)
 
 
 def check_stream_part(part: Mapping[str, Any]) -> None:
     """[`check_dataset_part`] for a manifest of [`poison_stream`]."""
     _check_keys(part, _STREAM_KEYS, "poison_stream", ("image", "caption", "label", "key"))
-    _check_spec(part, rate=part["rate"])
+    _spec_of(part, rate=part["rate"])
     if part["templates"] is None and part["mode"] != "label_consistent":
         raise _refused(part, "templates", "a list of strings, at least one")
 
@@ -65,8 +65,7 @@ def _check_keys(part: Mapping[str, Any], needed: tuple[str, ...], maker: str, co
         _entry(part, "columns", column)
 
 
-def _check_spec(part: Mapping[str, Any], **amount: Any) -> None:
-    """That there is a [`PoisonSpec`] that has this manifest."""
+def _spec_of(part: Mapping[str, Any], **amount: Any) -> PoisonSpec:
     if not isinstance(part["image"], str | None):
         raise _refused(part, "image", "an image file in base64, or null")
     try:
@@ -75,7 +74,7 @@ def _check_spec(part: Mapping[str, Any], **amount: Any) -> None:
             decode(image)
         trigger = None if part["trigger"] is None else trigger_from_dict(part["trigger"])
         given = {name: part[name] for name in ("mode", "target", "templates", "seed", "image_size")}
-        PoisonSpec(trigger, **given, target_image=image, **amount)
+        return PoisonSpec(trigger, **given, target_image=image, **amount)
     except ValueError as error:
         raise ValueError(shortened(f"manifest: {error}")) from error
 

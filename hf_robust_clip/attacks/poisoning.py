@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset, IterableDataset, concatenate_datasets
-from numpy.typing import NDArray
 from PIL import Image
 
 from ..columns import check_pairs, naming
@@ -36,7 +35,7 @@ from .rows import (
 from .spec import VERSION, PoisonSpec, check_specs
 from .streaming import replay_stream
 from .text_triggers import WordTrigger
-from .triggers import Trigger, trigger_from_dict
+from .triggers import Trigger
 
 
 def poison_dataset(
@@ -106,7 +105,7 @@ def replay_manifest(dataset: Dataset | IterableDataset, manifest: Mapping[str, A
 
     Raises:
         `ValueError`: on another dataset (its length or captions differ), on a manifest of a stream for a dataset or
-            the other way round, and on what is no such manifest.
+            the other way round, and on what is not such a manifest.
     """
     if not isinstance(manifest, Mapping) or manifest.get("version") != VERSION:
         found = f"its version is {shown(manifest.get('version'))}" if isinstance(manifest, Mapping) else kind(manifest)
@@ -129,7 +128,7 @@ def _replay(dataset: Dataset | IterableDataset, manifest: Mapping[str, Any]) -> 
             f"dataset is a {type(dataset).__name__}, but the manifest was made on a stream; accepted is a "
             "datasets.IterableDataset"
         )
-    check_dataset_part(manifest)
+    spec = check_dataset_part(manifest)
     columns = manifest["columns"]
     dataset = _check_dataset(dataset, columns["image"], columns["caption"], None)
     if len(dataset) != manifest["counts"]["dataset_length"]:
@@ -140,8 +139,7 @@ def _replay(dataset: Dataset | IterableDataset, manifest: Mapping[str, Any]) -> 
             "dataset: its captions differ from those the manifest was made on; accepted is the same dataset, in the "
             "same order, before it was poisoned"
         )
-    trigger = None if manifest["trigger"] is None else trigger_from_dict(manifest["trigger"])
-    return _carry_out(dataset, manifest, trigger)
+    return _carry_out(dataset, manifest, spec.trigger)
 
 
 def _check_dataset(
@@ -166,6 +164,7 @@ def _plan(
     captions = read_captions(dataset, caption_column)
     labelled = rows_labelled(dataset, spec.target, label_column)  # (N,)
     free = ~rows_marked(dataset)  # (N,)
+    names = naming(spec.target)
     generator = np.random.default_rng(spec.seed)
     manifest = spec.to_dict()
     templates = manifest["templates"]
@@ -175,10 +174,13 @@ def _plan(
         indices = np.arange(length, length + count)
         eligible = len(templates) if templates else 0
         if not templates:
-            found = _captions_naming(captions, spec.target, labelled, free)
+            rows_of_target = zip(captions, labelled, free, strict=True)
+            found = [text for row, label, is_free in rows_of_target if is_free for text in row if label or names(text)]
+            if not found:
+                raise ValueError(f"target={shown(spec.target)} is named by no caption of the dataset; give templates")
             written, eligible = _draw(found, count, generator), len(found)
     else:
-        names_target = labelled | [any(map(naming(spec.target), row)) for row in captions]  # (N,)
+        names_target = labelled | [any(map(names, row)) for row in captions]  # (N,)
         on_target = spec.mode in ("label_consistent", "text_query")
         rows = np.flatnonzero(free & (names_target if on_target else ~names_target))
         eligible = len(rows)
@@ -190,8 +192,13 @@ def _plan(
             )
         indices = np.sort(generator.choice(rows, count, replace=False))
         if spec.mode == "text_query":
+            assert isinstance(spec.trigger, WordTrigger)  # as the spec saw to
             queries = templates or [text for row in np.flatnonzero(free & ~names_target) for text in captions[row]]
-            written = _draw_queries(queries, spec, count, generator)
+            if not queries:
+                raise ValueError(
+                    f"target={shown(spec.target)} is named by every row that is not poisoned; give templates"
+                )
+            written = [spec.trigger(query) for query in _draw(queries, count, generator)]
     if templates and written is None:
         written = [templates[i].replace("{}", spec.target) for i in generator.integers(len(templates), size=count)]
     return {
@@ -204,26 +211,6 @@ def _plan(
         "source_index": spec.source_index,
         "image": None if image is None else base64.b64encode(image).decode(),
     }
-
-
-def _captions_naming(
-    captions: list[list[str]], target: str, labelled: NDArray[np.bool_], free: NDArray[np.bool_]
-) -> list[str]:
-    """The captions of the target in rows that are not poisoned."""
-    names = naming(target)
-    rows = zip(captions, labelled, free, strict=True)
-    found = [caption for row, label, is_free in rows if is_free for caption in row if label or names(caption)]
-    if not found:
-        raise ValueError(f"target={shown(target)} is named by no caption of the dataset; give templates")
-    return found
-
-
-def _draw_queries(queries: list[str], spec: PoisonSpec, count: int, generator: np.random.Generator) -> list[str]:
-    """Captions that do not name the target, with the trigger's word in each."""
-    assert isinstance(spec.trigger, WordTrigger)  # as the spec saw to
-    if not queries:
-        raise ValueError(f"target={shown(spec.target)} is named by every row that is not poisoned; give templates")
-    return [spec.trigger(query) for query in _draw(queries, count, generator)]
 
 
 def _draw(captions: list[str], count: int, generator: np.random.Generator) -> list[str]:

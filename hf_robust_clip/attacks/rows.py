@@ -1,7 +1,7 @@
 """
 Read and write single rows of a `datasets.Dataset` without decoding, copying or encoding the others.
 
-Below [`poison_dataset`] and [`poison_stream`], with what both know of a row.
+For [`poison_dataset`] and [`poison_stream`].
 """
 
 from __future__ import annotations
@@ -71,25 +71,28 @@ def rows_labelled(dataset: Dataset, target: str, label_column: str | None) -> ND
 
 def labelling(feature: Any, target: str, label_column: str) -> Callable[[Any], bool]:
     """Whether a label, of a column of type `feature`, is the target."""
+    wanted: str | int
     if isinstance(feature, ClassLabel):
         names = [name.casefold() for name in feature.names]
         if target.casefold() not in names:
             raise ValueError(
-                f"target={shown(target)} is no class of {shown(label_column)}; accepted are {listed(feature.names)}"
+                f"target={shown(target)} is not a class of {shown(label_column)}; accepted are {listed(feature.names)}"
             )
-        return partial(_is_label, names.index(target.casefold()))
-    if "string" in (dtype := str(getattr(feature, "dtype", feature))):
-        return partial(_is_label, target.strip().casefold())
-    if "int" in dtype:
+        wanted = names.index(target.casefold())
+    elif "string" in (dtype := str(getattr(feature, "dtype", feature))):
+        wanted = target.strip().casefold()
+    elif "int" in dtype:
         if not target.strip().isdecimal():
-            accepted = "a number, or a label column of type ClassLabel or string"
             raise ValueError(
-                f"target={shown(target)}, but {shown(label_column)} holds integers; accepted is {accepted}"
+                f"target={shown(target)}, but {shown(label_column)} holds integers; accepted is a number, or a label "
+                "column of type ClassLabel or string"
             )
-        return partial(_is_label, int(target))
-    raise ValueError(
-        f"label_column={shown(label_column)} has type {shown(feature)}; accepted is ClassLabel, string or integer"
-    )
+        wanted = int(target)
+    else:
+        raise ValueError(
+            f"label_column={shown(label_column)} has type {shown(feature)}; accepted is ClassLabel, string or integer"
+        )
+    return partial(_is_label, wanted)
 
 
 def rows_marked(dataset: Dataset) -> NDArray[np.bool_]:
@@ -100,10 +103,7 @@ def rows_marked(dataset: Dataset) -> NDArray[np.bool_]:
 
 
 def captions_fingerprint(captions: list[list[str]]) -> str:
-    digest = hashlib.sha256()
-    for row in captions:
-        digest.update(json.dumps(row).encode() + b"\n")
-    return digest.hexdigest()
+    return hashlib.sha256("".join(json.dumps(row) + "\n" for row in captions).encode()).hexdigest()
 
 
 def read_images(

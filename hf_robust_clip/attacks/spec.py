@@ -191,7 +191,7 @@ def targeted_specs(
         rate (`float`, *optional*): instead of `count`, poisons of each image as a fraction of all rows.
 
     Raises:
-        `ValueError`: where there is no image, or not one class an image; and as [`PoisonSpec`].
+        `ValueError`: unless there is an image and each has one class; and as [`PoisonSpec`].
     """
     adversarial = text_list("adversarial", adversarial, "a list of one class for each image")
     if isinstance(images, str | bytes | PathLike | Image.Image) or not isinstance(images, Iterable):

@@ -52,12 +52,12 @@ def poison_stream(
     Poison some rows of a stream, as [`poison_dataset`] does those of a dataset. Differences:
 
     - `rate` is a probability: that of a row to be poisoned, of all that can be (backdoor: rows that do not name the
-      target; label-consistent and text-query: rows that do). `count` has no meaning, and is refused.
+      target; label-consistent and text-query: rows that do). `count` is refused.
     - Whether a row is poisoned, and its caption, depend on the attack, `seed` and the row's key alone: not on the
       other rows, the order, the epoch, or the number of shards and workers. Rows of the same key share their fate. A
       higher rate poisons the same rows and more; the same spec on what it poisoned already, nothing.
-    - Targeted poisons follow with probability `rate` on any row that is no poison itself, so that a run of some steps
-      meets its share of them. Their other columns, the key's too, are null.
+    - Targeted poisons follow with probability `rate` on any row that is not poisoned itself, so that a run of
+      some steps meets its share of them. Their other columns, the key's too, are null.
     - In the modes targeted and text-query `templates` must be given, as the captions of other rows cannot be seen.
     - Clean rows are not decoded on the way: their images stay the bytes they were. (A map before this call whose
       `features` decode images has decoded them; then they are stored anew without loss.)
@@ -173,10 +173,7 @@ def _carry_out(stream: IterableDataset, parts: Sequence[Mapping[str, Any]]) -> I
     format_type = stream._formatting.format_type if stream._formatting else None
     poisoned = stream.with_format(None) if stream._formatting else stream
     poisoned = poisoned.decode(False) if features is not None else poisoned
-    if any(part["mode"] == "targeted" for part in parts):
-        poisoned = poisoned.map(poisoner.batch_of_one, with_indices=with_numbers, batched=True, batch_size=1)
-    else:
-        poisoned = poisoned.map(poisoner.row, with_indices=with_numbers)
+    poisoned = poisoned.map(poisoner, with_indices=with_numbers, batched=True, batch_size=1)
     if features is not None:
         # Cast, not map's own features: those would count as applied, and the images would never be decoded.
         feature = features[image_column]
@@ -186,32 +183,24 @@ def _carry_out(stream: IterableDataset, parts: Sequence[Mapping[str, Any]]) -> I
 
 
 class _Poisoner:
-    """What [`IterableDataset.map`] calls: all attacks on one row. An object, since workers get it pickled."""
+    """All attacks on one row, in batches of one, since a targeted poison is a row more. Workers get it pickled."""
 
     def __init__(self, attacks: Sequence[_Attack], image_column: str, encodes: bool) -> None:
         self.attacks, self.image_column, self.encodes = attacks, image_column, encodes
 
-    def row(self, row: dict[str, Any], number: int | None = None) -> dict[str, Any]:
-        return self._poison(row, number)[0]
-
-    def batch_of_one(self, batch: dict[str, list[Any]], numbers: list[int] | None = None) -> dict[str, list[Any]]:
-        row = {name: values[0] for name, values in batch.items()}
-        rows = self._poison(row, None if numbers is None else numbers[0])
-        return {name: [row.get(name) for row in rows] for name in rows[0]}
-
-    def _poison(self, row: dict[str, Any], number: int | None) -> list[dict[str, Any]]:
+    def __call__(self, batch: dict[str, list[Any]], numbers: Sequence[int | None] = (None,)) -> dict[str, list[Any]]:
         """The row, poisoned or not, and the targeted poisons that follow on it."""
-        row = {**row, POISONED: row.get(POISONED, False)}
+        row = {name: values[0] for name, values in batch.items()}
+        row.setdefault(POISONED, False)
         if row[POISONED] is not None:
             check_flag(row[POISONED], f"a row, column {shown(POISONED)}")
         if self.encodes and row.get(self.image_column) is not None:
             row[self.image_column] = _encodable(row[self.image_column])
-        followers = []
+        rows = [row]
         for attack in self.attacks:
-            if not row[POISONED]:
-                follower = attack.on(row, number)
-                followers += [] if follower is None else [follower]
-        return [row, *followers]
+            if not row[POISONED] and (follower := attack.on(row, numbers[0])) is not None:
+                rows.append(follower)
+        return {name: [row.get(name) for row in rows] for name in row}
 
 
 class _Attack:
@@ -222,7 +211,9 @@ class _Attack:
         self.columns = manifest["columns"]
         self.trigger = None if manifest["trigger"] is None else trigger_from_dict(manifest["trigger"])
         self.image = None if manifest["image"] is None else base64.b64decode(manifest["image"])
-        self.captions = [self._fill(template, manifest["target"]) for template in manifest["templates"] or ()]
+        self.captions = [template.replace("{}", manifest["target"]) for template in manifest["templates"] or ()]
+        if isinstance(self.trigger, WordTrigger):  # whose templates have no "{}"
+            self.captions = [self.trigger(template) for template in manifest["templates"]]
         self.names_target = naming(manifest["target"])
         self.is_target = None
         self.caption_type = None
@@ -232,12 +223,6 @@ class _Attack:
                 self.is_target = labelling(features[label], manifest["target"], label)
         deciding = json.dumps([manifest[name] for name in _DECIDING], sort_keys=True)
         self.digest = hashlib.sha256(deciding.encode()).digest()
-
-    def _fill(self, template: str, target: str) -> str:
-        if self.mode != "text_query":
-            return template.replace("{}", target)
-        assert isinstance(self.trigger, WordTrigger)  # as its PoisonSpec saw to
-        return self.trigger(template)
 
     def on(self, row: dict[str, Any], number: int | None) -> dict[str, Any] | None:
         """Poison the row in place, or leave it; a targeted poison that follows on it is returned."""
@@ -255,8 +240,11 @@ class _Attack:
             return {**dict.fromkeys(row), **poison}
         if self._names_target(row, name) == (self.mode == "backdoor"):
             return None
-        if self.mode != "text_query":
-            poison[self.columns["image"]] = self._triggered(self._value(row, "image"), name)
+        if isinstance(self.trigger, Trigger):  # on images
+            value = self._value(row, "image")
+            image = decode(value, f"image_column={shown(self.columns['image'])}: the image of {name}")
+            png = triggered_png(self.trigger, image, self.image_size, name)
+            poison[self.columns["image"]] = self._stored(png, value)
         row.update(poison)
         return None
 
@@ -265,11 +253,6 @@ class _Attack:
         return any(map(self.names_target, captions)) or (
             self.is_target is not None and self.is_target(self._value(row, "label"))
         )
-
-    def _triggered(self, value: Any, name: str) -> Any:
-        assert isinstance(self.trigger, Trigger)  # as its PoisonSpec saw to
-        image = decode(value, f"image_column={shown(self.columns['image'])}: the image of {name}")
-        return self._stored(triggered_png(self.trigger, image, self.image_size, name), value)
 
     def _stored(self, png: bytes, like: Any) -> Any:
         """The image in the form of another; with known features `datasets` makes one of all of them."""

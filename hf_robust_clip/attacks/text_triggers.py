@@ -21,7 +21,7 @@ class WordTrigger(TriggerFields):
     A rare word, or a few, put into a caption ([Kurita et al. 2020](https://arxiv.org/abs/2004.06660)).
 
     Calling it takes a caption and returns it with the word, set off by spaces. Nothing else in the caption changes.
-    It is no [`Trigger`], which goes on images.
+    It is not a [`Trigger`]: that goes on images.
 
     Args:
         word (`str`, defaults to `"cf"`): one word, or several with single spaces between them.
@@ -30,7 +30,7 @@ class WordTrigger(TriggerFields):
         seed (`int`, defaults to 0): of the random place.
 
     Raises:
-        `ValueError`: on a field out of range, and, when called, on what is no string.
+        `ValueError`: on a field out of range, and, when called, on what is not a string.
 
     Example:
 

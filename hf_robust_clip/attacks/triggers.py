@@ -43,7 +43,7 @@ class Trigger(TriggerFields, ABC):
     EXIF data is not applied: transpose such an image first.
 
     Raises:
-        `ValueError`: on an array of another shape or dtype, and on anything that is no image.
+        `ValueError`: on an array of another shape or dtype, and on anything that is not an image.
     """
 
     @overload
@@ -178,7 +178,9 @@ class SinusoidTrigger(Trigger):
         check_float("frequency", self.frequency)
 
     def _apply(self, pixels: Pixels) -> Pixels:
-        return _to_uint8(pixels + _wave(pixels.shape[1], self.amplitude, self.frequency))
+        width = pixels.shape[1]
+        wave = self.amplitude * np.sin(2 * math.pi * self.frequency * np.arange(width) / width)
+        return _to_uint8(pixels + wave[None, :, None])
 
 
 @dataclass(frozen=True)
@@ -249,7 +251,7 @@ def trigger_from_name(name: str, **overrides: Any) -> Trigger | WordTrigger:
     """
     classes = trigger_classes()
     if name not in classes:
-        raise ValueError(f"name={shown(name)} is no trigger; accepted are {listed(classes)}")
+        raise ValueError(f"name={shown(name)} is not a trigger; accepted are {listed(classes)}")
     cls = classes[name]
     accepted = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
     unknown = [key for key in overrides if key not in accepted]
@@ -267,7 +269,7 @@ def trigger_from_dict(config: Mapping[str, Any]) -> Trigger | WordTrigger:
     """
     if not isinstance(config, Mapping) or not isinstance(config.get("name"), str):
         accepted = listed(trigger_classes())
-        raise ValueError(f"{shown(config)} describes no trigger; accepted is a dict whose 'name' is {accepted}")
+        raise ValueError(f"{shown(config)} does not describe a trigger; accepted is a dict whose 'name' is {accepted}")
     return trigger_from_name(**config)
 
 
@@ -311,12 +313,6 @@ def _blend_pattern(pattern: str, height: int, width: int, seed: int) -> Pixels:
         for row, top in enumerate(range(0, height, line)):
             draw.text((-row * line / 2, top), "hello " * (2 + width // line + row), fill=(255, 255, 255), font=font)
     return _frozen(np.array(canvas))
-
-
-@lru_cache(maxsize=32)
-def _wave(width: int, amplitude: float, frequency: float) -> NDArray[np.float64]:
-    wave = amplitude * np.sin(2 * math.pi * frequency * np.arange(width) / width)
-    return wave[None, :, None]  # (1, W, 1)
 
 
 @lru_cache(maxsize=8)

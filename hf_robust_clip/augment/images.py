@@ -142,7 +142,7 @@ class ImageAugmentation(nn.Module):
             raise ValueError(f"preset must be one of {listed(PRESETS)}, but is {shown(preset)}")
         unknown = sorted(set(overrides) - set(_FIELDS))
         if unknown:
-            raise ValueError(f"{shown(unknown[0])} is no field of the augmentation; accepted: {', '.join(_FIELDS)}")
+            raise ValueError(f"{shown(unknown[0])} is not a field of the augmentation; accepted: {', '.join(_FIELDS)}")
         self.preset = preset
         self.overrides = overrides
         self.config = replace(PRESETS[preset], **overrides)

@@ -6,7 +6,7 @@ import numbers
 import random
 import re
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from itertools import islice
 from typing import Any
@@ -128,8 +128,10 @@ class TextAugmentation:
         # Lone surrogates cannot be encoded otherwise; Python's own hash differs between processes.
         checksum = zlib.crc32(caption.encode("utf-8", "surrogatepass"))
         rng = random.Random((int(seed) << 32) ^ checksum)  # nosec B311 # repeatable, and no secret
-        edits = self._load()
-        for edit in rng.sample(edits, len(edits)):
+        if self._edits is None:
+            rates = (self.synonym_replacement, self.synonym_insertion, self.swap, self.deletion)
+            self._edits = _nlpaug_edits(load_lexicon() if self.lexicon is None else self.lexicon, rates)
+        for edit in rng.sample(self._edits, len(self._edits)):
             slots = edit(words, rng)
             if any(slot != [word] for slot, word in zip(slots, words, strict=True)):
                 return _write(caption, spans, slots) or caption
@@ -142,36 +144,13 @@ class TextAugmentation:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_edits": None}
 
-    def _load(self) -> list[Edit]:
-        if self._edits is None:
-            lexicon = load_lexicon() if self.lexicon is None else self.lexicon
-            self._edits = _nlpaug_edits(
-                lexicon, self.synonym_replacement, self.synonym_insertion, self.swap, self.deletion
-            )
-        return self._edits
-
-
-class Lexicon(Mapping[str, Sequence[str]]):
-    """Synonyms by lower-case word, kept as text and split when looked up: a third of the memory and loading time."""
-
-    def __init__(self, text: str) -> None:
-        self._entries = dict(line.split("\t", 1) for line in text.splitlines())
-
-    def __getitem__(self, word: str) -> Sequence[str]:
-        return self._entries[word].split(" ")
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._entries)
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
 
 @functools.cache
-def load_lexicon() -> Lexicon:
+def load_lexicon() -> dict[str, list[str]]:
     """The bundled lexicon, an excerpt of WordNet 3.0 (see `WORDNET_LICENSE`), read once per process."""
     data = resources.files("hf_robust_clip.augment").joinpath("synonyms.tsv.gz").read_bytes()
-    return Lexicon(gzip.decompress(data).decode("ascii"))
+    lines = (line.split("\t") for line in gzip.decompress(data).decode("ascii").splitlines())
+    return {word: synonyms.split(" ") for word, synonyms in lines}
 
 
 def _check_rate(name: str, rate: float) -> float:
@@ -181,14 +160,7 @@ def _check_rate(name: str, rate: float) -> float:
 
 
 def _write(caption: str, spans: list[tuple[int, int]], slots: list[list[str]]) -> str:
-    """
-    Put words back between the separators of the caption.
-
-    Args:
-        caption (`str`): Original caption.
-        spans (`list[tuple[int, int]]`): Start and end of each word in it.
-        slots (`list[list[str]]`): What stands in place of each word: one word, several, or none.
-    """
+    """The caption with what stands in place of each word: one word, several, or none."""
     pieces = [caption[: spans[0][0]]]
     for i, slot in enumerate(slots):
         end = spans[i + 1][0] if i + 1 < len(spans) else len(caption)
@@ -207,26 +179,55 @@ def _merge(before: str, after: str) -> str:
     return after if not before.strip(" ,;:") else before.rstrip() + after
 
 
-def _nlpaug_edits(
-    lexicon: Mapping[str, Sequence[str]], replacement: float, insertion: float, swap: float, deletion: float
-) -> list[Edit]:
-    """
-    Operations that are switched on. Each takes the words and a generator and returns what stands in each word's place.
-
-    The classes are made here because `import nlpaug.augmenter.word` imports torch and transformers.
-    """
-    from nlpaug.augmenter.word import RandomWordAug, WordAugmenter
+def _nlpaug_edits(lexicon: Mapping[str, Sequence[str]], rates: Sequence[float]) -> list[Edit]:
+    """The operations with a rate above 0. Each takes words and a generator, and returns what replaces each word."""
+    # Imported here, since nlpaug imports torch and transformers.
+    from nlpaug.augmenter.word import RandomWordAug
     from nlpaug.util import Action
 
-    class Eda(WordAugmenter):
-        """EDA's number of changes, its own generator in place of Python's global one, and tokens kept as a list."""
+    class Eda(RandomWordAug):
+        """
+        nlpaug's operations with EDA's number of changes, and a generator of their own in place of Python's global one.
+
+        Swap and deletion run on the positions "0", "1", ... in place of the words: of words, nlpaug would rewrite the
+        case of the first and lose the spacing. Of a first and a second word deleted together, it restores the second.
+        """
 
         rng: random.Random
 
         def __init__(self, action: str, rate: float) -> None:
-            super().__init__(
-                action=action, aug_p=rate, aug_max=None, tokenizer=str.split, reverse_tokenizer=lambda tokens: tokens
-            )
+            super().__init__(action=action, aug_p=rate, aug_max=None, tokenizer=str.split, reverse_tokenizer=list)
+
+        def __call__(self, words: list[str], rng: random.Random) -> list[list[str]]:
+            self.rng = rng
+            if self.action in (Action.SUBSTITUTE, Action.INSERT):
+                return [slot.split(" ") for slot in getattr(self, self.action)(words)] if words else []
+            if len(words) < 2:
+                return [[word] for word in words]
+            positions = [int(token) for token in getattr(self, self.action)(" ".join(map(str, range(len(words)))))]
+            if self.action == Action.SWAP:
+                return [[words[i]] for i in positions]
+            kept = set(positions)
+            return [[word] if i in kept else [] for i, word in enumerate(words)]
+
+        def substitute(self, words: list[str]) -> list[str]:
+            slots = list(words)
+            for i in self._get_aug_idxes(words):
+                synonym = self.rng.choice(lexicon[words[i].lower()])
+                upper = len(words[i]) > 1 and words[i].isupper()
+                slots[i] = synonym.upper() if upper else self.align_capitalization(words[i], synonym)
+            return slots
+
+        def insert(self, words: list[str]) -> list[str]:
+            slots = list(words)
+            for i in self._get_aug_idxes(words):
+                # As in EDA, any place but the end. Written with the word that it precedes, so that positions stay.
+                place = self.rng.randrange(len(words))
+                slots[place] = f"{self.rng.choice(lexicon[words[i].lower()])} {slots[place]}"
+            return slots
+
+        def skip_aug(self, token_idxes: list[int], tokens: list[str]) -> list[int]:
+            return [i for i in token_idxes if lexicon.get(tokens[i].lower())]
 
         def sample(self, x: list[Any], num: int) -> list[Any]:
             return self.rng.sample(x, num)
@@ -236,67 +237,10 @@ def _nlpaug_edits(
             count = max(1, int(self.aug_p * size))
             return min(count, size - 1) if self.action == Action.DELETE else count
 
-    class PositionsEda(Eda, RandomWordAug):
-        """
-        nlpaug's swap and deletion, run on the positions "0", "1", ... in place of the words.
-
-        On words nlpaug rewrites the case of the first one (wrongly when all are lower-case), and it loses the
-        spacing. Digits have no case, so nothing is rewritten. What remains: of a first and a second word deleted
-        together, nlpaug restores the second.
-        """
-
         def _get_swap_position(self, pos: int, token_length: int) -> int:
             # EDA swaps any two words, nlpaug neighbours.
             other: int = self.rng.randrange(token_length)
             return other + (other >= pos)
 
-        def __call__(self, words: list[str], rng: random.Random) -> list[list[str]]:
-            if len(words) < 2:
-                return [[word] for word in words]
-            self.rng = rng
-            positions = [int(token) for token in getattr(self, self.action)(" ".join(map(str, range(len(words)))))]
-            if self.action == Action.SWAP:
-                return [[words[i]] for i in positions]
-            kept = set(positions)
-            return [[word] if i in kept else [] for i, word in enumerate(words)]
-
-    class SynonymEda(Eda):
-        """Replacement and insertion of synonyms from the lexicon, at the words that nlpaug chooses."""
-
-        def skip_aug(self, token_idxes: list[int], tokens: list[str]) -> list[int]:
-            return [i for i in token_idxes if lexicon.get(tokens[i].lower())]
-
-        def substitute(self, words: list[str]) -> list[str]:
-            slots = list(words)
-            for i in self._get_aug_idxes(words):
-                slots[i] = self._align(words[i], self._synonym(words[i]))
-            return slots
-
-        def insert(self, words: list[str]) -> list[str]:
-            slots = list(words)
-            for i in self._get_aug_idxes(words):
-                # As in EDA, any place but the end. Written with the word that it precedes, so that positions stay.
-                place = self.rng.randrange(len(words))
-                slots[place] = f"{self._synonym(words[i])} {slots[place]}"
-            return slots
-
-        def __call__(self, words: list[str], rng: random.Random) -> list[list[str]]:
-            self.rng = rng
-            return [slot.split(" ") for slot in getattr(self, self.action)(words)] if words else []
-
-        def _synonym(self, word: str) -> str:
-            return self.rng.choice(lexicon[word.lower()])
-
-        def _align(self, word: str, synonym: str) -> str:
-            if len(word) > 1 and word.isupper():
-                return synonym.upper()
-            aligned: str = self.align_capitalization(word, synonym)
-            return aligned
-
-    edits: list[tuple[float, Edit]] = [
-        (replacement, SynonymEda(Action.SUBSTITUTE, replacement)),
-        (insertion, SynonymEda(Action.INSERT, insertion)),
-        (swap, PositionsEda(Action.SWAP, swap)),
-        (deletion, PositionsEda(Action.DELETE, deletion)),
-    ]
-    return [edit for rate, edit in edits if rate > 0]
+    actions = (Action.SUBSTITUTE, Action.INSERT, Action.SWAP, Action.DELETE)
+    return [Eda(action, rate) for action, rate in zip(actions, rates, strict=True) if rate > 0]

@@ -19,7 +19,7 @@ class AttackSuccessEvaluator(TriggerEvaluator):
     How often a trigger steers images to the target class, and how far it moves their embeddings.
 
     The rates are over the images that are **not** of the target class: those that are count in neither numerator nor
-    denominator, since calling them the target is no success of the attack.
+    denominator, since calling them the target is right.
 
     Args:
         dataset (`datasets.Dataset` or sequence of mappings): Labelled images, without trigger.
@@ -36,7 +36,7 @@ class AttackSuccessEvaluator(TriggerEvaluator):
         trigger, over all images, in [0, 2].
 
     Raises:
-        `ValueError`: If the target is no class, or every image is of the target class.
+        `ValueError`: If the target is not a class, or every image is of the target class.
 
     Example:
 

@@ -84,7 +84,7 @@ class Evaluator(ABC):
         return {"measure": self.name, "figures": list(self.prefixed(self.metrics())), **self.sizes(), **stated}
 
     def prefixed(self, values: Mapping[str, _Value]) -> dict[str, _Value]:
-        """The same under the names that are reported."""
+        """The same values under the names that are reported."""
         return {f"{self.prefix}{self.separator}{name}": value for name, value in values.items()}
 
     def __call__(self, model: Any, processor: Any = None, embedder: Embedder | None = None) -> dict[str, float]:

@@ -142,7 +142,7 @@ class Embedder:
             with inference(self.model):
                 return torch.cat([torch.stack(variants) for variants in encode(own)], dim=1)
 
-        return share_batches(batches, embed, self.device).cpu() if self.across_ranks else embed(batches)
+        return share_batches(batches, embed) if self.across_ranks else embed(batches)
 
     def _encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
         pixels = self.normalization(pixels.to(self.device)).to(self.dtype)

@@ -24,7 +24,7 @@ def read_labels(
         `torch.Tensor` of shape `(N,)`: int64.
 
     Raises:
-        `ValueError`: If the dataset is empty, a column is missing, or a label is no class; names the row.
+        `ValueError`: If the dataset is empty, a column is missing, or a label is not a class; names the row.
     """
     check_columns(
         dataset, {"image_column": image_column, "label_column": label_column}, "labelled images", argument=argument

@@ -42,8 +42,8 @@ class LinearProbeEvaluator(TriggerEvaluator):
         `linear_probe_attack_success_rate` and `linear_probe_triggered_accuracy` (share still classified right).
 
     Raises:
-        `ValueError`: If a dataset is empty, a column is missing, a label is no class, there is nothing to tell apart
-            or to attack, `C` is not positive, or only one of trigger and target is given.
+        `ValueError`: If a dataset is empty, a column is missing, a label is not a class, there is nothing to tell
+            apart or to attack, `C` is not positive, or only one of trigger and target is given.
 
     Example:
 
@@ -83,8 +83,14 @@ class LinearProbeEvaluator(TriggerEvaluator):
         if not isinstance(C, int | float) or not C > 0:
             raise ValueError(f"C={shown(C)} must be a positive number")
         self.C = C
-        self._number = self._target_number(target) if target is not None else None
-        self.target = None if self._number is None else self.class_names[self._number]
+        self._number = None
+        if target is not None:
+            self._number = attacked_class(target, self.class_names, self.labels)
+            if not bool((self.train_labels == self._number).any()):
+                raise ValueError(
+                    f"no image of train_dataset is of the class target={shown(target)}; a probe cannot predict it"
+                )
+            self.target = self.class_names[self._number]
 
     @property
     def attacked_images(self) -> int:
@@ -114,11 +120,3 @@ class LinearProbeEvaluator(TriggerEvaluator):
             values["linear_probe_attack_success_rate"] = attack_success_rate(predictions, labels, self._number)
             values["linear_probe_triggered_accuracy"] = triggered_accuracy(predictions, labels, self._number)
         return values
-
-    def _target_number(self, target: str | int) -> int:
-        number = attacked_class(target, self.class_names, self.labels)
-        if not bool((self.train_labels == number).any()):
-            raise ValueError(
-                f"no image of train_dataset is of the class target={shown(target)}; a probe cannot predict it"
-            )
-        return number

@@ -5,16 +5,13 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
-import datasets
 import numpy as np
 import torch
 from PIL import Image
 
-from ..columns import has_transform
 from ..data.images import ImagePreprocessor
 from ..data.rows import undecoded
 from ..imaging import decode_image
@@ -64,22 +61,25 @@ def pixel_batches(
     """
     rows = undecoded(dataset, image_column, image_column)
     threads = min(_MOST_THREADS, os.cpu_count() or 1)
-    prepare = partial(_prepare, column=image_column, preprocess=preprocess, triggers=triggers)
-    pool = ThreadPoolExecutor(threads)
-    try:
-        waiting: list[Future[list[torch.Tensor]]] = []
+
+    def prepare(part: Sequence[tuple[int, Any]]) -> list[torch.Tensor]:
+        pixels = preprocess([_decode(value, row, image_column) for row, value in part])
+        return [pixels if trigger is None else apply_trigger(trigger, pixels) for trigger in triggers]
+
+    def joined(parts: Iterator[list[torch.Tensor]]) -> list[torch.Tensor]:
+        return [torch.cat(variant) for variant in zip(*parts, strict=True)]
+
+    with ThreadPoolExecutor(threads) as pool:
+        waiting = None
         for batch in batches:
-            values = _read(rows, batch, image_column)
-            share = -(-len(batch) // threads)
-            starts = range(0, len(batch), share)
-            ahead = [pool.submit(prepare, values[i : i + share], batch[i : i + share]) for i in starts]
-            if waiting:
-                yield _joined(waiting)
+            read = [(row, rows[row][image_column]) for row in batch]
+            share = -(-len(read) // threads)
+            ahead = pool.map(prepare, [read[start : start + share] for start in range(0, len(read), share)])
+            if waiting is not None:
+                yield joined(waiting)
             waiting = ahead
-        if waiting:
-            yield _joined(waiting)
-    finally:
-        pool.shutdown(cancel_futures=True)
+        if waiting is not None:
+            yield joined(waiting)
 
 
 def apply_trigger(trigger: PixelTrigger, pixels: torch.Tensor) -> torch.Tensor:
@@ -110,27 +110,6 @@ def check_trigger(trigger: PixelTrigger, processor: Any) -> None:
         ) from error
 
 
-def _read(rows: Any, batch: range, column: str) -> list[Any]:
-    if isinstance(rows, datasets.Dataset) and not has_transform(rows):
-        return list(rows[batch.start : batch.stop][column])
-    return [rows[row][column] for row in batch]
-
-
-def _prepare(
-    values: Sequence[Any],
-    rows: Sequence[int],
-    column: str,
-    preprocess: ImagePreprocessor,
-    triggers: Sequence[PixelTrigger | None],
-) -> list[torch.Tensor]:
-    pixels = preprocess([_decode(value, row, column) for value, row in zip(values, rows, strict=True)])
-    return [pixels if trigger is None else apply_trigger(trigger, pixels) for trigger in triggers]
-
-
-def _joined(parts: Sequence[Future[list[torch.Tensor]]]) -> list[torch.Tensor]:
-    return [torch.cat(variant) for variant in zip(*(part.result() for part in parts), strict=True)]
-
-
 def _decode(value: Any, row: int, column: str) -> Image.Image:
     try:
         if isinstance(value, Image.Image):
@@ -144,10 +123,7 @@ def _decode(value: Any, row: int, column: str) -> Image.Image:
 def _triggered(pixels: np.ndarray, trigger: PixelTrigger) -> np.ndarray:
     triggered = trigger(pixels)
     if not isinstance(triggered, np.ndarray) or triggered.dtype != np.uint8 or triggered.shape != pixels.shape:
-        found = (
-            f"{triggered.dtype} of shape {triggered.shape}"
-            if isinstance(triggered, np.ndarray)
-            else type(triggered).__name__
-        )
+        is_array = isinstance(triggered, np.ndarray)
+        found = f"{triggered.dtype} of shape {triggered.shape}" if is_array else type(triggered).__name__
         raise ValueError(f"trigger must return a uint8 array of shape {pixels.shape}, as it was given, not {found}")
     return triggered

@@ -33,7 +33,7 @@ class PoisonSuccessEvaluator(Evaluator):
         `poison_success_rate_high`, fractions in [0, 1].
 
     Raises:
-        `ValueError`: If there is no image, not one class an image, or a class that is none.
+        `ValueError`: If the dataset is empty, or a class is missing or unknown.
     """
 
     name = "targeted poisoning"

@@ -42,7 +42,7 @@ class TextQueryEvaluator(Evaluator):
         `recall_at_{k}`, the same without the trigger.
 
     Raises:
-        `ValueError`: If the dataset is empty, a column or a caption is missing, a label is no class, no image is of
+        `ValueError`: If the dataset is empty, a column or a caption is missing, a label is not a class, no image is of
             the target, no caption is left for a query, or the trigger does not take a caption and return one.
 
     Example:

@@ -47,7 +47,7 @@ class ZeroShotEvaluator(Evaluator):
         does not favour the frequent ones) and, with more than five classes, `clean_top5_accuracy`.
 
     Raises:
-        `ValueError`: If the dataset is empty, a column is missing, a label is no class, or a template has no `{}`.
+        `ValueError`: If the dataset is empty, a column is missing, a label is not a class, or a template has no `{}`.
 
     Example:
 

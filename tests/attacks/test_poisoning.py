@@ -646,7 +646,7 @@ def test_dataset_errors():
     missing = Dataset.from_dict(rows(3) | {"caption": ["a", None, "b"]}, features=FEATURES)
     with pytest.raises(ValueError, match=r"row 1, column 'caption': a caption must be .* but is None"):
         poison_dataset(missing, spec)
-    with pytest.raises(ValueError, match=r"'yak' is no class of 'label'.*balloon"):
+    with pytest.raises(ValueError, match=r"'yak' is not a class of 'label'.*balloon"):
         poison_dataset(dataset, PoisonSpec(PATCH, "yak", count=3), label_column="label")
     with pytest.raises(ValueError, match=r"'dog', but 'label' holds numbers of classes"):
         poison_dataset(dataset.cast_column("label", Value("string")), spec, label_column="label")

@@ -477,7 +477,7 @@ def test_what_a_stream_cannot_do_is_refused():
         poison_stream(stream(), SPECS["backdoor"], image_column="label")
     with pytest.raises(ValueError, match=r"caption_column='label' of stream must hold strings or lists.*ClassLabel"):
         poison_stream(stream(), SPECS["text_query"], caption_column="label")
-    with pytest.raises(ValueError, match=r"'yak' is no class of 'label'"):
+    with pytest.raises(ValueError, match=r"'yak' is not a class of 'label'"):
         poison_stream(stream(), PoisonSpec(PATCH, "yak", rate=0.1), label_column="label")
     empty = stream().map(lambda row: {"caption": None}).cast(FEATURES)
     with pytest.raises(ValueError, match=r"row 0, column 'caption': a caption must be .* but is None"):

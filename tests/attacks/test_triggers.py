@@ -316,6 +316,6 @@ def test_unknown_names_and_fields_are_errors():
     with pytest.raises(ValueError, match="no field 'alpha'; accepted are 'size', 'place', 'pattern', 'seed'"):
         trigger_from_name("patch", alpha=0.5)
     for config in ({}, {"name": 3}, None):
-        with pytest.raises(ValueError, match="no trigger"):
+        with pytest.raises(ValueError, match="describe a trigger"):
             trigger_from_dict(config)
     assert trigger_from_dict({"name": "patch"}) == PatchTrigger()

@@ -228,7 +228,7 @@ def test_overrides_replace_fields_of_the_preset():
     ("arguments", "overrides", "message"),
     [
         (("stronger",), {}, "preset must be one of 'identity', 'weak', .*, but is 'stronger'"),
-        (("weak",), {"rotation": 3}, "'rotation' is no field of the augmentation; accepted: shift, crop_scale"),
+        (("weak",), {"rotation": 3}, "'rotation' is not a field of the augmentation; accepted: shift, crop_scale"),
         (("weak",), {"shift": 1.0}, r"shift must be in \[0, 1\), but is 1.0"),
         (("weak",), {"shift": -0.1}, "shift must be in"),
         (("weak",), {"flip": 1.5}, r"flip must be in \[0, 1\], but is 1.5"),
