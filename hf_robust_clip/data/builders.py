@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -63,10 +63,13 @@ class Tables(datasets.ArrowBasedBuilder):
     def _split_generators(self, dl_manager: Any) -> list[datasets.SplitGenerator]:
         dl_manager.download_config.extract_on_the_fly = True
         splits = dl_manager.extract(dl_manager.download(self.config.data_files))
-        if self.info.features is None:
-            first = next(itertools.chain.from_iterable(splits.values()))
-            table = next(self._read(first, None), pa.table({}))
-            self.info.features = datasets.Features.from_arrow_schema(table.schema)
+        for files in splits.values():
+            tables = (table for file in files for table in self._read(file, None))
+            table = next(filter(len, tables), None)
+            if table is None:
+                raise no_rows(files)
+            if self.info.features is None:
+                self.info.features = datasets.Features.from_arrow_schema(table.schema)
         return [
             datasets.SplitGenerator(name=split, gen_kwargs={"files": list(files), "split": split})
             for split, files in splits.items()
@@ -156,6 +159,12 @@ def make_builder(
 
 
 _BUILDERS = {"tables": Tables, "captioned": Captioned, "imagefolder": Images}
+
+
+def no_rows(files: Iterable[str]) -> ValueError:
+    """The error for a split whose files are empty, or hold a header alone."""
+    names = listed(list(files), most=3, longest=120)
+    return ValueError(f"there are no rows in {names}; accepted are files with at least one row beneath their header")
 
 
 def caption_files(image: str) -> list[str]:

@@ -17,7 +17,7 @@ from transformers.utils import logging
 from ..columns import captions_of, check_columns, naming
 from ..kinds import kind
 from ..wording import listed, shown
-from .builders import make_builder
+from .builders import make_builder, no_rows
 from .confining import (
     STATE_FILE,
     Bounds,
@@ -172,6 +172,8 @@ def _made(builder: Any, split: str) -> datasets.Dataset:
         if isinstance(error.__cause__, ValueError):  # which says what is wrong with which file
             raise error.__cause__ from None
         raise
+    if split in builder.info.splits and not builder.info.splits[split].num_examples:
+        raise no_rows(builder.config.data_files[split])
     return builder.as_dataset(split=split)
 
 
