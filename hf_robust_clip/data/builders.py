@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -14,15 +15,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets.builder import Key
 from datasets.data_files import DataFilesDict, DataFilesList
-from datasets.load import import_main_class
-from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
+from datasets.packaged_modules.arrow import arrow
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+from datasets.packaged_modules.parquet import parquet
+from datasets.packaged_modules.webdataset.webdataset import WebDataset
 from datasets.table import table_cast
 from datasets.utils.file_utils import xopen
 
 from .. import __version__
 from ..wording import listed, shortened, shown
-from .confining import check_path, check_pointer
+from .confining import check_path, check_pointer, whole_paths
 from .tables import BATCH_ROWS, READERS, table_kind, text_of
 
 #: The column with the path of an image in a table that lies with images.
@@ -52,10 +54,46 @@ class TablesConfig(datasets.BuilderConfig):
     within: Mapping[str, Sequence[str]] | None = None
 
 
-class Tables(datasets.ArrowBasedBuilder):
-    """A dataset of the rows of CSV, TSV, JSON, JSON Lines and Parquet files, as [`tables`] reads them."""
+class InFolder(datasets.ArrowBasedBuilder):
+    """
+    Mixed into what reads tables: every image is in the table, or a file in the folder of the source, whose path there
+    starts at the table's own folder.
+    """
 
+    root: str
+    image_column: str
+
+    def _split_generators(self, dl_manager: Any) -> list[datasets.SplitGenerator]:
+        splits: list[datasets.SplitGenerator] = super()._split_generators(dl_manager)
+        if self.image_column in self.info.features:
+            self.info.features = datasets.Features({**self.info.features, self.image_column: datasets.Image()})
+        return splits
+
+    def _generate_tables(self, files: Sequence[str], **options: Any) -> Iterator[tuple[Key, pa.Table]]:
+        images = [name for name, feature in self.info.features.items() if isinstance(feature, datasets.Image)]
+        rows: Counter[int] = Counter()
+        for key, table in super()._generate_tables(files, **options):
+            number = key.original_shard_id
+            file = files[number].split("::")[-1]  # without the gzip:// of a compressed one
+            for name in images:
+                where = f"{shown(file)}, column {shown(name)}"
+                paths = whole_paths(table[name], self.root, os.path.dirname(file), where, rows[number])
+                table = table.set_column(table.column_names.index(name), table.schema.field(name), paths)
+            rows[number] += len(table)
+            yield key, table
+
+
+class Parquet(InFolder, parquet.Parquet):
+    """A dataset of Parquet files."""
+
+
+class Arrow(InFolder, arrow.Arrow):
+    """A dataset of Arrow files."""
+
+
+class _Tables(datasets.ArrowBasedBuilder):
     BUILDER_CONFIG_CLASS = TablesConfig
+    inferred: datasets.Features | None = None
 
     def _info(self) -> datasets.DatasetInfo:
         return datasets.DatasetInfo(features=self.config.features)
@@ -69,16 +107,16 @@ class Tables(datasets.ArrowBasedBuilder):
             if table is None:
                 raise no_rows(files)
             if self.info.features is None:
-                self.info.features = datasets.Features.from_arrow_schema(table.schema)
+                self.info.features = self.inferred = datasets.Features.from_arrow_schema(table.schema)
         return [
             datasets.SplitGenerator(name=split, gen_kwargs={"files": list(files), "split": split})
             for split, files in splits.items()
         ]
 
-    def _generate_tables(self, files: Sequence[str], split: str) -> Iterator[tuple[Key, pa.Table]]:
+    def _generate_tables(self, files: Sequence[str], *, split: str) -> Iterator[tuple[Key, pa.Table]]:
         features = self.info.features
         for number, file in enumerate(files):
-            for batch, table in enumerate(self._read(file, None if self.config.features else features, split)):
+            for batch, table in enumerate(self._read(file, self.inferred, split)):
                 if set(table.column_names) != set(features):
                     raise ValueError(
                         f"{shortened(file, 200)} has the columns {listed(table.column_names)}, and the first table "
@@ -100,6 +138,10 @@ class Tables(datasets.ArrowBasedBuilder):
                     table = table.filter(pa.array([path in kept for path in named_images(file, table)], pa.bool_()))
                 table = table.rename_columns([_column_of_images(name) for name in table.column_names])
             yield table
+
+
+class Tables(InFolder, _Tables):
+    """A dataset of the rows of CSV, TSV, JSON, JSON Lines and Parquet files, as [`tables`] reads them."""
 
 
 class Images(ImageFolder):
@@ -134,31 +176,49 @@ class Captioned(datasets.ArrowBasedBuilder):
 
 
 def make_builder(
-    kind: str, files: Mapping[str, Sequence[str]], features: datasets.Features | None = None, **options: Any
+    kind: str,
+    files: Mapping[str, Sequence[str]],
+    root: str,
+    image_column: str,
+    features: datasets.Features | None = None,
+    **options: Any,
 ) -> Any:
     """
     What makes a dataset of files, each of which is one file, whatever characters are in its name.
 
     Args:
-        kind (`str`): `"tables"`, `"captioned"`, or the name of what reads them in `datasets`.
+        kind (`str`): A key of [`BUILDERS`].
         files (mapping): Of each split its paths.
+        root (`str`): The folder that the paths of images must not lead out of.
+        image_column (`str`): The column that holds images.
         features (`datasets.Features`, *optional*): Of the dataset.
         options: Of the config of its builder.
 
     Raises:
         `ValueError`: If there is no such option, a path has "::" in it, or a file is a pointer of Git LFS.
     """
-    found = DataFilesDict({split: _listing(paths, kind) for split, paths in files.items()})
-    builder: Any = _BUILDERS.get(kind) or import_main_class(_PACKAGED_DATASETS_MODULES[kind][0])
-    accepted = {item.name for item in fields(builder.BUILDER_CONFIG_CLASS)}
+    origin = f"{root} {image_column} "
+    found = DataFilesDict({split: _listing(paths, kind, origin) for split, paths in files.items()})
+    cls = BUILDERS[kind]
+    accepted = {item.name for item in fields(cls.BUILDER_CONFIG_CLASS)}
     unknown = sorted(set(options) - accepted)  # a folder for the cache among them, which is not the card's to choose
     if unknown:
         own = accepted.difference(item.name for item in fields(datasets.BuilderConfig))
         raise ValueError(f"the config of {kind} has {listed(unknown)}; accepted are {listed(sorted(own))}")
-    return builder(dataset_name=kind, hash=__version__, data_files=found, features=features, **options)
+    builder: Any = cls(dataset_name=kind, hash=__version__, data_files=found, features=features, **options)
+    builder.root, builder.image_column = root, image_column
+    return builder
 
 
-_BUILDERS = {"tables": Tables, "captioned": Captioned, "imagefolder": Images}
+#: What makes a dataset, by the kind of its files.
+BUILDERS: dict[str, Any] = {
+    "tables": Tables,
+    "parquet": Parquet,
+    "arrow": Arrow,
+    "captioned": Captioned,
+    "imagefolder": Images,
+    "webdataset": WebDataset,
+}
 
 
 def no_rows(files: Iterable[str]) -> ValueError:
@@ -226,12 +286,12 @@ def _column_of_images(name: str) -> str:
     return "image" if name == FILE_NAME else name.removesuffix(f"_{FILE_NAME}")
 
 
-def _listing(paths: Sequence[str], kind: str) -> DataFilesList:
+def _listing(paths: Sequence[str], kind: str, about: str) -> DataFilesList:
     """Files with what tells `datasets` that one has changed since it was cached."""
     origins: list[tuple[str]] = []
     for path in paths:
         beside = filter(os.path.isfile, caption_files(path)) if kind == "captioned" else ()
-        origin = ""
+        origin = about
         for file in (check_path(path), *beside):
             check_pointer(file)
             stat = os.stat(file)
