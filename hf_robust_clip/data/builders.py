@@ -126,7 +126,7 @@ class _Tables(datasets.ArrowBasedBuilder):
 
     def _read(self, file: str, features: datasets.Features | None, split: str | None = None) -> Iterator[pa.Table]:
         config = self.config
-        kept = None if config.within is None or split is None else frozenset(config.within[split])
+        images = None if config.within is None or split is None else frozenset(config.within[split])
         for table in read_table(
             file,
             delimiter=config.sep or config.delimiter,
@@ -134,8 +134,9 @@ class _Tables(datasets.ArrowBasedBuilder):
             features=None if features is None or config.of_images else features,
         ):
             if config.of_images:
-                if kept is not None:
-                    table = table.filter(pa.array([path in kept for path in named_images(file, table)], pa.bool_()))
+                if images is not None:
+                    own = [path in images for path in named_images(file, table)]
+                    table = table.filter(pa.array(own, pa.bool_()))
                 table = table.rename_columns([_column_of_images(name) for name in table.column_names])
             yield table
 
@@ -187,15 +188,12 @@ def make_builder(
     What makes a dataset of files, each of which is one file, whatever characters are in its name.
 
     Args:
-        kind (`str`): A key of [`BUILDERS`].
-        files (mapping): Of each split its paths.
-        root (`str`): The folder that the paths of images must not lead out of.
-        image_column (`str`): The column that holds images.
-        features (`datasets.Features`, *optional*): Of the dataset.
-        options: Of the config of its builder.
+        kind (`str`), files (mapping): A key of [`BUILDERS`], and the paths of each split.
+        root (`str`), image_column (`str`): The folder that the paths of images in that column must not lead out of.
+        features (`datasets.Features`, *optional*), **options: Of the config of the builder.
 
     Raises:
-        `ValueError`: If there is no such option, a path has "::" in it, or a file is a pointer of Git LFS.
+        `ValueError`: If an option is unknown, a path has "::" in it, or a file is a pointer of Git LFS.
     """
     origin = f"{root} {image_column} "
     found = DataFilesDict({split: _listing(paths, kind, origin) for split, paths in files.items()})
@@ -246,12 +244,7 @@ def read_table(path: str, **options: Any) -> Iterator[pa.Table]:
 
 
 def read_caption(path: str) -> str | None:
-    """
-    What a file says of its image: all of a text, without the white space around it, or `caption` of an object in JSON.
-
-    Raises:
-        `ValueError`: If it is JSON without a caption, or not UTF-8.
-    """
+    """A file's caption of its image: all of a text, stripped, or `caption` in JSON; `ValueError` for other files."""
     text = text_of(path)
     if not path.lower().endswith(".json"):
         return text.strip()
@@ -265,12 +258,7 @@ def read_caption(path: str) -> str | None:
 
 
 def named_images(file: str, table: pa.Table) -> list[str | None]:
-    """
-    The paths of the images that the rows of a table name, one a row.
-
-    Raises:
-        `ValueError`: If it has no column for them.
-    """
+    """The paths of the images that the rows of a table name, one a row; `ValueError` without a column for them."""
     column = next((name for name in table.column_names if _column_of_images(name) != name), None)
     if column is None:
         raise ValueError(

@@ -68,8 +68,8 @@ def _inside(path: pa.StringScalar, root: str, start: str, where: str) -> str | N
 
 
 def card_of(folder: Path) -> dict[str, Any]:
-    """What the cards of a folder say of it, as `datasets` has it: the later counts."""
-    found: dict[str, Any] = {}
+    """The metadata in the cards of a folder, as `datasets` reads them: the later counts."""
+    card: dict[str, Any] = {}
     for name, read in _CARDS.items():
         path = folder / name
         if path.is_file():
@@ -78,8 +78,8 @@ def card_of(folder: Path) -> dict[str, Any]:
             except (yaml.YAMLError, UnicodeDecodeError) as error:
                 reason = shortened(" ".join(str(error).split()), 300)
                 raise ValueError(f"the metadata of {path} is not YAML: {reason}") from error
-            found.update(metadata if isinstance(metadata, dict) else {})
-    return found
+            card.update(metadata if isinstance(metadata, dict) else {})
+    return card
 
 
 def check_path(path: str) -> str:
@@ -106,12 +106,7 @@ def check_pointer(path: str) -> None:
 
 
 def stored_files(folder: Path) -> list[str]:
-    """
-    The files that the `state.json` of a folder lists.
-
-    Raises:
-        `ValueError`: If it is no such file, or lists one that is not in the folder.
-    """
+    """The files that the `state.json` of a folder lists; `ValueError` if it cannot be used, or one leads out."""
     path = folder / STATE_FILE
     try:
         names = [entry["filename"] for entry in json.loads(path.read_text(encoding="utf-8"))["_data_files"]]

@@ -27,7 +27,7 @@ from .confining import card_of, check_path, check_pointer
 from .tables import READERS, table_kind
 
 _TABLES = (*READERS, ".parquet")
-#: Files that hold no pairs, which nobody misses.
+#: Files without pairs, which nobody misses.
 _ABOUT = ("README", "LICENSE", "CITATION", "POISON_MANIFEST")
 _IGNORED = ("README.md", "config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json")
 #: What reads a file, by its suffix. Archives are of images.
@@ -90,13 +90,14 @@ class Folder:
 
     def _set_files(self, config: Mapping[str, Any]) -> list[str]:
         """Find out what is read. Returns the names of the files that were in question."""
-        given = config.get("data_files")
+        data_files = config.get("data_files")
         start = os.path.normpath(config.get("data_dir") or ".")
-        if given is None:
+        if data_files is None:
             names = [name for name in self._names if start == "." or name.startswith(f"{start}/")]
             absent = [start] if start != "." and not names else []
         else:
-            patterns = {split: [self._relative(p) for p in some] for split, some in sanitize_patterns(given).items()}
+            data_files = sanitize_patterns(data_files)
+            patterns = {split: [self._relative(pattern) for pattern in some] for split, some in data_files.items()}
             named = [pattern for some in patterns.values() for pattern in some]
             names = _matched(self._names, named)
             absent = [name for name in named if name not in names and (name.startswith("..") or not has_magic(name))]
@@ -109,7 +110,7 @@ class Folder:
         about = {*tables, *(file for image in images for file in caption_files(image))}
         self.kind = self._kind([name for name in names if name not in about and not self._is_known(name)])
         read = [name for name in names if _MODULES.get(table_kind(name)) == self.kind and not self._is_known(name)]
-        if given is None:
+        if data_files is None:
             patterns = _split_patterns(read, start, of_images=self.kind == "imagefolder")
         splits = {split: _matched(read, some) for split, some in patterns.items()}
         splits = {split: some for split, some in splits.items() if some}
