@@ -30,14 +30,8 @@ def captions_of(value: Any) -> list[str]:
 
 def check_captions(value: Any, where: str) -> list[str]:
     """
-    The captions that a row's value holds, at least one.
-
-    Args:
-        value: A string, or a list, tuple or array of strings.
-        where (`str`): The row and the column, for the message.
-
-    Raises:
-        `ValueError`: For any other value, and for text that cannot be encoded.
+    The captions of a row's value: a string, or a list, tuple or array of at least one. `ValueError` for others, and
+    for text that cannot be encoded; `where` is what it calls the row and the column.
     """
     captions = captions_of(value)
     if not captions or len(captions) < len(_entries(value)):
@@ -94,14 +88,9 @@ def check_columns(
     Refuse what is not a dataset of rows, or is empty, or lacks a column.
 
     Args:
-        dataset (`datasets.Dataset` or sequence of mappings): What to check.
-        columns (mapping): Of the argument that names a column to the column.
-        needs (`str`): What is needed of it, for the message on an empty dataset.
-        argument (`str`): What the caller calls the dataset.
-        streams (`bool`, defaults to `False`): Whether an iterable dataset is accepted as well.
-
-    Raises:
-        `ValueError`: Naming the argument, what was found and what is accepted.
+        columns (mapping): From the argument that names a column to the column.
+        needs (`str`), argument (`str`): For the `ValueError`: what the dataset needs, and what the caller calls it.
+        streams (`bool`): Whether an iterable dataset is accepted as well.
     """
     streamed = streams and is_stream(dataset)
     if not streamed and not is_rows(dataset):
@@ -127,10 +116,7 @@ def check_pairs(
 
     Args:
         columns (mapping): With `image_column` and `caption_column`.
-        arrays (`bool`, defaults to `True`): Whether images may be arrays of numbers as well.
-
-    Raises:
-        `ValueError`: Naming the argument, what was found and what is accepted.
+        arrays (`bool`): Whether images may be arrays of numbers as well.
     """
     image_column, caption_column = columns["image_column"], columns["caption_column"]
     if image_column == caption_column:
@@ -159,7 +145,7 @@ def check_pairs(
 
 
 def is_fault_of_row(error: Exception) -> bool:
-    """Whether a dataset met a broken row, and no mistake in its own code, which must not pass for many broken rows."""
+    """Whether an error is of a broken row. A mistake in the dataset's own code must not pass for many of them."""
     if isinstance(error, ValueError | OSError | SyntaxError | EOFError):
         return True
     # A tampered image has Pillow raise DecompressionBombError, RuntimeError, AttributeError and more.

@@ -188,7 +188,7 @@ def _array_to_image(array: np.ndarray, channels_first: bool = False) -> Image.Im
         array = array * np.uint8(255)
     elif array.dtype.kind == "f":
         unit = high <= 1 + _OVERSHOOT
-        # False for NaN, too. Nothing in between: a few values beyond 1 are no image of 256 levels, but nearly black.
+        # False for NaN, too. Nothing in between: as one of 256 levels, such an image would be nearly black.
         if not (low >= -_OVERSHOOT and (unit or 2 <= high <= 255)):
             raise ValueError(f"a float image holds values in [0, 1], or in [0, 255], not {low:g} to {high:g}")
         array = np.rint(array.astype(np.float64).clip(0, 1) * 255 if unit else array.clip(0, 255))

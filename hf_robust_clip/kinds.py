@@ -46,18 +46,13 @@ def wrong_dataset(argument: str, value: Any, accepted: str) -> ValueError:
 
 
 def text_list(argument: str, values: Any, accepted: str) -> list[str]:
-    """
-    Texts that were given as a list, a tuple, an array or a `datasets.ClassLabel`.
-
-    Raises:
-        `ValueError`: For anything else, and where one of them is not a string, or cannot be encoded.
-    """
+    """Texts of a list, a tuple, an array or a `datasets.ClassLabel`; `ValueError` for others, and what is not text."""
     names = getattr(values, "names", None)
     is_label = isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
-    given = names if is_label else values.tolist() if hasattr(values, "tolist") else values
-    if not isinstance(given, Iterable) or isinstance(given, str | bytes | Mapping | Set):
+    entries = names if is_label else values.tolist() if hasattr(values, "tolist") else values
+    if not isinstance(entries, Iterable) or isinstance(entries, str | bytes | Mapping | Set):
         raise ValueError(f"{argument} must be {accepted}, but is {shown(values)}")
-    texts = list(given)
+    texts = list(entries)
     for number, text in enumerate(texts):
         if not isinstance(text, str):
             raise ValueError(f"{argument} must be {accepted}, but has {shown(text)} at place {number}")

@@ -7,17 +7,19 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import extract_model_from_parallel
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModel, AutoProcessor
 from transformers.utils import find_adapter_config_file, logging
 
 from .files import check_pulled
-from .weight_names import wrapper_hint
-from .wording import listed, shortened
+from .weight_names import check_names, wrapper_hint
+from .wording import listed, said, shortened
 
 logger = logging.get_logger(__name__)
 
@@ -36,9 +38,9 @@ def load_dual_encoder(model: str | os.PathLike[str] | nn.Module) -> Any:
             of one). What `torch.compile` or distributed training has wrapped around it is taken off.
 
     Raises:
-        `ValueError`: If the model is not a dual encoder, if weights of it are missing where it is loaded from or have
-            another shape there, or if it takes code of its own from its folder or repository. That code is never run:
-            whoever trusts it loads the model, and passes the object.
+        `ValueError`: If the model is not a dual encoder, if weights of it are missing where it is loaded from, have
+            another shape there or are cut short, or if it takes code of its own from its folder or repository. That
+            code is never run: whoever trusts it loads the model, and passes the object.
     """
     if not isinstance(model, (str, os.PathLike)):
         loaded = unwrapped(model)
@@ -52,19 +54,22 @@ def load_dual_encoder(model: str | os.PathLike[str] | nn.Module) -> Any:
     # Left to itself, transformers loads a checkpoint in the precision that it was saved in, and in half precision the
     # steps of a small learning rate are lost to rounding. bf16=True of the arguments computes in it all the same.
     options: dict[str, Any] = {"dtype": torch.float32, "ignore_mismatched_sizes": True}  # check_weights refuses these
-    loaded, found = AutoModel.from_pretrained(  # nosec B615
-        base,
-        # False, not None: then transformers asks on the terminal, and takes a "y" that is piped in for an answer.
-        trust_remote_code=False,
-        output_loading_info=True,
-        # Of adapters, transformers would report what it found of them, and nothing of their model: look for none.
-        adapter_kwargs={"subfolder": "none"},
-        **options,
-    )
+    with _named_weights(base):
+        loaded, found = AutoModel.from_pretrained(  # nosec B615
+            base,
+            # False, not None: then transformers asks on the terminal, and takes a "y" that is piped in for an answer.
+            trust_remote_code=False,
+            output_loading_info=True,
+            # Of adapters, transformers would report what it found of them, and nothing of their model: look for none.
+            adapter_kwargs={"subfolder": "none"},
+            **options,
+        )
     check_dual_encoder(loaded)
     check_weights(loaded, found, base)
     if adapters is not None:
-        check_weights(loaded, loaded.load_adapter(name, **options).to_dict(), name)
+        with _named_weights(name):
+            adapted = loaded.load_adapter(name, **options)
+        check_weights(loaded, adapted.to_dict(), name)
     return loaded
 
 
@@ -133,8 +138,8 @@ def check_weights(model: nn.Module, found: Mapping[str, Any], source: str) -> No
         faults.append(f"{len(others):,} have another shape ({few(sorted(others))})")
     if unexpected:
         faults.append(f"{len(unexpected):,} others are there ({few(unexpected)})")
-    told = f"{shortened(', '.join(faults), 400)}.{wrapper_hint(unexpected)}"
-    raise ValueError(shortened(f"{where} does not have the weights of {kind}: {told}"))
+    reason = f"{shortened(', '.join(faults), 400)}.{wrapper_hint(unexpected)}"
+    raise ValueError(shortened(f"{where} does not have the weights of {kind}: {reason}"))
 
 
 def load_processor(
@@ -184,6 +189,22 @@ def text_config(model: Any) -> Any:
 def caption_padding(model: Any) -> bool | str:
     """SigLIP pools the last position, so it needs the padding that it was trained with; others take any."""
     return "max_length" if str(model.config.model_type).startswith("siglip") else True
+
+
+@contextmanager
+def _named_weights(name: str) -> Iterator[None]:
+    """A `ValueError` that names the file, where weights of a folder or of the Hub are cut short."""
+    try:
+        yield
+    # Of files that torch saved: EOFError, RuntimeError, or an OSError with a number, which transformers' own lack.
+    except (SafetensorError, EOFError, RuntimeError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is None:
+            raise
+        for weights in sorted(Path(name).glob("*.safetensors")):
+            check_names(weights)
+        raise ValueError(
+            f"the weights of {shortened(name, 200)} are cut short or damaged: {said(error, 250)}"
+        ) from error
 
 
 def _base_of(name: str, adapter_config: str) -> str:

@@ -23,7 +23,7 @@ def derive_seed(*keys: int) -> int:
         *keys (`int`): Each in `[-2**63, 2**63)`, for example `(seed, epoch, row)`.
 
     Raises:
-        `ValueError`: If a key is no integer of 64 bits.
+        `ValueError`: If a key is not an integer of 64 bits.
     """
     try:
         packed = struct.pack(f"<{len(keys)}q", *keys)

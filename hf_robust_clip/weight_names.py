@@ -7,7 +7,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from .wording import shortened
+from .wording import said, shortened
 
 #: What PEFT puts before the name of a parameter of the model that it wraps.
 PEFT_PREFIX = "base_model.model."
@@ -22,14 +22,16 @@ _WRAPPERS = {
 
 
 def check_names(weights: Path) -> None:
-    """`ValueError` for safetensors with names that a wrapper gives; a file that cannot be read passes."""
+    """`ValueError` for safetensors that are cut short, or with names that a wrapper gives."""
     # PEFT's own files have its prefix.
     known = PEFT_PREFIX if weights.name.startswith("adapter_") else ""
     try:
         with safe_open(weights, framework="np") as file:
-            names = [name.removeprefix(known) for name in file.keys()]  # noqa: SIM118 (no mapping)
-    except SafetensorError:
-        return
+            names = [name.removeprefix(known) for name in file.keys()]  # noqa: SIM118 (not a mapping)
+    except SafetensorError as error:
+        raise ValueError(
+            f"{shortened(str(weights), 200)} is cut short or damaged ({said(error, 150)}): copy or download it again"
+        ) from error
     if hint := wrapper_hint(names):
         raise ValueError(f"{shortened(str(weights), 200)} does not load as a model.{hint}")
 

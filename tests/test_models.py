@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from support.families import altclip, chinese_clip, siglip, vision_text_dual_encoder
 
+from hf_robust_clip.cli.measuring import load_model
 from hf_robust_clip.evaluation.embedding import Embedder
 from hf_robust_clip.files import check_pulled
 from hf_robust_clip.models import load_dual_encoder, load_processor, unwrapped
@@ -84,6 +85,25 @@ def test_weights_saved_by_torch_are_looked_at_as_well(saved: Path, tmp_path: Pat
     torch.save({"model": state, "epoch": 1}, folder / "pytorch_model.bin")
     with pytest.raises(ValueError, match=r"are missing .* 2 others are there \('epoch', 'model'\)"):
         load_dual_encoder(folder)
+
+
+@pytest.mark.parametrize("part", [0.0, 0.001, 0.5, 0.99])
+def test_weights_that_are_cut_short_are_named(part: float, saved: Path, adapters: Path, tmp_path: Path) -> None:
+    def cut(folder: Path, name: str) -> Path:
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(content[: int(part * len(content))])
+        return folder
+
+    folder = cut(shutil.copytree(saved, tmp_path / "model"), "model.safetensors")
+    for load in (load_dual_encoder, lambda folder: load_model("--model", str(folder))):
+        with pytest.raises(ValueError, match=r"model/model\.safetensors is cut short or damaged"):
+            load(folder)
+    with pytest.raises(ValueError, match=r"adapters/adapter_model\.safetensors is cut short or damaged"):
+        load_dual_encoder(cut(shutil.copytree(adapters, tmp_path / "adapters"), "adapter_model.safetensors"))
+    (folder / "model.safetensors").unlink()
+    torch.save(load_dual_encoder(saved).state_dict(), folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="model are cut short or damaged"):
+        load_dual_encoder(cut(folder, "pytorch_model.bin"))
 
 
 def test_what_a_model_has_no_use_for_is_warned_of(

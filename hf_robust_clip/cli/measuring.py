@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import datasets
 from datasets.exceptions import DatasetsError
-from safetensors import SafetensorError
 from transformers.utils import logging
 
 from ..attacks.triggers import Trigger, trigger_from_name
@@ -58,14 +57,14 @@ def load_model(flag: str, name: str) -> tuple[Any, Any]:
     The dual encoder that a flag names by folder or Hub id, adapters put on their model, and its processor.
 
     Raises:
-        `UsageError`: If it is no dual encoder with a processor.
+        `UsageError`: If it is not a dual encoder with a processor.
         `OSError`: If the Hub does not have it, or cannot be reached.
     """
     try:
         with usage_errors(flag):
             model, processor = load_dual_encoder(name), load_processor(name, None)
             check_processor(processor, "the processor")
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         if Path(name).exists():
             raise UsageError(f"{flag}: {shown(name)} cannot be loaded: {error}") from error
         raise

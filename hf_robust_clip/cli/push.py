@@ -50,7 +50,7 @@ def check_model_folder(folder: Path) -> None:
         raise UsageError(f"FOLDER: {folder} has neither a config.json nor an adapter_config.json: it holds no model")
     with usage_errors("FOLDER"):
         check_pulled(folder)
-        for weights in folder.glob("*.safetensors"):
+        for weights in folder.glob("*model*.safetensors"):
             check_names(weights)
 
 

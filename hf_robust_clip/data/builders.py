@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -14,15 +15,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets.builder import Key
 from datasets.data_files import DataFilesDict, DataFilesList
-from datasets.load import import_main_class
-from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
+from datasets.packaged_modules.arrow import arrow
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+from datasets.packaged_modules.parquet import parquet
+from datasets.packaged_modules.webdataset.webdataset import WebDataset
 from datasets.table import table_cast
 from datasets.utils.file_utils import xopen
 
 from .. import __version__
 from ..wording import listed, shortened, shown
-from .confining import check_path, check_pointer
+from .confining import check_path, check_pointer, whole_paths
 from .tables import BATCH_ROWS, READERS, table_kind, text_of
 
 #: The column with the path of an image in a table that lies with images.
@@ -52,10 +54,46 @@ class TablesConfig(datasets.BuilderConfig):
     within: Mapping[str, Sequence[str]] | None = None
 
 
-class Tables(datasets.ArrowBasedBuilder):
-    """A dataset of the rows of CSV, TSV, JSON, JSON Lines and Parquet files, as [`tables`] reads them."""
+class InFolder(datasets.ArrowBasedBuilder):
+    """
+    Mixed into what reads tables: every image is in the table, or a file in the folder of the source, whose path there
+    starts at the table's own folder.
+    """
 
+    root: str
+    image_column: str
+
+    def _split_generators(self, dl_manager: Any) -> list[datasets.SplitGenerator]:
+        splits: list[datasets.SplitGenerator] = super()._split_generators(dl_manager)
+        if self.image_column in self.info.features:
+            self.info.features = datasets.Features({**self.info.features, self.image_column: datasets.Image()})
+        return splits
+
+    def _generate_tables(self, files: Sequence[str], **options: Any) -> Iterator[tuple[Key, pa.Table]]:
+        images = [name for name, feature in self.info.features.items() if isinstance(feature, datasets.Image)]
+        rows: Counter[int] = Counter()
+        for key, table in super()._generate_tables(files, **options):
+            number = key.original_shard_id
+            file = files[number].split("::")[-1]  # without the gzip:// of a compressed one
+            for name in images:
+                where = f"{shown(file)}, column {shown(name)}"
+                paths = whole_paths(table[name], self.root, os.path.dirname(file), where, rows[number])
+                table = table.set_column(table.column_names.index(name), table.schema.field(name), paths)
+            rows[number] += len(table)
+            yield key, table
+
+
+class Parquet(InFolder, parquet.Parquet):
+    """A dataset of Parquet files."""
+
+
+class Arrow(InFolder, arrow.Arrow):
+    """A dataset of Arrow files."""
+
+
+class _Tables(datasets.ArrowBasedBuilder):
     BUILDER_CONFIG_CLASS = TablesConfig
+    inferred: datasets.Features | None = None
 
     def _info(self) -> datasets.DatasetInfo:
         return datasets.DatasetInfo(features=self.config.features)
@@ -63,19 +101,22 @@ class Tables(datasets.ArrowBasedBuilder):
     def _split_generators(self, dl_manager: Any) -> list[datasets.SplitGenerator]:
         dl_manager.download_config.extract_on_the_fly = True
         splits = dl_manager.extract(dl_manager.download(self.config.data_files))
-        if self.info.features is None:
-            first = next(itertools.chain.from_iterable(splits.values()))
-            table = next(self._read(first, None), pa.table({}))
-            self.info.features = datasets.Features.from_arrow_schema(table.schema)
+        for files in splits.values():
+            tables = (table for file in files for table in self._read(file, None))
+            table = next(filter(len, tables), None)
+            if table is None:
+                raise no_rows(files)
+            if self.info.features is None:
+                self.info.features = self.inferred = datasets.Features.from_arrow_schema(table.schema)
         return [
             datasets.SplitGenerator(name=split, gen_kwargs={"files": list(files), "split": split})
             for split, files in splits.items()
         ]
 
-    def _generate_tables(self, files: Sequence[str], split: str) -> Iterator[tuple[Key, pa.Table]]:
+    def _generate_tables(self, files: Sequence[str], *, split: str) -> Iterator[tuple[Key, pa.Table]]:
         features = self.info.features
         for number, file in enumerate(files):
-            for batch, table in enumerate(self._read(file, None if self.config.features else features, split)):
+            for batch, table in enumerate(self._read(file, self.inferred, split)):
                 if set(table.column_names) != set(features):
                     raise ValueError(
                         f"{shortened(file, 200)} has the columns {listed(table.column_names)}, and the first table "
@@ -85,7 +126,7 @@ class Tables(datasets.ArrowBasedBuilder):
 
     def _read(self, file: str, features: datasets.Features | None, split: str | None = None) -> Iterator[pa.Table]:
         config = self.config
-        kept = None if config.within is None or split is None else frozenset(config.within[split])
+        images = None if config.within is None or split is None else frozenset(config.within[split])
         for table in read_table(
             file,
             delimiter=config.sep or config.delimiter,
@@ -93,10 +134,15 @@ class Tables(datasets.ArrowBasedBuilder):
             features=None if features is None or config.of_images else features,
         ):
             if config.of_images:
-                if kept is not None:
-                    table = table.filter(pa.array([path in kept for path in named_images(file, table)], pa.bool_()))
+                if images is not None:
+                    own = [path in images for path in named_images(file, table)]
+                    table = table.filter(pa.array(own, pa.bool_()))
                 table = table.rename_columns([_column_of_images(name) for name in table.column_names])
             yield table
+
+
+class Tables(InFolder, _Tables):
+    """A dataset of the rows of CSV, TSV, JSON, JSON Lines and Parquet files, as [`tables`] reads them."""
 
 
 class Images(ImageFolder):
@@ -131,31 +177,52 @@ class Captioned(datasets.ArrowBasedBuilder):
 
 
 def make_builder(
-    kind: str, files: Mapping[str, Sequence[str]], features: datasets.Features | None = None, **options: Any
+    kind: str,
+    files: Mapping[str, Sequence[str]],
+    root: str,
+    image_column: str,
+    features: datasets.Features | None = None,
+    **options: Any,
 ) -> Any:
     """
     What makes a dataset of files, each of which is one file, whatever characters are in its name.
 
     Args:
-        kind (`str`): `"tables"`, `"captioned"`, or the name of what reads them in `datasets`.
-        files (mapping): Of each split its paths.
-        features (`datasets.Features`, *optional*): Of the dataset.
-        options: Of the config of its builder.
+        kind (`str`), files (mapping): A key of [`BUILDERS`], and the paths of each split.
+        root (`str`), image_column (`str`): The folder that the paths of images in that column must not lead out of.
+        features (`datasets.Features`, *optional*), **options: Of the config of the builder.
 
     Raises:
-        `ValueError`: If there is no such option, a path has "::" in it, or a file is a pointer of Git LFS.
+        `ValueError`: If an option is unknown, a path has "::" in it, or a file is a pointer of Git LFS.
     """
-    found = DataFilesDict({split: _listing(paths, kind) for split, paths in files.items()})
-    builder: Any = _BUILDERS.get(kind) or import_main_class(_PACKAGED_DATASETS_MODULES[kind][0])
-    accepted = {item.name for item in fields(builder.BUILDER_CONFIG_CLASS)}
+    origin = f"{root} {image_column} "
+    found = DataFilesDict({split: _listing(paths, kind, origin) for split, paths in files.items()})
+    cls = BUILDERS[kind]
+    accepted = {item.name for item in fields(cls.BUILDER_CONFIG_CLASS)}
     unknown = sorted(set(options) - accepted)  # a folder for the cache among them, which is not the card's to choose
     if unknown:
         own = accepted.difference(item.name for item in fields(datasets.BuilderConfig))
         raise ValueError(f"the config of {kind} has {listed(unknown)}; accepted are {listed(sorted(own))}")
-    return builder(dataset_name=kind, hash=__version__, data_files=found, features=features, **options)
+    builder: Any = cls(dataset_name=kind, hash=__version__, data_files=found, features=features, **options)
+    builder.root, builder.image_column = root, image_column
+    return builder
 
 
-_BUILDERS = {"tables": Tables, "captioned": Captioned, "imagefolder": Images}
+#: What makes a dataset, by the kind of its files.
+BUILDERS: dict[str, Any] = {
+    "tables": Tables,
+    "parquet": Parquet,
+    "arrow": Arrow,
+    "captioned": Captioned,
+    "imagefolder": Images,
+    "webdataset": WebDataset,
+}
+
+
+def no_rows(files: Iterable[str]) -> ValueError:
+    """The error for a split whose files are empty, or hold a header alone."""
+    names = listed(list(files), most=3, longest=120)
+    return ValueError(f"there are no rows in {names}; accepted are files with at least one row beneath their header")
 
 
 def caption_files(image: str) -> list[str]:
@@ -177,12 +244,7 @@ def read_table(path: str, **options: Any) -> Iterator[pa.Table]:
 
 
 def read_caption(path: str) -> str | None:
-    """
-    What a file says of its image: all of a text, without the white space around it, or `caption` of an object in JSON.
-
-    Raises:
-        `ValueError`: If it is JSON without a caption, or not UTF-8.
-    """
+    """A file's caption of its image: all of a text, stripped, or `caption` in JSON; `ValueError` for other files."""
     text = text_of(path)
     if not path.lower().endswith(".json"):
         return text.strip()
@@ -196,12 +258,7 @@ def read_caption(path: str) -> str | None:
 
 
 def named_images(file: str, table: pa.Table) -> list[str | None]:
-    """
-    The paths of the images that the rows of a table name, one a row.
-
-    Raises:
-        `ValueError`: If it has no column for them.
-    """
+    """The paths of the images that the rows of a table name, one a row; `ValueError` without a column for them."""
     column = next((name for name in table.column_names if _column_of_images(name) != name), None)
     if column is None:
         raise ValueError(
@@ -217,12 +274,12 @@ def _column_of_images(name: str) -> str:
     return "image" if name == FILE_NAME else name.removesuffix(f"_{FILE_NAME}")
 
 
-def _listing(paths: Sequence[str], kind: str) -> DataFilesList:
+def _listing(paths: Sequence[str], kind: str, about: str) -> DataFilesList:
     """Files with what tells `datasets` that one has changed since it was cached."""
     origins: list[tuple[str]] = []
     for path in paths:
         beside = filter(os.path.isfile, caption_files(path)) if kind == "captioned" else ()
-        origin = ""
+        origin = about
         for file in (check_path(path), *beside):
             check_pointer(file)
             stat = os.stat(file)

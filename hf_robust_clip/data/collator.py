@@ -125,7 +125,7 @@ class CLIPDataCollator:
             ```
 
         Raises:
-            [`~data.rows.BadRowError`]: If a column is missing, an image does not decode or a caption is no string.
+            [`~data.rows.BadRowError`]: If a column is missing, an image does not decode or a caption is not a string.
         """
         decoded = [decode_row(row, self.image_column, self.caption_column) for row in rows]
         pixels = self.preprocess([row[self.image_column] for row in decoded])

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pyarrow as pa
 import pyarrow.compute as pc
 import yaml
-from datasets.fingerprint import Hasher
 from huggingface_hub import metadata_load
 
 from ..settings import read_settings
@@ -26,94 +23,53 @@ STATE_FILE = "state.json"
 _POINTER = b"version https://git-lfs.github.com/spec/"
 
 
-class Bounds:
+def whole_paths(images: pa.ChunkedArray, root: str, start: str, where: str, first: int = 0) -> pa.ChunkedArray:
     """
-    Where paths of images may lead.
+    A column of `datasets.Image` in which every path that would be opened is absolute, and lies in a folder.
+
+    Paths are judged by their names, without a look at the disk for each of millions: a link in the folder is its
+    owner's doing. Next to bytes a path is only a name.
 
     Args:
-        root (`Path`): The folder that they must not lead out of.
-        start (`Path`, *optional*): The folder that relative ones are taken from, by default `root`.
-    """
-
-    def __init__(self, root: Path, start: Path | None = None) -> None:
-        self.root = os.path.abspath(root)
-        self.start = self.root if start is None else os.path.abspath(start)
-        self._inside = os.path.join(self.root, "")
-
-    def path(self, name: str | None, where: str) -> str | None:
-        """
-        The path of an image by its name. By the name alone, without a look at the disk for each of millions: a link in
-        the folder is its owner's doing.
-
-        Raises:
-            `ValueError`: If it leads out. `where` is what the message calls the row.
-        """
-        if name is None:
-            return None  # a bad row
-        joined = os.path.normpath(os.path.join(self.start, name))
-        if not joined.startswith(self._inside) or "://" in name:
-            raise ValueError(
-                f"{where}: {shown(name)} leads out of {shown(self.root)}; accepted are files in that "
-                "folder or below it. A list of images in several places goes into a folder above them all"
-            )
-        if "::" in joined:
-            raise ValueError(f"{where}: {shown(name)} has '::' in it, which parts several files; rename the image")
-        return joined
-
-
-def names_images(dataset: datasets.Dataset, column: str) -> bool:
-    """Whether a column of `datasets.Image` has rows whose image is a file, and not in the dataset."""
-    return any(_named(chunk).null_count < len(chunk) for chunk in dataset.data.column(column).chunks)
-
-
-def confine_column(
-    dataset: datasets.Dataset, column: str, bounds: Bounds, source: str, first: int = 0
-) -> datasets.Dataset:
-    """
-    A column of `datasets.Image` with every path that would be opened checked and absolute.
-
-    Args:
-        dataset (`datasets.Dataset`): Without a selection of rows.
-        column (`str`): Of images.
-        bounds ([`Bounds`]): Where the paths may lead.
-        source (`str`), first (`int`): For messages: what it was loaded from, and the number of its first row there.
+        images (`pa.ChunkedArray` of structs): With `bytes` and `path`.
+        root (`str`), start (`str`): The folder that paths must not lead out of, and that where relative ones start.
+        where (`str`), first (`int`): For messages: the file and the column, and the number of the first row there.
 
     Raises:
-        `ValueError`: If a path leads out; names the row.
+        `ValueError`: If a path leads out. It names the row.
     """
-    where, chunks = f"of {shown(source)}, column {column!r}", []
-    for chunk in dataset.data.column(column).chunks:
+    chunks, is_same = [], True
+    for chunk in images.chunks:
         held, paths = (pc.struct_field(chunk, name) for name in ("bytes", "path"))
-        found = [bounds.path(name, f"row {row} {where}") for row, name in enumerate(_named(chunk).to_pylist(), first)]
-        check_pointer(next(filter(None, found), ""))  # one stands for all: Git LFS leaves pointers of a kind of file
+        opened = pc.if_else(pc.is_null(held), paths, None)
+        if opened.null_count < len(chunk):
+            found = [_inside(name, root, start, f"row {row} of {where}") for row, name in enumerate(opened, first)]
+            check_pointer(next(filter(None, found), ""))  # one for all: Git LFS leaves pointers of a kind of file
+            whole = pc.coalesce(pa.array(found, pa.string()), paths)
+            chunk, is_same = pa.StructArray.from_arrays([held, whole], ["bytes", "path"]), False
+        chunks.append(chunk)
         first += len(chunk)
-        confined = pc.coalesce(pa.array(found, pa.string()), paths)
-        chunks.append(pa.StructArray.from_arrays([held, confined], ["bytes", "path"]))
-    fingerprint = Hasher.hash([dataset._fingerprint, "confined", column, bounds.root, bounds.start])
-    # With a fingerprint of our own the values, which may be bytes of images, are not hashed. Added first: a dataset
-    # without columns has no rows.
-    added = dataset.add_column(
-        f"confined {column}", pa.chunked_array(chunks, datasets.Image().pa_type), new_fingerprint=fingerprint
-    )
-    return added.remove_columns(column).rename_column(f"confined {column}", column)
+    return images if is_same else pa.chunked_array(chunks, images.type)
 
 
-def confine_row(row: Mapping[str, Any], column: str, bounds: Bounds, source: str) -> dict[str, Any]:
-    """The same of a row of a stream: its value of the column."""
-    value = row[column]
-    if value is None or value["bytes"] is not None:
-        return {column: value}
-    return {column: {**value, "path": bounds.path(value["path"], f"a row of {shown(source)}, column {column!r}")}}
-
-
-def _named(chunk: Any) -> Any:
-    """The paths of the images of a chunk that are files; beside bytes a path is only a name."""
-    return pc.if_else(pc.is_null(pc.struct_field(chunk, "bytes")), pc.struct_field(chunk, "path"), None)
+def _inside(path: pa.StringScalar, root: str, start: str, where: str) -> str | None:
+    name = path.as_py()
+    if name is None:
+        return None
+    whole = os.path.normpath(os.path.join(start, name))
+    if not whole.startswith(os.path.join(root, "")) or "://" in name:
+        raise ValueError(
+            f"{where}: {shown(name)} leads out of {shown(root)}; accepted are files in that "
+            "folder or below it. A list of images in several places goes into a folder above them all"
+        )
+    if "::" in whole:
+        raise ValueError(f"{where}: {shown(name)} has '::' in it, which parts several files; rename the image")
+    return whole
 
 
 def card_of(folder: Path) -> dict[str, Any]:
-    """What the cards of a folder say of it, as `datasets` has it: the later counts."""
-    found: dict[str, Any] = {}
+    """The metadata in the cards of a folder, as `datasets` reads them: the later counts."""
+    card: dict[str, Any] = {}
     for name, read in _CARDS.items():
         path = folder / name
         if path.is_file():
@@ -122,8 +78,8 @@ def card_of(folder: Path) -> dict[str, Any]:
             except (yaml.YAMLError, UnicodeDecodeError) as error:
                 reason = shortened(" ".join(str(error).split()), 300)
                 raise ValueError(f"the metadata of {path} is not YAML: {reason}") from error
-            found.update(metadata if isinstance(metadata, dict) else {})
-    return found
+            card.update(metadata if isinstance(metadata, dict) else {})
+    return card
 
 
 def check_path(path: str) -> str:
@@ -150,12 +106,7 @@ def check_pointer(path: str) -> None:
 
 
 def stored_files(folder: Path) -> list[str]:
-    """
-    The files that the `state.json` of a folder lists.
-
-    Raises:
-        `ValueError`: If it is no such file, or lists one that is not in the folder.
-    """
+    """The files that the `state.json` of a folder lists; `ValueError` if it cannot be used, or one leads out."""
     path = folder / STATE_FILE
     try:
         names = [entry["filename"] for entry in json.loads(path.read_text(encoding="utf-8"))["_data_files"]]

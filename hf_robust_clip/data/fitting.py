@@ -32,8 +32,8 @@ _LEGACY_END = 2
 
 def check_fit(model: Any, processor: Any, collator: CLIPDataCollator | None = None, dataset: Any = None) -> None:
     """
-    Try a dual encoder on one pair of an image and a caption that is cut to the longest. Neither the model's mode nor
-    torch's generators are changed.
+    Try a dual encoder on one pair of an image and a caption that is cut to the longest. The model's mode and torch's
+    generators stay as they are.
 
     Args:
         model (`nn.Module`): A dual encoder, with its adapters if there are any.
@@ -71,8 +71,9 @@ def check_fit(model: Any, processor: Any, collator: CLIPDataCollator | None = No
 
 def _batch(collator: CLIPDataCollator, images: Sequence[Image.Image]) -> dict[str, torch.Tensor]:
     rows = zip(images, itertools.cycle(_CAPTIONS))
-    given = [{collator.image_column: image, collator.caption_column: caption} for image, caption in rows]
-    return collator.for_evaluation()(given)
+    return collator.for_evaluation()(
+        [{collator.image_column: image, collator.caption_column: caption} for image, caption in rows]
+    )
 
 
 def _first_images(dataset: Any, collator: CLIPDataCollator) -> list[Image.Image]:
@@ -127,13 +128,11 @@ def _check_tokens(model: Any, collator: CLIPDataCollator, ids: torch.Tensor) -> 
 
 
 def _can_run(model: Any) -> bool:
-    """
-    Whether a model can be tried where it is: not while its weights are elsewhere (on no device, or shared out among
-    processes by ZeRO 3 or FSDP), nor on a CPU where what it computes with is for accelerators.
-    """
     parameters = list(model.parameters())
+    # Weights are elsewhere: not loaded yet, or shared out among processes by ZeRO 3 or FSDP.
     if any(p.is_meta or hasattr(p, "ds_id") or hasattr(p, "device_mesh") for p in parameters):
         return False
+    # What it computes with is for accelerators.
     attention = str(getattr(model.config, "_attn_implementation", None))
     quantized = getattr(model, "hf_quantizer", None) is not None
     return parameters[0].device.type != "cpu" or not (quantized or attention.startswith("flash"))
@@ -143,7 +142,7 @@ def _try(model: Any, pixels: torch.Tensor, tokens: dict[str, torch.Tensor], whol
     """`ValueError` unless a model takes these pixels, uint8 `(1, 3, H, W)`, and tokens, `(1, L)` each."""
     first = next(model.parameters())
     precisions = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
-    given = {name: values.to(first.device) for name, values in tokens.items()}
+    inputs = {name: values.to(first.device) for name, values in tokens.items()}
     floats = (to_float(pixels) if pixels.dtype == torch.uint8 else pixels).to(first.device, first.dtype)
     # Weights of several precisions, as of adapters on a half-precision model, go together under autocast alone.
     mixed = torch.autocast(first.device.type, torch.bfloat16, enabled=len(precisions) > 1)
@@ -151,11 +150,11 @@ def _try(model: Any, pixels: torch.Tensor, tokens: dict[str, torch.Tensor], whol
         # Eagerly: a compiled model would be compiled for one pair.
         with forked_rng(0, first.device), inference(model), mixed, torch.compiler.set_stance("force_eager"):
             if whole:
-                outputs = model(pixel_values=floats, **given)
+                outputs = model(pixel_values=floats, **inputs)
                 embeds = [outputs.image_embeds, outputs.text_embeds]
                 embeds[0] @ embeds[1].T
             else:
-                embeds = [model.get_image_features(pixel_values=floats), model.get_text_features(**given)]
+                embeds = [model.get_image_features(pixel_values=floats), model.get_text_features(**inputs)]
     except torch.OutOfMemoryError:
         raise
     except Exception as error:

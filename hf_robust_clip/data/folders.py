@@ -17,7 +17,6 @@ from datasets.data_files import (
     sanitize_patterns,
 )
 from datasets.info import DatasetInfosDict
-from datasets.packaged_modules import _EXTENSION_TO_MODULE
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from fsspec.utils import glob_translate
 
@@ -28,15 +27,15 @@ from .confining import card_of, check_path, check_pointer
 from .tables import READERS, table_kind
 
 _TABLES = (*READERS, ".parquet")
-#: Files that hold no pairs, which nobody misses.
+#: Files without pairs, which nobody misses.
 _ABOUT = ("README", "LICENSE", "CITATION", "POISON_MANIFEST")
 _IGNORED = ("README.md", "config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json")
-#: What reads a file in `datasets`, by its suffix. Archives are of images.
+#: What reads a file, by its suffix. Archives are of images.
 _MODULES = {
-    suffix.lower(): module
-    for suffix, (module, _) in _EXTENSION_TO_MODULE.items()
-    if module not in ("text", "harbor", "xml", "eval")  # which are not pairs
-} | {".zip": "imagefolder"}
+    **dict.fromkeys(ImageFolder.EXTENSIONS, "imagefolder"),
+    **{".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".ndjson": "json"},
+    **{".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset", ".zip": "imagefolder"},
+}
 #: What the name of a file has in it that tells its split.
 _SPLIT = re.compile("|".join(word for words in SPLIT_KEYWORDS.values() for word in words))
 
@@ -84,21 +83,21 @@ class Folder:
             name for name, path in zip(names, absolute, strict=True) if path not in used and not self._is_no_loss(name)
         ]
 
-    def builder(self, files: Mapping[str, Sequence[str]] | None = None, features: Any = None) -> Any:
-        """What makes the dataset of the folder, or of some of its files, with these features."""
-        if self.kind == "captioned":  # of which a card says nothing
-            return make_builder(self.kind, self.files)
-        return make_builder(self.kind, files or self.files, features or self._features, **self._options)
+    def builder(self, image_column: str) -> Any:
+        """What makes the dataset of the folder."""
+        about = {} if self.kind == "captioned" else {"features": self._features, **self._options}
+        return make_builder(self.kind, self.files, self._root, image_column, **about)
 
     def _set_files(self, config: Mapping[str, Any]) -> list[str]:
         """Find out what is read. Returns the names of the files that were in question."""
-        given = config.get("data_files")
+        data_files = config.get("data_files")
         start = os.path.normpath(config.get("data_dir") or ".")
-        if given is None:
+        if data_files is None:
             names = [name for name in self._names if start == "." or name.startswith(f"{start}/")]
             absent = [start] if start != "." and not names else []
         else:
-            patterns = {split: [self._relative(p) for p in some] for split, some in sanitize_patterns(given).items()}
+            data_files = sanitize_patterns(data_files)
+            patterns = {split: [self._relative(pattern) for pattern in some] for split, some in data_files.items()}
             named = [pattern for some in patterns.values() for pattern in some]
             names = _matched(self._names, named)
             absent = [name for name in named if name not in names and (name.startswith("..") or not has_magic(name))]
@@ -111,7 +110,7 @@ class Folder:
         about = {*tables, *(file for image in images for file in caption_files(image))}
         self.kind = self._kind([name for name in names if name not in about and not self._is_known(name)])
         read = [name for name in names if _MODULES.get(table_kind(name)) == self.kind and not self._is_known(name)]
-        if given is None:
+        if data_files is None:
             patterns = _split_patterns(read, start, of_images=self.kind == "imagefolder")
         splits = {split: _matched(read, some) for split, some in patterns.items()}
         splits = {split: some for split, some in splits.items() if some}

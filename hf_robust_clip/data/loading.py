@@ -3,39 +3,26 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from functools import partial
-from itertools import groupby
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
 from datasets.exceptions import DatasetGenerationError
+from datasets.fingerprint import Hasher
 from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 from transformers.utils import logging
 
 from ..columns import captions_of, check_columns, naming
 from ..kinds import kind
-from ..wording import listed, shown
-from .builders import make_builder
-from .confining import (
-    STATE_FILE,
-    Bounds,
-    check_path,
-    check_pointer,
-    confine_column,
-    confine_row,
-    names_images,
-    stored_files,
-)
+from ..wording import listed, said, shown
+from .builders import make_builder, no_rows
+from .confining import STATE_FILE, check_path, check_pointer, stored_files, whole_paths
 from .folders import Folder, may_hold_captions
 from .rows import column_values
 from .tables import READERS
 
 logger = logging.get_logger(__name__)
-
-#: Kinds of folders whose images are files of it, or members of its archives.
-_OWN_IMAGES = ("imagefolder", "webdataset")
 
 
 def load_pairs(source: str, split: str = "train", image_column: str = "image") -> datasets.Dataset:
@@ -60,40 +47,22 @@ def load_pairs(source: str, split: str = "train", image_column: str = "image") -
             or names an image or a file of data outside of its folder.
     """
     path = _place(source)
-    parts: Iterable[tuple[Any, Bounds]] = ()  # whose paths are checked
     if path is None:
         dataset = datasets.load_dataset(source, split=split)  # nosec B615 # the user's choice
     elif _is_saved(path):
-        dataset = _load_saved(path, split, source)
-        parts = [(dataset, Bounds(path))]
+        return _load_saved(path, split, source, image_column)
     elif path.is_dir():
         folder = _folder(path, split)
-        dataset = _made(folder.builder(), split)
+        dataset = _made(folder.builder(image_column), split)
         if len(dataset) != folder.rows.get(split, len(dataset)):
             raise ValueError(
                 f"{shown(source)} has {len(dataset):,} rows of the split {shown(split)}, and its card says that they "
                 f"are {folder.rows[split]:,}; files are missing, or the card is of other files"
             )
         _tell_left_out(folder, dataset.column_names)
-        if folder.kind not in _OWN_IMAGES:
-            parts = _by_folder(folder, split, dataset, _made)
     else:
-        dataset = _made(_file_builder(path), "train")
-        parts = [(dataset, Bounds(path.parent))]
-    _check_column(dataset.column_names, image_column, source)
-    dataset = _of_images(dataset, image_column)
-    images = {name: feature for name, feature in dataset.features.items() if isinstance(feature, datasets.Image)}
-    naming_files = [name for name in images if names_images(dataset, name)]
-    if parts and naming_files:
-        confined, first = [], 0
-        for part, bounds in parts:
-            part = _of_images(part, image_column)
-            for name in naming_files:
-                part = confine_column(part, name, bounds, source, first).cast_column(name, images[name])
-            confined.append(part)
-            first += len(part)
-        dataset = datasets.concatenate_datasets(confined) if len(confined) > 1 else confined[0]
-    return dataset
+        dataset = _made(_file_builder(path, image_column), "train")
+    return _of_images(dataset, image_column, source)
 
 
 def stream_pairs(source: str, split: str = "train", image_column: str = "image") -> datasets.IterableDataset:
@@ -112,23 +81,13 @@ def stream_pairs(source: str, split: str = "train", image_column: str = "image")
     if path.is_file() or _is_saved(path):
         return load_pairs(source, split, image_column).to_iterable_dataset()
     folder = _folder(path, split)
-    stream = _streamed(folder.builder(), split)
+    stream = folder.builder(image_column).as_streaming_dataset(split=split)
     _tell_left_out(folder, stream.column_names)
-    _check_column(stream.column_names, image_column, source)
-    if folder.kind in _OWN_IMAGES:
-        return stream
-    images: Any = datasets.Image()
-    features = datasets.Features({**stream.features, image_column: images})
-    confined = [
-        part.cast_column(image_column, datasets.Image(decode=False))
-        .map(partial(confine_row, column=image_column, bounds=bounds, source=source))
-        .cast(features)  # given to `map`, it would be believed, and nothing decoded
-        for part, bounds in _by_folder(folder, split, stream, _streamed)
-    ]
-    return datasets.concatenate_datasets(confined) if len(confined) > 1 else confined[0]
+    return _of_images(stream, image_column, source)
 
 
-def _of_images(dataset: datasets.Dataset, column: str) -> datasets.Dataset:
+def _of_images(dataset: Any, column: str, source: str) -> Any:
+    _check_column(dataset.column_names, column, source)
     is_done = isinstance(dataset.features[column], datasets.Image)
     return dataset if is_done else dataset.cast_column(column, datasets.Image())
 
@@ -154,7 +113,7 @@ def _place(source: Any) -> Path | None:
     return None
 
 
-def _file_builder(path: Path) -> Any:
+def _file_builder(path: Path, image_column: str) -> Any:
     suffix = path.suffix.lower()
     kind = "tables" if suffix in READERS else {".parquet": "parquet", ".arrow": "arrow"}.get(suffix)
     if kind is None:
@@ -162,21 +121,26 @@ def _file_builder(path: Path) -> Any:
             f"source={shown(str(path))} is a {path.suffix or 'nameless'} file; accepted: .parquet, .arrow, "
             f"{', '.join(READERS)}"
         )
-    return make_builder(kind, {"train": [str(path)]})
+    return make_builder(kind, {"train": [str(path)]}, str(path.parent), image_column)
 
 
 def _made(builder: Any, split: str) -> datasets.Dataset:
     try:
         builder.download_and_prepare()
     except DatasetGenerationError as error:
-        if isinstance(error.__cause__, ValueError):  # which says what is wrong with which file
-            raise error.__cause__ from None
+        cause = error.__cause__
+        if isinstance(cause, ValueError):  # which says what is wrong with which file
+            raise cause from None
+        if isinstance(cause, TypeError | NotImplementedError):
+            files = [file for several in builder.config.data_files.values() for file in several]
+            raise ValueError(
+                f"{listed(files, most=3, longest=100)} cannot be read with {shown(builder.image_column)} as images: "
+                f"{said(cause, 200)}"
+            ) from cause
         raise
+    if split in builder.info.splits and not builder.info.splits[split].num_examples:
+        raise no_rows(builder.config.data_files[split])
     return builder.as_dataset(split=split)
-
-
-def _streamed(builder: Any, split: str) -> datasets.IterableDataset:
-    return builder.as_streaming_dataset(split=split)
 
 
 def _is_saved(path: Path) -> bool:
@@ -184,13 +148,23 @@ def _is_saved(path: Path) -> bool:
     return any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json", STATE_FILE))
 
 
-def _load_saved(path: Path, split: str, source: str) -> datasets.Dataset:
+def _load_saved(path: Path, split: str, source: str, image_column: str) -> datasets.Dataset:
+    root = str(path)
     if not (path / STATE_FILE).is_file():
         _check_split(split, sorted(file.parent.name for file in path.glob(f"*/{STATE_FILE}")), source)
         path /= split
     for name in stored_files(path):
         check_pointer(str(path / name))
-    dataset: Any = datasets.load_from_disk(str(path))
+    dataset = _of_images(datasets.load_from_disk(str(path)), image_column, source)
+    for name in [name for name, feature in dataset.features.items() if isinstance(feature, datasets.Image)]:
+        images, feature = dataset.data.column(name), dataset.features[name]
+        whole = whole_paths(images, root, root, f"{shown(source)}, column {shown(name)}")
+        if whole is not images:
+            # With a fingerprint of its own: the values, which may be bytes of images, are not hashed. Added first,
+            # since a dataset without columns has no rows.
+            fingerprint = Hasher.hash([dataset._fingerprint, "whole paths", name, root])
+            dataset = dataset.add_column(f"whole {name}", whole, new_fingerprint=fingerprint)
+            dataset = dataset.remove_columns(name).rename_column(f"whole {name}", name).cast_column(name, feature)
     return dataset
 
 
@@ -199,26 +173,6 @@ def _folder(path: Path, split: str) -> Folder:
     if split.isidentifier() and split != "all":  # no part of one or several, such as train[:10%]
         _check_split(split, folder.files, str(path))
     return folder
-
-
-def _by_folder(
-    folder: Folder, split: str, dataset: Any, read: Callable[[Any, str], Any]
-) -> Iterator[tuple[Any, Bounds]]:
-    """A dataset of a folder of files in parts that each come from one folder, from which its paths are taken."""
-    files = folder.files
-    # Of a part of a split, such as train[:10%], the files are not known.
-    chosen = files[split] if split in files else [file for several in files.values() for file in several]
-    if folder.kind == "captioned":  # whose paths are whole
-        chosen = chosen[:1]
-    groups = [(start, list(group)) for start, group in groupby(chosen, key=os.path.dirname)]
-    if len(groups) > 1 and split not in files:
-        raise ValueError(
-            f"split={shown(split)}: the files of {shown(str(folder.path))} lie in several folders, from which their "
-            f"paths are taken; accepted are its splits {listed(files)}"
-        )
-    for start, group in groups:
-        part = read(folder.builder({split: group}, dataset.features), split) if len(groups) > 1 else dataset
-        yield part, Bounds(folder.path, Path(start))
 
 
 def _check_split(split: str, splits: Collection[str], source: str) -> None:

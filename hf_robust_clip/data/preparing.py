@@ -33,7 +33,7 @@ from .rows import (
     check_dataset,
     decode_row,
 )
-from .shards import RECORD_FILE, finish, is_finished, shard_name, whole_shards, write_record, write_shard
+from .shards import RECORD_FILE, Shard, finish, is_finished, record_of, write_shard
 
 logger = logging.get_logger(__name__)
 
@@ -93,34 +93,27 @@ def prepare_dataset(
             by another call: the message says in what it differs.
         [`~data.rows.BadRowError`]: If a row cannot be used and `on_bad_row="raise"`; it names the row.
     """
-    _check_arguments(dataset, image_format, rows_per_shard, num_proc, on_bad_row)
+    _check_arguments(dataset, folder, image_format, rows_per_shard, num_proc, on_bad_row)
     check_dataset(dataset, image_column, caption_column, "dataset", on_bad_row)
     check_processor(processor, "processor")
     preparation = _Preparation(dataset, processor, (image_column, caption_column), image_format, on_bad_row)
-    if not isinstance(folder, str | os.PathLike):
-        raise ValueError(f"folder must be the path of a folder, but is {kind(folder)}")
     folder = Path(folder)
-    check_path(os.path.abspath(folder))
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(
-            f"folder={shown(str(folder))} is a file; accepted is a new or empty folder, or that of a same call"
-        )
     made_from = {**preparation.made_from(), "rows_per_shard": rows_per_shard, "on_bad_row": on_bad_row}
+    starts = range(0, len(dataset), rows_per_shard)
+    names = [f"data-{number:05d}-of-{len(starts):05d}.arrow" for number in range(len(starts))]  # as of `datasets`
     with sole_writer(folder, "folder", "a preparation", wait=True):
-        shards = whole_shards(folder, made_from)
-        starts = range(0, len(dataset), rows_per_shard)
-        names = [shard_name(number, len(starts)) for number in range(len(starts))]
+        record = record_of(folder, made_from)
         wanted = {
             name: range(start, min(start + rows_per_shard, len(dataset)))
             for name, start in zip(names, starts, strict=True)
-            if name not in shards
+            if name not in record.shards
         }
         for name, shard in _write_shards(folder, wanted, preparation, num_proc):
-            shards[name] = shard
-            write_record(folder, made_from, shards)
+            record.shards[name] = shard
+            record.write(folder)
         if wanted or not is_finished(folder, names):
-            finish(folder, names, preparation.features, dataset, made_from)
-    bad = [row for name in names for row in shards[name]["bad_rows"]]
+            finish(folder, names, preparation.features, dataset)
+    bad = [row for name in names for row in record.shards[name].bad_rows]
     if len(bad) == len(dataset):
         raise BadRowError(
             f"none of the {len(dataset)} rows of dataset can be used; see {shown(str(folder / RECORD_FILE))}"
@@ -165,7 +158,6 @@ class _Preparation(torch.utils.data.Dataset[Any]):
 
     def made_from(self) -> dict[str, Any]:
         """All that the result depends on, as plain data."""
-        width, height = self.preprocess.kept_size or (0, 0)
         image_processor = self.preprocess.image_processor
         found = {
             "dataset": {
@@ -176,21 +168,19 @@ class _Preparation(torch.utils.data.Dataset[Any]):
             "image_column": self.columns[0],
             "caption_column": self.columns[1],
             "image_format": self.image_format,
-            "image_size": {"width": width, "height": height},
-            "image_processor": {
-                "class": type(image_processor).__name__,
-                **json.loads(image_processor.to_json_string()),
-            },
+            "image_size": dict(zip(("width", "height"), self.preprocess.kept_size or (), strict=False)),
+            "image_processor": {"class": type(image_processor).__name__, **image_processor.to_dict()},
         }
         plain: dict[str, Any] = json.loads(json.dumps(found))
         return plain
 
-    def __getitem__(self, shard: tuple[Path, range]) -> dict[str, Any] | BadRowError:
+    def __getitem__(self, shard: tuple[Path, range]) -> Shard | BadRowError:
         path, rows = shard
         bad: list[int] = []
         tables = (self._table(rows[i : i + _GROUP], bad) for i in range(0, len(rows), _GROUP))
         try:
-            return {**write_shard(path, self.features.arrow_schema, tables), "bad_rows": bad}
+            count = write_shard(path, self.features.arrow_schema, tables)
+            return Shard(rows=count, bytes=path.stat().st_size, bad_rows=bad)
         except BadRowError as error:
             # Raised here, it would keep the loader alive in its traceback, and with it the other processes.
             return error
@@ -223,8 +213,15 @@ class _Preparation(torch.utils.data.Dataset[Any]):
 
 
 def _check_arguments(
-    dataset: Any, image_format: str, rows_per_shard: int, num_proc: int | None, on_bad_row: str
+    dataset: Any, folder: Any, image_format: str, rows_per_shard: int, num_proc: int | None, on_bad_row: str
 ) -> None:
+    if not isinstance(folder, str | os.PathLike):
+        raise ValueError(f"folder must be the path of a folder, but is {kind(folder)}")
+    check_path(os.path.abspath(folder))
+    if os.path.isfile(folder):
+        raise ValueError(
+            f"folder={shown(str(folder))} is a file; accepted is a new or empty folder, or that of a same call"
+        )
     if not isinstance(dataset, datasets.Dataset):
         needed = "a datasets.Dataset, whose rows can be read again after an interruption"
         raise wrong_dataset("dataset", dataset, needed)
@@ -247,7 +244,7 @@ def _check_arguments(
 
 def _write_shards(
     folder: Path, wanted: Mapping[str, range], preparation: _Preparation, num_proc: int | None
-) -> Iterator[tuple[str, dict[str, Any]]]:
+) -> Iterator[tuple[str, Shard]]:
     """Write these shards, and yield the name and the record of each as soon as it is whole, in order."""
     loader: DataLoader[Any] = DataLoader(
         preparation,

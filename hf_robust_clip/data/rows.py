@@ -32,7 +32,7 @@ _SLICE = 10_000
 
 
 class BadRowError(ValueError):
-    """A row that cannot be trained on: its image does not decode, or its caption is no string."""
+    """A row that cannot be trained on: its image does not decode, or its caption is not a string."""
 
 
 def decode_row(row: Mapping[str, Any], image_column: str, caption_column: str) -> dict[str, Any]:
@@ -70,12 +70,7 @@ def decode_row(row: Mapping[str, Any], image_column: str, caption_column: str) -
 
 
 def user_columns(row: Mapping[str, Any]) -> dict[str, Any]:
-    """
-    A row without the keys that only this package adds. What those say is believed, so no dataset may set them.
-
-    Raises:
-        [`BadRowError`]: If it is not a mapping.
-    """
+    """A row without the keys that only this package adds, whose values it believes."""
     _check_mapping(row)
     return {name: value for name, value in row.items() if name not in (ROW_INDEX, BAD_ROWS)}
 
@@ -176,13 +171,8 @@ def usable_rows(
     and the last one those after it too.
 
     Args:
-        rows (iterable of mappings): The stream.
-        image_column, caption_column (`str`): Names of the columns.
-        first (`int`, defaults to 0): Position of the first row.
-        needs_one (`bool`, defaults to `True`): Whether a stream without a usable row is an error.
-
-    Raises:
-        [`BadRowError`]: If there are rows, and none is usable.
+        rows (iterable of mappings), first (`int`): The stream, and the position of its first row.
+        needs_one (`bool`): Whether rows of which none is usable are a [`BadRowError`].
     """
     bad: list[int] = []
     held: dict[str, Any] | None = None  # one behind, so that the last one can list what comes after it
@@ -210,12 +200,8 @@ def check_dataset(
 
     Args:
         dataset: Any map-style or iterable dataset.
-        image_column, caption_column (`str`): Names of the columns that it must have.
-        argument (`str`): What the caller calls the dataset, for the message.
+        argument (`str`): What the caller calls the dataset, for the `ValueError`.
         on_bad_row (`str`): With `"skip"`, rows without a caption are left for the loader to pass over.
-
-    Raises:
-        `ValueError`: Naming the argument, what was found and what is accepted.
     """
     check_pairs(dataset, {"image_column": image_column, "caption_column": caption_column}, argument, streams=True)
     if on_bad_row == "raise" and isinstance(dataset, datasets.Dataset) and not has_transform(dataset):

@@ -35,7 +35,7 @@ class RoutedBatchSampler(torch.utils.data.Sampler[list[int]]):
         seed (`int`, *optional*, defaults to 0): The same on all processes.
 
     Raises:
-        `ValueError`: If an argument is no positive integer, or there are too few rows.
+        `ValueError`: If an argument is not a positive integer, or there are too few rows.
 
     Example:
 
@@ -49,7 +49,7 @@ class RoutedBatchSampler(torch.utils.data.Sampler[list[int]]):
     ```
     """
 
-    # accelerate reads `batch_size` and `drop_last`. A `sampler` it would reseed or replace: there is none.
+    # accelerate reads `batch_size` and `drop_last`. It would reseed or replace an attribute `sampler`.
     drop_last = True
 
     def __init__(self, length: int, batch_size: int, world_size: int = 1, seed: int = 0) -> None:
@@ -78,14 +78,8 @@ class RoutedBatchSampler(torch.utils.data.Sampler[list[int]]):
 
     def set_split(self, safe: np.ndarray | torch.Tensor | None) -> None:
         """
-        Set which rows are safe.
-
-        Args:
-            safe (`np.ndarray` or `torch.Tensor`, *optional*): Boolean `(length,)`, copied. With `None` there is no
-                split, and all rows are shuffled together.
-
-        Raises:
-            `ValueError`: If the type or the shape is another.
+        Set which rows are safe, boolean `(length,)`, copied. With `None` all rows are shuffled together. `ValueError`
+        for another type or shape.
         """
         split = None if safe is None else _boolean(safe, "safe")
         if split is not None and len(split) != self.length:
@@ -144,35 +138,14 @@ class RoutedBatchSampler(torch.utils.data.Sampler[list[int]]):
 
 def pack_mask(mask: np.ndarray | torch.Tensor) -> torch.Tensor:
     """
-    Store a boolean mask in an eighth of its size.
-
-    Args:
-        mask (`np.ndarray` or `torch.Tensor`): Boolean `(N,)`.
-
-    Returns:
-        `torch.Tensor`: uint8 `(ceil(N / 8),)`, on the CPU. The highest bit of a byte comes first; the bits left over
-        are zero.
-
-    Raises:
-        `ValueError`: If the type or the shape is another.
+    A boolean mask `(N,)` in an eighth of its size: uint8 `(ceil(N / 8),)`, on the CPU. The highest bit of a byte comes
+    first; the bits left over are zero. `ValueError` for another type or shape.
     """
     return torch.from_numpy(np.packbits(_boolean(mask, "mask")))
 
 
 def unpack_mask(bits: np.ndarray | torch.Tensor, length: int) -> np.ndarray:
-    """
-    Undo [`pack_mask`].
-
-    Args:
-        bits (`np.ndarray` or `torch.Tensor`): uint8 `(ceil(length / 8),)`.
-        length (`int`): Of the mask.
-
-    Returns:
-        `np.ndarray`: Boolean `(length,)`.
-
-    Raises:
-        `ValueError`: If the bits are not such an array.
-    """
+    """The mask `(length,)` that [`pack_mask`] made bits of, uint8; `ValueError` if they are not of that length."""
     packed = bits.cpu().numpy() if isinstance(bits, torch.Tensor) else np.asarray(bits)
     if packed.dtype != np.uint8 or packed.shape != (-(-length // 8),):
         raise ValueError(

@@ -11,33 +11,43 @@ from typing import Any
 import datasets
 import pyarrow as pa
 from datasets.fingerprint import Hasher
+from pydantic import BaseModel, StrictInt, ValidationError
 
 from ..files import in_one_move, remove_partial, write_text
 from ..locking import LOCK_FILES
 from ..wording import listed, shortened, shown
 from .confining import STATE_FILE, stored_files
 
-#: What a folder was made from, and the shards that are whole.
 RECORD_FILE = "prepared.json"
 
 
-def shard_name(number: int, count: int) -> str:
-    """What `datasets` calls the shard of this number, from 0."""
-    return f"data-{number:05d}-of-{count:05d}.arrow"
+class Shard(BaseModel):
+    """How many rows and bytes a shard has, and the numbers of the rows that were left out of it."""
+
+    rows: StrictInt
+    bytes: StrictInt
+    bad_rows: list[StrictInt]
 
 
-def whole_shards(folder: Path, made_from: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+class ShardRecord(BaseModel):
+    """What `prepared.json` says: all that the shards depend on, as JSON has it, and the shards that are whole."""
+
+    made_from: dict[str, Any]
+    shards: dict[str, Shard] = {}
+
+    def write(self, folder: Path) -> None:
+        """Write it into the folder of the shards, which are sorted by their names."""
+        self.shards = dict(sorted(self.shards.items()))
+        write_text(folder / RECORD_FILE, self.model_dump_json(indent=1) + "\n")
+
+
+def record_of(folder: Path, made_from: dict[str, Any]) -> ShardRecord:
     """
-    The shards of an earlier call that are whole: file names to what [`write_shard`] returned. Removes files that an
-    interrupted one left unfinished.
-
-    Args:
-        folder (`Path`): Is there.
-        made_from (mapping): All that the shards depend on, as JSON has it.
+    The record of a folder, with the shards of earlier calls that are whole. Removes files that were left unfinished.
 
     Raises:
         `ValueError`: If the folder was made from something else, which the message says, or holds other things, or if
-            its record is none.
+            its record cannot be used.
     """
     remove_partial(folder)
     path = folder / RECORD_FILE
@@ -51,30 +61,28 @@ def whole_shards(folder: Path, made_from: Mapping[str, Any]) -> dict[str, dict[s
                 f"folder={shown(str(folder))} holds {listed(foreign)} and no {RECORD_FILE}; accepted is "
                 "a new or empty folder, or that of an earlier call"
             )
-        return {}
-    record = _read_record(path)
-    differences = shortened("; ".join(_differences(record["made_from"], made_from)), 300)
+        return ShardRecord(made_from=made_from)
+    try:
+        record = ShardRecord.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        reason = shortened(f"{'.'.join(map(str, first['loc'])) or 'it'}: {first['msg']}", 200)
+        raise ValueError(
+            f"{shortened(str(path), 200)} cannot be used: {reason}. Give another folder, or delete that one"
+        ) from error
+    differences = shortened("; ".join(_differences(record.made_from, made_from)), 300)
     if differences:
         raise ValueError(
             f"folder={shown(str(folder))} was prepared otherwise: {differences}. Give another folder, or delete that "
             "one"
         )
-    shards: dict[str, dict[str, Any]] = record["shards"]
-    return {
-        name: shard
-        for name, shard in shards.items()
-        if (folder / name).is_file() and (folder / name).stat().st_size == shard["bytes"]
-    }
+    sizes = {file.name: file.stat().st_size for file in folder.iterdir()}
+    record.shards = {name: shard for name, shard in record.shards.items() if sizes.get(name) == shard.bytes}
+    return record
 
 
-def write_record(folder: Path, made_from: Mapping[str, Any], shards: Mapping[str, Mapping[str, Any]]) -> None:
-    """Note which shards are whole."""
-    record = {"made_from": made_from, "shards": dict(sorted(shards.items()))}
-    write_text(folder / RECORD_FILE, json.dumps(record, indent=1) + "\n")
-
-
-def write_shard(path: Path, schema: pa.Schema, tables: Iterable[pa.Table]) -> dict[str, Any]:
-    """Write an Arrow file in one move. Returns how many `rows` and `bytes` it has."""
+def write_shard(path: Path, schema: pa.Schema, tables: Iterable[pa.Table]) -> int:
+    """Write an Arrow file in one move. Returns how many rows it has."""
     rows = 0
     with in_one_move(path) as partial, partial.open("wb") as file:
         with pa.ipc.new_stream(file, schema) as writer:
@@ -83,7 +91,7 @@ def write_shard(path: Path, schema: pa.Schema, tables: Iterable[pa.Table]) -> di
                 rows += len(table)
         file.flush()
         os.fsync(file.fileno())  # or a crash of the machine could leave its name without its content
-    return {"rows": rows, "bytes": path.stat().st_size}
+    return rows
 
 
 def is_finished(folder: Path, names: Sequence[str]) -> bool:
@@ -94,29 +102,14 @@ def is_finished(folder: Path, names: Sequence[str]) -> bool:
         return False
 
 
-def finish(
-    folder: Path,
-    names: Sequence[str],
-    features: datasets.Features,
-    source: datasets.Dataset,
-    made_from: Mapping[str, Any],
-) -> None:
-    """
-    Write what `load_from_disk` reads, its `state.json` last.
-
-    Args:
-        folder (`Path`): With all shards.
-        names (sequence of `str`): Of the shards, in the order of their rows.
-        features (`datasets.Features`): Of the shards.
-        source (`datasets.Dataset`): What it was made from, whose licence and split go along.
-        made_from (mapping): As of [`whole_shards`]; the dataset's fingerprint is one of it.
-    """
+def finish(folder: Path, names: Sequence[str], features: datasets.Features, source: datasets.Dataset) -> None:
+    """Write what `load_from_disk` reads beside the shards, with licence and split of the source, `state.json` last."""
     about = {name: getattr(source.info, name) for name in ("description", "citation", "homepage", "license")}
     datasets.DatasetInfo(**about, features=features).write_to_directory(str(folder), pretty_print=True)
     # Dataset.save_to_disk would write the shards again.
     state = {
         "_data_files": [{"filename": name} for name in names],
-        "_fingerprint": Hasher.hash(dict(made_from)),
+        "_fingerprint": Hasher.hash((folder / RECORD_FILE).read_text(encoding="utf-8")),
         "_format_columns": None,
         "_format_kwargs": {},
         "_format_type": None,
@@ -124,33 +117,6 @@ def finish(
         "_split": None if source.split is None else str(source.split),
     }
     write_text(folder / STATE_FILE, json.dumps(state, indent=1) + "\n")
-
-
-def _read_record(path: Path) -> dict[str, Any]:
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        wrong = _what_is_wrong(record)
-    except (ValueError, RecursionError) as error:
-        wrong = shortened(f"it is not JSON: {error}", 200)
-    if wrong is not None:
-        raise ValueError(
-            f"{shortened(str(path), 200)} cannot be used: {wrong}. Give another folder, or delete that one"
-        )
-    found: dict[str, Any] = record
-    return found
-
-
-def _what_is_wrong(record: Any) -> str | None:
-    """Why a record is not what [`write_record`] writes, if it is not."""
-    for key in ("made_from", "shards"):
-        if not isinstance(record, dict) or not isinstance(record.get(key), dict):
-            return f"it has no object under {key!r}"
-    for name, shard in record["shards"].items():
-        counts = [shard.get(key) for key in ("rows", "bytes")] if isinstance(shard, dict) else [None]
-        rows = shard.get("bad_rows") if isinstance(shard, dict) else None
-        if not isinstance(rows, list) or not all(type(count) is int for count in (*counts, *rows)):
-            return f"its shard {name!r} must have integers as 'rows' and 'bytes', and a list of them as 'bad_rows'"
-    return None
 
 
 def _differences(then: Mapping[str, Any], now: Mapping[str, Any], inside: str = "") -> Iterator[str]:

@@ -19,7 +19,7 @@ from .rows import OnBadRow, undecoded, usable_rows, user_columns
 PLACE = "stream_place"
 
 #: Steps of a `datasets.IterableDataset` whose state is exact: what it yields after `load_state_dict` is what it would
-#: have yielded. A shuffle buffer is none (its rows are not in the state), nor is any that is not known here.
+#: have yielded. That of a shuffle buffer is not (it lacks the rows), and unknown steps count as such.
 _EXACT = {
     "ExamplesIterable",
     "ArrowExamplesIterable",
@@ -40,10 +40,7 @@ _EXACT = {
 
 
 class Place(NamedTuple):
-    """
-    How far a worker is in a pass: how many batches it has made, of how many rows that it read, the unusable ones
-    among them, and the dataset's own state there, if that is exact.
-    """
+    """How far a worker is in a pass: batches made, rows read (unusable ones too), the dataset's state if exact."""
 
     worker: int
     batches: int

@@ -31,8 +31,8 @@ def read_csv(
 
     Args:
         path (`str`): In UTF-8, with or without a byte order mark. A line without a filled cell is passed over.
-        delimiter (`str`, *optional*): By default a tab in a file called `.tsv`, and else the first of comma, tab and
-            semicolon that parts the header.
+        delimiter (`str`, *optional*): By default a tab in a `.tsv` file, and else the first of comma, tab and
+            semicolon that separates the names in the header.
         names (sequence of `str`, *optional*): Of the columns, where the file has no header.
 
     Yields:
@@ -48,15 +48,11 @@ def read_csv(
         reader = csv.reader(file, delimiter=delimiter, strict=True)
         header = list(names or _header(path, next(_csv_rows(path, reader, (), delimiter), (1, []))[1]))
         rows = _csv_rows(path, reader, header, delimiter)
-        found = False
         while batch := list(itertools.islice(rows, BATCH_ROWS)):
             lines, cells = zip(*batch, strict=True)
             columns = zip(*cells, strict=True)
             arrays = [_csv_column(path, name, column, lines) for name, column in zip(header, columns, strict=True)]
             yield pa.Table.from_arrays(arrays, names=header)
-            found = True
-        if not found:
-            yield pa.Table.from_arrays([_csv_column(path, name, (), ()) for name in header], names=header)
 
 
 def read_json(path: str, features: datasets.Features | None = None, **_: Any) -> Iterator[pa.Table]:
@@ -250,13 +246,13 @@ def _json_feature(values: Sequence[Any]) -> Any:
     return datasets.Features.from_arrow_schema(pa.schema({"it": array.type}))["it"]
 
 
-def _holds(kind: pa.DataType, found: pa.DataType) -> bool:
-    """Whether a type has a place for every field of another; pyarrow leaves out those that have none."""
-    if pa.types.is_struct(found) and pa.types.is_struct(kind):
+def _has_fields_of(kind: pa.DataType, other: pa.DataType) -> bool:
+    """Whether a type has every field of another; pyarrow leaves out the others."""
+    if pa.types.is_struct(other) and pa.types.is_struct(kind):
         names = {field.name for field in kind}
-        return all(field.name in names and _holds(kind.field(field.name).type, field.type) for field in found)
-    if pa.types.is_list(found) and pa.types.is_list(kind):
-        return _holds(kind.value_type, found.value_type)
+        return all(field.name in names and _has_fields_of(kind.field(field.name).type, field.type) for field in other)
+    if pa.types.is_list(other) and pa.types.is_list(kind):
+        return _has_fields_of(kind.value_type, other.value_type)
     return True
 
 
@@ -266,7 +262,7 @@ def _json_column(where: str, name: str, values: Sequence[Any], features: dataset
         if isinstance(features[name], datasets.Json):
             texts = [None if value is None else json.dumps(value) for value in values]
             return pa.array(texts, pa.string()).cast(kind)
-        if pa.types.is_nested(kind) and not _holds(kind, pa.infer_type(values)):
+        if pa.types.is_nested(kind) and not _has_fields_of(kind, pa.infer_type(values)):
             raise ValueError("its objects have fields that those of the first rows have not")
         return pa.array(values, kind)
     except (ValueError, TypeError, OverflowError, pa.ArrowException) as error:

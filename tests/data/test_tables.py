@@ -108,6 +108,21 @@ def test_other_encodings_are_told(name: str, encoding: str, tmp_path: Path) -> N
         load_pairs(written(tmp_path / name, text, encoding))
 
 
+@pytest.mark.parametrize(
+    ("name", "text"), [("a.csv", "image,caption\n"), ("a.tsv", "image\tcaption\n\n"), ("a.json", "[]")]
+)
+def test_a_table_without_rows_is_named(name: str, text: str, tmp_path: Path, pairs: datasets.Dataset) -> None:
+    source = written(tmp_path / name, text)
+    other = tmp_path / ".other"
+    other.mkdir()
+    pairs.select([]).to_parquet(other / "b.parquet")
+    for path in (source, str(tmp_path), str(other), str(other / "b.parquet")):
+        with pytest.raises(ValueError, match=rf"there are no rows in '.*({name}|b\.parquet)'"):
+            load_pairs(path)
+    with pytest.raises(ValueError, match=rf"there are no rows in '.*{name}'"):
+        stream_pairs(str(tmp_path))
+
+
 def test_poisons_are_told_by_words(tmp_path: Path) -> None:
     source = written(tmp_path / "a.csv", "image,poisoned\na,True\nb,0\nc,\nd,1\n")
     assert load_pairs(source)["poisoned"][:] == [True, False, None, True]
