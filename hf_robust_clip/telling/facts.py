@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from ..methods import Method, method_of
+from ..defences import Defence, defence_named
+from ..methods import ANYTHING, Method
 from ..record import Evaluation, Measure, Measured, RunRecord, Trigger
 from .escaping import one_line
 
@@ -212,7 +213,7 @@ def facts_of(record: RunRecord, measured: Sequence[Measured] = ()) -> Facts:
         record ([`RunRecord`]): The run's.
         measured (sequence of [`Measured`]): Other measurements.
     """
-    method = method_of(record.trainer, record.method)
+    method = method_of(record)
     before = after = None
     if record.before:
         label = f"before {method.name}" if method.kind in ("fine-tuning", "own") else "before training"
@@ -226,6 +227,28 @@ def facts_of(record: RunRecord, measured: Sequence[Measured] = ()) -> Facts:
         label = one_line(entry.control) if entry.control else later
         columns.append(_column(label, entry.measures, entry.figures, own=not entry.control))
     return Facts(record, method, columns, before, after)
+
+
+def defence_of(record: RunRecord) -> type[Defence] | None:
+    """The defence of a run; `None` of one that does not ship."""
+    base = record.method or record.trainer
+    # A trainer of the user's own on top of CLIP has a loss that nobody here knows.
+    own = not base.endswith("Trainer") or (base == "CLIPTrainer" and record.trainer != base)
+    return None if own else defence_named(base.removesuffix("Trainer"))
+
+
+def method_of(record: RunRecord) -> Method:
+    """What is known of the method of a run."""
+    defence = defence_of(record)
+    if defence is not None:
+        return defence.method
+    return Method(
+        name=record.trainer if record.method in ("", "CLIPTrainer") else record.method,
+        what="Trained with a method of its author's own on top of hf_robust_clip, which knows nothing of what that "
+        "method stops.",
+        kind="own",
+        limits=(ANYTHING,),
+    )
 
 
 def evaluations_of(record: RunRecord) -> list[Evaluation]:

@@ -12,13 +12,13 @@ import numpy as np
 from PIL import Image
 
 from ..columns import naming
-from ..record import Measured, RunRecord, checked
-from .facts import Attack, Facts, facts_of
+from ..record import Logged, Measured, RunRecord, checked
+from .facts import Attack, Facts, defence_of, facts_of
 from .html import data_uri, picture, templates
 from .picture import course_panels, course_text
-from .plots import EmbeddingPanel, draw_course, draw_embeddings, draw_losses, draw_match_log, themed
+from .plots import EmbeddingPanel, draw_course, draw_embeddings, draw_losses, draw_series, series_text, themed
 from .sentences import statements
-from .split_plots import draw_splits, draw_splits_course
+from .split_plots import draw_splits
 from .tables import Setting, course_table, defence_settings, figure_groups, summary, value_text
 
 if TYPE_CHECKING:
@@ -190,8 +190,7 @@ def render_run_report(
             *(Setting(name, value_text(value)) for name, value in record.settings.items()),
         ],
         **_attacks(facts, pictures, controls),
-        **_roclip(record, pictures),
-        **_safeclip(record),
+        **_defence(record, pictures),
         loss_plot=themed(partial(draw_losses, record.log)) if record.log else None,
     )
 
@@ -262,29 +261,32 @@ def _matches(matches: Sequence[MatchedPair], targets: Sequence[str]) -> list[dic
     ]
 
 
-def _roclip(record: RunRecord, pictures: RunPictures | None) -> dict[str, Any]:
+def _defence(record: RunRecord, pictures: RunPictures | None) -> dict[str, Any]:
+    """What the defence has drawn of its training, its splits, and what its pool matches pairs with."""
+    defence, splits = defence_of(record), record.details.splits or []
+    series = defence.series if defence is not None else None
+    entries: Sequence[Logged] = record.log
+    if series is not None and series.source != "log":
+        found = record.details.model_dump().get(series.source) or []
+        entries = [Logged.model_validate(_numbers(entry)) for entry in found]
     phrase = record.defence.get("adversarial_phrase")
     targets = [phrase] if phrase else [measure.target for measure in record.measures if measure.target]
-    is_roclip = "matching" in record.defence
     return {
-        "is_roclip": is_roclip,
-        "match_plot": themed(partial(draw_match_log, record.log)) if is_roclip and record.log else None,
+        "series": series,
+        "series_plot": themed(partial(draw_series, series, entries)) if series and entries else None,
+        "series_alt": series_text(series) if series else "",
+        "splits_plot": themed(partial(draw_splits, splits)) if splits else None,
+        "poisons_known": any(any(split.histogram.poisoned) for split in splits),
+        "matching": record.defence.get("matching"),
         "matches": [] if pictures is None else _matches(pictures.matches, targets),
-        "matched_by_caption": record.defence.get("matching") == "unimodal",
         "no_matches": _why_missing(
-            pictures, "the pool was empty, or its captions are no rows of a dataset that can be read again."
+            pictures, "the pool was empty, or its captions are not rows of a dataset that can be read again."
         ),
     }
 
 
-def _safeclip(record: RunRecord) -> dict[str, Any]:
-    splits = record.details.splits or []
-    return {
-        "is_safeclip": record.details.splits is not None,
-        "splits_plot": themed(partial(draw_splits, splits)) if splits else None,
-        "splits_course_plot": themed(partial(draw_splits_course, splits)) if splits else None,
-        "poisons_known": any(any(split.histogram.poisoned) for split in splits),
-    }
+def _numbers(entry: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in entry.items() if value is None or isinstance(value, int | float)}
 
 
 def _breakable(name: str) -> markupsafe.Markup:

@@ -9,9 +9,10 @@ from io import BytesIO
 
 from PIL import Image
 
+from ..methods import Line
 from ..record import RunRecord
 from .facts import Facts, evaluations_of, facts_of
-from .plots import CoursePanel, Line, draw_course, themed
+from .plots import CoursePanel, draw_course, themed
 
 
 def course_panels(facts: Facts, label: str = "") -> list[CoursePanel]:
@@ -25,13 +26,13 @@ def course_panels(facts: Facts, label: str = "") -> list[CoursePanel]:
     points = evaluations_of(facts.record)
     if len(points) < 2:
         return []
-    accuracy = [Line(name, "accuracy on clean images", "clean", "o", "-") for _, name in facts.accuracies[:1]]
+    accuracy = [Line(name, "accuracy on clean images", "clean") for _, name in facts.accuracies[:1]]
     panels = []
     for attack in facts.attacks:
-        lines = [*accuracy, Line(attack.success, "attack success rate", "attack", "s", "--")]
+        lines = [*accuracy, Line(attack.success, "attack success rate", "attack")]
         right = attack.success.replace("attack_success_rate", "triggered_accuracy")
         if right != attack.success and right in attack.measure.figures:
-            lines.append(Line(right, "accuracy in spite of the trigger", "target", "^", ":"))
+            lines.append(Line(right, "accuracy in spite of the trigger", "target"))
         several = len(facts.attacks) > 1 or not label
         title = f"{label}: {attack.short}" if label and several else label or attack.short
         panels.append(CoursePanel(title, lines, points))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from ..methods import Line, Series
 from ..record import Evaluation, Logged
 from .html import data_uri
 
@@ -25,6 +26,8 @@ THEMES = {
     "light": {"text": "#24292f", "grid": "#d0d7de", "clean": "#0072b2", "attack": "#d55e00", "target": "#009e73"},
     "dark": {"text": "#e2e6ea", "grid": "#3d444d", "clean": "#56b4e9", "attack": "#e69f00", "target": "#00b888"},
 }
+#: The marker and the dash of a line, by its colour: who cannot tell colours apart can tell these.
+STYLES = {"clean": ("o", "-"), "attack": ("s", "--"), "target": ("^", ":"), "text": ("", "-")}
 #: Points of a line that get a marker each; with more, markers would hide the line.
 MARKED = 40
 
@@ -67,16 +70,6 @@ def themed(draw: Callable[[Mapping[str, str]], Figure]) -> dict[str, str]:
 def plain(text: str) -> str:
     """A text in which a dollar sign starts no formula."""
     return text.replace("$", r"\$")
-
-
-class Line(NamedTuple):
-    """A figure over training: its name in the entries, its label, and how it is drawn."""
-
-    name: str
-    label: str
-    colour: str
-    marker: str
-    dash: str
 
 
 class CoursePanel(NamedTuple):
@@ -123,16 +116,14 @@ def draw_losses(log: Sequence[Logged], colours: Mapping[str, str]) -> Figure:
     figure = Figure(figsize=(9, 3), layout="constrained")
     losses, rate = figure.subplots(1, 2, sharex=True, width_ratios=(1.9, 1))
     # A loss of one term is that term.
-    lines = [Line("loss", "loss", "text", "", "-")] if len(terms) != 1 else []
+    if len(terms) != 1:
+        _draw_line(losses, log, Line("loss", "loss", "text"), colours, across=False)
     styles = cycle([(colour, dash) for dash in ("-", "--", ":") for colour in ("clean", "attack", "target")])
-    lines += [
-        Line(name, name.replace("_", " "), colour, ".", dash)
-        for name, (colour, dash) in zip(terms, styles, strict=False)  # endless
-    ]
-    for line in lines:
+    for name, (colour, dash) in zip(terms, styles, strict=False):  # endless
         # Phases have terms of their own: no line across the stretches of training without one.
-        _draw_line(losses, log, line, colours, across=False)
-    _draw_line(rate, log, Line("learning_rate", "", "text", "", "-"), colours)
+        line = Line(name, name.replace("_", " "), colour)
+        _draw_line(losses, log, line, colours, across=False, style=(".", dash))
+    _draw_line(rate, log, Line("learning_rate", "", "text"), colours)
     losses.set_title("Loss", loc="left")
     rate.set_title("Learning rate", loc="left")
     for axis in (losses, rate):
@@ -143,56 +134,37 @@ def draw_losses(log: Sequence[Logged], colours: Mapping[str, str]) -> Figure:
     return figure
 
 
-def draw_match_log(log: Sequence[Logged], colours: Mapping[str, str]) -> Figure:
-    """RoCLIP's log: how similar pairs and matches are, and how many are matched with what, over training."""
+def draw_series(series: Series, entries: Sequence[Logged], colours: Mapping[str, str]) -> Figure:
+    """What a defence has drawn of its training."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.2), layout="constrained")
-    similarities, matches = figure.subplots(1, 2, sharex=True)
-    told = any("poisoned_pair_similarity" in entry.numbers for entry in log)
-    pairs = [Line("pair_similarity", "all pairs", "clean", "o", "-")]
-    if told:
-        pairs = [
-            Line("clean_pair_similarity", "clean pairs", "clean", "o", "-"),
-            Line("poisoned_pair_similarity", "poisoned pairs", "attack", "s", "--"),
-        ]
-    left = [*pairs, Line("match_similarity", "images and what they are matched with", "target", "^", ":")]
-    right = [
-        Line("distinct_matches", "different matches in a batch", "clean", "o", "-"),
-        Line("largest_match_share", "share of the most popular match", "target", "^", ":"),
-    ]
-    if any("poisoned_match_adversarial" in entry.numbers for entry in log):
-        right.append(
-            Line(
-                "poisoned_match_adversarial",
-                "poisoned images matched with their adversarial class",
-                "attack",
-                "s",
-                "--",
-            )
-        )
-    for axis, lines, title, scale in (
-        (similarities, left, "Cosine similarity", 1),
-        (matches, right, "Matches, %", 100),
-    ):
-        _shade_matching(axis, log, colours)
-        for line in lines:
-            _draw_line(axis, log, line, colours, scale)
-        axis.set_title(title, loc="left")
+    axes = figure.subplots(1, len(series.panels), sharex=True, squeeze=False)[0]
+    for axis, panel in zip(axes, series.panels, strict=True):
+        _shade(axis, entries, series.shaded, colours)
+        for line in panel.lines:
+            _draw_line(axis, entries, line, colours, scale=100 if panel.percent else 1)
+        if panel.percent:
+            axis.set_ylim(-3, 103)
+        axis.set_title(panel.title, loc="left")
         axis.set_xlabel("epoch")
         axis.grid(True, axis="y", lw=0.6)
-    matches.set_ylim(-3, 103)
-    _legend(figure, [similarities, matches], columns=2)
+    _legend(figure, axes, columns=2)
     return figure
 
 
-def _shade_matching(axis: Axes, log: Sequence[Logged], colours: Mapping[str, str]) -> None:
-    """Shade the stretches of training that had matching steps."""
-    start, label = 0.0, "with matching"
-    for entry in log:
-        if "match_similarity" in entry.numbers:
-            axis.axvspan(start, entry.epoch, color=colours["grid"], alpha=0.55, lw=0, label=label)
-            label = "_"  # in the legend once
+def series_text(series: Series) -> str:
+    """The same in words."""
+    panels = (f"{panel.title}: {', '.join(line.label for line in panel.lines)}" for panel in series.panels)
+    return f"Line charts over training: {'; '.join(panels)}."
+
+
+def _shade(axis: Axes, entries: Sequence[Logged], name: str, colours: Mapping[str, str]) -> None:
+    """Shade the stretches of training that have a metric."""
+    start = 0.0
+    for entry in entries:
+        if name in entry.numbers:
+            axis.axvspan(start, entry.epoch, color=colours["grid"], alpha=0.55, lw=0)
         start = entry.epoch
 
 
@@ -203,20 +175,22 @@ def _draw_line(
     colours: Mapping[str, str],
     scale: float = 1,
     across: bool = True,
+    style: tuple[str, str] | None = None,
 ) -> None:
     """A figure of those entries that have it, `across` those that have not; nothing where none has."""
     having = [entry for entry in entries if entry.numbers.get(line.name) is not None]
     if not having:
         return
     drawn = having if across else entries
+    marker, dash = style or STYLES[line.color]
     axis.plot(
         [entry.epoch for entry in drawn],
         [math.nan if (value := entry.numbers.get(line.name)) is None else scale * value for entry in drawn],
-        line.dash,
-        marker=line.marker if len(having) <= MARKED or not across else "",
+        dash,
+        marker=marker if len(having) <= MARKED or not across else "",
         ms=4,
         lw=1.8,
-        color=colours[line.colour],
+        color=colours[line.color],
         label=line.label,
     )
 

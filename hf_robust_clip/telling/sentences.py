@@ -3,37 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal
 
-from ..record import Logged, RunRecord, Split
-from .facts import ACCURACY_LOSS, REMOVED, TAKEN, Attack, Column, Facts, chance, guesses
-
-#: From this mean share of a batch on that one pool entry serves, matching has collapsed.
-COLLAPSED = 0.5
-
-
-@dataclass(frozen=True)
-class Statement:
-    """
-    A sentence or two on a run.
-
-    Args:
-        kind (`str`): `"gap"`, which says what the figures do not allow to conclude, `"warning"` or `"result"`.
-        head (`str`): Its first words, for whom reads no further.
-        rest (`str`): What follows, from its comma or full stop on.
-        hint (`str`): What whoever trains can do about it.
-    """
-
-    kind: Literal["gap", "warning", "result"]
-    head: str
-    rest: str
-    hint: str = ""
-
-    @property
-    def text(self) -> str:
-        """All of it."""
-        return f"{self.head}{self.rest}{f' {self.hint}' if self.hint else ''}"
+from ..methods import Statement
+from ..record import RunRecord
+from .facts import ACCURACY_LOSS, REMOVED, TAKEN, Attack, Column, Facts, chance, defence_of, guesses
 
 
 def statements(facts: Facts) -> list[Statement]:
@@ -49,11 +22,10 @@ def statements(facts: Facts) -> list[Statement]:
 
 
 def notes(record: RunRecord) -> Iterator[Statement]:
-    """What a defence noted down, and what is wrong with the loss."""
-    if record.details.splits is not None:
-        yield from _splits(record.details.splits)
-    if "matching" in record.defence:
-        yield from _matches(record.log)
+    """What the defence of a run finds in its record, and what is wrong with the loss."""
+    defence = defence_of(record)
+    if defence is not None:
+        yield from defence.findings(record)
     broken = sum(1 for entry in record.log if entry.numbers.get("loss") is None)
     if broken:
         yield Statement(
@@ -221,56 +193,3 @@ def _lenient(facts: Facts) -> Iterator[Statement]:
 def _told(readings: Sequence[tuple[Column, float]]) -> str:
     """Figures and what they are of: "98.0% (before CleanCLIP), 2.0% (after CleanCLIP)"."""
     return ", ".join(f"{value:.1%} ({column.label})" for column, value in readings)
-
-
-def _splits(splits: Sequence[Split]) -> Iterator[Statement]:
-    """How well SafeCLIP told the poisons from the other pairs, with a warning of splits that tell nothing apart."""
-    if not splits:
-        yield Statement("warning", "SafeCLIP split nothing", ": its training was warm-up only.")
-        return
-    first, last = splits[0], splits[-1]
-    if first.auroc is None:
-        yield Statement("result", "SafeCLIP's safe set", f" held {first.safe_share:.1%} of the pairs at first.")
-    else:
-        held = f"{_held(first)} at first, {_held(last)} at the last split" if len(splits) > 1 else _held(first)
-        rest = f" tells poisoned pairs from clean ones with an AUROC of {first.auroc:.3f}. Its safe set holds {held}."
-        yield Statement("result", "SafeCLIP's first split", rest)
-    for share, which, outcome in (
-        (0.0, "no pair", "no image learned from a caption"),
-        (1.0, "every pair", "it defended against nothing"),
-    ):
-        epochs = [split.epoch + 1 for split in splits if split.safe_share == share]
-        if epochs:
-            *others, final = map(str, epochs)
-            numbers = f"{', '.join(others)} and {final}" if others else final
-            yield Statement("warning", f"SafeCLIP called {which} safe", f" in epoch {numbers}, in which {outcome}.")
-
-
-def _held(split: Split) -> str:
-    pairs = f"{split.safe_share:.1%} of all pairs"
-    poisons = split.poisons_in_safe_set
-    return pairs if poisons is None else f"{poisons:.1%} of the poisons and {pairs}"
-
-
-def _matches(log: Sequence[Logged]) -> Iterator[Statement]:
-    matching = [entry.numbers for entry in log if "match_similarity" in entry.numbers]
-    if not matching:
-        yield Statement("warning", "RoCLIP came to no matching", ": this was plain training with augmentation.")
-        return
-    means = {name: _mean(matching, name) for name in ("distinct_matches", "poisoned_match_adversarial")}
-    rest = f" in {len(matching)} of {len(log)} logged stretches of training"
-    if means["distinct_matches"] is not None:
-        rest += f", with {means['distinct_matches']:.1%} different matches in a batch"
-    if means["poisoned_match_adversarial"] is not None:
-        share = f"{means['poisoned_match_adversarial']:.1%}"
-        rest += f"; poisoned images were matched with their adversarial class in {share} of all cases"
-    yield Statement("result", "RoCLIP matched", f"{rest}.")
-    collapsed = [entry for entry in matching if (entry.get("largest_match_share") or 0) > COLLAPSED]
-    if collapsed:
-        rest = f" in {len(collapsed)} of them: one caption of the pool served more than half of a batch."
-        yield Statement("warning", "RoCLIP's matching collapsed", rest)
-
-
-def _mean(entries: Sequence[dict[str, float | None]], name: str) -> float | None:
-    values = [value for entry in entries if (value := entry.get(name)) is not None]
-    return sum(values) / len(values) if values else None

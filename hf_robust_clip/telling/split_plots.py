@@ -97,34 +97,3 @@ def _coarsened(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     padded[..., : last - first] = counts[..., first:last]
     edges = -1 + 2 / bins * (first + width * np.arange(bars + 1))
     return edges, padded.reshape(*counts.shape[:-1], bars, width).sum(axis=-1)
-
-
-def draw_splits_course(splits: Sequence[Split], colours: Mapping[str, str]) -> Figure:
-    """How large SafeCLIP's safe set is at each split, and, where they are known, how many of the poisons are in it."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    figure = Figure(figsize=(9, 2.4), layout="constrained")
-    panel = figure.subplots()
-    epochs = [split.epoch for split in splits]
-    for name, label, colour, marker, dash in (
-        ("safe_share", "share of all pairs that are in the safe set", "target", "o", "-"),
-        ("poisons_in_safe_set", "share of the poisons that are in the safe set", "attack", "s", "--"),
-    ):
-        values = [getattr(split, name) for split in splits]
-        if any(value is not None for value in values):
-            panel.plot(
-                epochs,
-                100 * np.array(values, dtype=float),
-                dash,
-                marker=marker,
-                ms=4,
-                lw=1.8,
-                color=colours[colour],
-                label=label,
-            )
-    panel.set(xlabel="epochs before the split", ylabel="%", ylim=(-3, 103))
-    panel.xaxis.set_major_locator(MaxNLocator(integer=True))
-    panel.grid(True, axis="y", lw=0.6)
-    figure.legend(loc="outside lower center", ncols=2, frameon=False)
-    return figure

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 from transformers import SchedulerType
 from transformers.utils import logging
 
+from ..arguments import CLIPTrainingArguments
 from ..augment.images import ImageNormalization
 from ..batch import Batch, Embeddings
 from ..callbacks import TrainerHooks
@@ -29,8 +30,8 @@ from ..data.collator import ORIGINAL, CLIPDataCollator, RowsOnHost
 from ..data.fitting import check_fit
 from ..data.rows import IndexedDataset, check_dataset
 from ..data.streams import PLACE, Stream, StreamCollator
-from ..defences import CLIP, Defence
-from ..defences.base import PairScores, Plan
+from ..defences.base import Defence, PairScores, Plan
+from ..defences.clip import CLIP
 from ..describing import describe_skipped
 from ..evaluation.running import evaluator_list, run_evaluators
 from ..kinds import kind
@@ -39,7 +40,6 @@ from ..models import caption_padding, check_processor, load_processor, longest_c
 from ..seeding import derive_seed
 from ..wording import shown
 from .adapters import add_adapters, check_adapters
-from .arguments import CLIPTrainingArguments
 from .checks import (
     ONE_ROW,
     callback_list,
@@ -269,9 +269,12 @@ class CLIPTrainer(PublishingTrainer):
 
     # ---- The defence ----
 
+    #: What [`make_defence`] makes.
+    defence_class: type[Defence] = CLIP
+
     def make_defence(self, args: CLIPTrainingArguments, train_dataset: Any) -> Defence:
         """The defence of this trainer's class, as its arguments say."""
-        return CLIP()
+        return self.defence_class.from_arguments(args, train_dataset)
 
     def loss_components(
         self, views: dict[str, Embeddings], scale: torch.Tensor, batch: Batch

@@ -15,6 +15,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import CONFIG_NAME, logging
 
+from ..arguments import CLIPTrainingArguments
 from ..data.collator import CLIPDataCollator
 from ..defences import Defence
 from ..describing import describe_dataset, describe_evaluator
@@ -43,7 +44,6 @@ from .adapters import (
     remove_adapter_files,
     warn_of_local_base,
 )
-from .arguments import CLIPTrainingArguments
 from .checkpoints import Staging, keep_best_alone, newest_checkpoint, trouble_with
 from .pictures import pictures_of
 from .recording import record_of
@@ -123,7 +123,7 @@ class PublishingTrainer(Trainer):
             evaluators=self.evaluators,
             before=self.figures_before,
             after=self.figures_after,
-            notes=self.defence.notes(),
+            defence=self.defence,
             image_size=self.data_collator.preprocess.image_size,
             augmentations=(self.image_augmentation, self.data_collator.text_augmentation),
             skipped=self.skipped,

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from ..arguments import CLIPTrainingArguments
 from ..augment.images import to_float
 from ..columns import BAD_ROWS, POISONED, ROW_INDEX
 from ..data.collator import ORIGINAL, CLIPDataCollator
@@ -18,7 +19,6 @@ from ..data.rows import IndexedDataset
 from ..defences.base import PairScores
 from ..distributed import gather_features
 from ..seeding import derive_seed, forked_rng
-from .arguments import CLIPTrainingArguments
 from .step import Step
 
 #: Sets the randomness of scoring apart from that of training.
