@@ -1,4 +1,4 @@
-"""The arguments that all trainers have, beside those of `transformers.TrainingArguments`."""
+"""The arguments that all trainers have in addition to those of `transformers.TrainingArguments`."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class CLIPTrainingArguments(TrainingArguments):
         stop_on_non_finite (`bool`, defaults to `True`): Whether to stop at a loss or a gradient that is not finite,
             and write the step, its rows and its loss terms to `non_finite.json` in `output_dir`.
         on_bad_row (`str`, defaults to `"raise"`): What to do about an image that does not decode or a caption that is
-            no string: `"raise"`, or `"skip"`: train on the next usable row instead, and list the rows at the end.
+            not a string: `"raise"`, or `"skip"`: train on the next usable row instead, and list the rows at the end.
     """
 
     dataloader_drop_last: bool = field(

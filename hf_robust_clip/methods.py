@@ -50,7 +50,7 @@ class Statement:
     A sentence or two on a run.
 
     Args:
-        kind (`str`): `"gap"`, which says what the figures do not allow to conclude, `"warning"` or `"result"`.
+        kind (`str`): `"gap"`, which says what the metrics do not allow to conclude, `"warning"` or `"result"`.
         head (`str`): Its first words, for whom reads no further.
         rest (`str`): What follows, from its comma or full stop on.
         hint (`str`): What whoever trains can do about it.

@@ -16,7 +16,7 @@ from .parsing import ConfigParser
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Tells defaults where there are any to tell."""
+    """Names the defaults of flags that have one."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return action.help if action.default is None or action.nargs == 0 else super()._get_help_string(action)

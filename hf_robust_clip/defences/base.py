@@ -77,7 +77,7 @@ class Defence(nn.Module):
 
     @classmethod
     def findings(cls, record: RunRecord) -> Iterator[Statement]:
-        """What card and report say of a run with it, beside its metrics."""
+        """What card and report say of a run with it, in addition to its metrics."""
         yield from ()
 
     def forward(self, views: dict[str, Embeddings], scale: torch.Tensor, batch: Batch) -> dict[str, torch.Tensor]:
@@ -139,7 +139,7 @@ class Defence(nn.Module):
         """Called with what is about to be logged of training, which it may add to."""
 
     def notes(self) -> dict[str, Any]:
-        """What card and report tell of it, ready for JSON."""
+        """What card and report need to know of it, ready for JSON."""
         return {}
 
     def reset(self) -> None:

@@ -270,7 +270,7 @@ class RoCLIP(Defence):
             return
         matching = [entry.numbers for entry in log if "match_similarity" in entry.numbers]
         if not matching:
-            yield Statement("warning", "RoCLIP came to no matching", ": this was plain training with augmentation.")
+            yield Statement("warning", "RoCLIP never matched", ": this was training with augmentation alone.")
             return
         means = {name: _mean(matching, name) for name in ("distinct_matches", "poisoned_match_adversarial")}
         rest = f" in {len(matching)} of {len(log)} logged stretches of training"

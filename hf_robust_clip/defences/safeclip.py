@@ -329,7 +329,7 @@ def _held(split: Split) -> str:
 
 
 def _check_routing(args: Any, train_dataset: Any) -> None:
-    """`ValueError` where pairs cannot be scored and dealt out by what they scored."""
+    """`ValueError` where pairs cannot be scored, and dealt out by that."""
     if not hasattr(train_dataset, "__len__") or isinstance(train_dataset, torch.utils.data.IterableDataset):
         raise ValueError(
             f"train_dataset is a {type(train_dataset).__name__}, which is read in order, but SafeCLIP scores "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import importlib.util
 from functools import partial
 from io import BytesIO
@@ -12,7 +11,7 @@ from PIL import Image
 from ..methods import Line
 from ..record import RunRecord
 from .facts import Facts, evaluations_of, facts_of
-from .plots import CoursePanel, draw_course, themed
+from .plots import CoursePanel, draw_course, drawn
 
 
 def course_panels(facts: Facts, label: str = "") -> list[CoursePanel]:
@@ -61,11 +60,10 @@ def draw_picture(record: RunRecord) -> bytes | None:
     panels = course_panels(facts) if facts.attacks else []
     if not panels or importlib.util.find_spec("matplotlib") is None:
         return None
-    uri = themed(partial(draw_course, panels))["light"]
-    drawn = Image.open(BytesIO(base64.b64decode(uri.partition(",")[2]))).convert("RGBA")
+    plot = Image.open(BytesIO(drawn(partial(draw_course, panels), "light"))).convert("RGBA")
     # The Hub has dark pages too, on which dark text on a transparent ground cannot be read.
-    flat = Image.new("RGBA", drawn.size, "white")
-    flat.alpha_composite(drawn)
+    flat = Image.new("RGBA", plot.size, "white")
+    flat.alpha_composite(plot)
     buffer = BytesIO()
     flat.convert("RGB").save(buffer, "PNG", optimize=True)
     return buffer.getvalue()

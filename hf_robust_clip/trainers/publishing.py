@@ -366,7 +366,7 @@ class PublishingTrainer(Trainer):
             dataset, dataset_args (`str` or `list[str]`, *optional*): What the data is called, and its arguments.
 
         Raises:
-            `ValueError`: If `finetuned_from` or one of `dataset_tags` is no id of the Hub.
+            `ValueError`: If `finetuned_from` or one of `dataset_tags` is not an id of the Hub.
         """
         if not self.is_world_process_zero():
             return

@@ -19,7 +19,7 @@ from ..describing import describe_evaluator, thinned
 from ..record import RunRecord, Skipped, checked, jsonable
 from ..versions import versions
 
-#: Metrics of an evaluation that are no figures of an evaluator.
+#: Metrics of an evaluation that do not come from an evaluator.
 _TIMES = ("loss", "runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
 #: Arguments that do not change what a model becomes, by the beginning of their names.
 _OUTCOME_FREE = (
@@ -111,7 +111,7 @@ def record_of(
 
 
 def evaluations(log_history: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
-    """The evaluators' figures of each evaluation, with its `step` and `epoch`."""
+    """The evaluators' metrics of each evaluation, with its `step` and `epoch`."""
     found = []
     for entry in log_history:
         figures = {name.removeprefix("eval_"): value for name, value in entry.items() if name.startswith("eval_")}
@@ -181,9 +181,9 @@ def _is_ours(cls: type[Any]) -> bool:
 
 
 def _describe_adapter(config: Any) -> dict[str, Any]:
-    given = {name: jsonable(value) for name, value in config.to_dict().items()}
+    settings = {name: jsonable(value) for name, value in config.to_dict().items()}
     names = ("peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save")
-    return {name: given[name] for name in names if given.get(name)}
+    return {name: settings[name] for name in names if settings.get(name)}
 
 
 def _default(item: dataclasses.Field[Any]) -> Any:
