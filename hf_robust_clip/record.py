@@ -136,7 +136,7 @@ class Histogram(Part):
 
 
 class Split(Part):
-    """A split of SafeCLIP's, as [`~trainers.split.SplitRecord`] says, with the similarities of the pairs."""
+    """A split of the pairs, as [`~defences.split.SplitRecord`] says, with their similarities."""
 
     epoch: Count
     safe_share: Share
@@ -154,7 +154,7 @@ class Split(Part):
 
 
 class Details(Part):
-    """What a defence notes down: `splits` of SafeCLIP."""
+    """What a defence notes down, such as `splits` of the pairs."""
 
     splits: list[Split] | None = None
 
@@ -186,7 +186,7 @@ class Skipped(Part):
 
 
 class _Plain(BaseModel):
-    """What is read from a file and written to one: plain data goes in, whatever it is made from."""
+    """What is read from a file and written to one, as data that JSON can hold."""
 
     @model_validator(mode="before")
     @classmethod

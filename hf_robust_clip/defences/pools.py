@@ -1,4 +1,4 @@
-"""The pair of pools, of image and of text features, that RoCLIP and SafeCLIP keep while they train."""
+"""The pair of pools, of image and of text features, that a defence keeps while it trains."""
 
 from __future__ import annotations
 

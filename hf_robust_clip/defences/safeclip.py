@@ -215,8 +215,6 @@ class SafeCLIP(Defence):
         """Whether its pairs are safe. A row in the place of an unusable one, which is risky, may be safe by itself."""
         return self.splits.are_safe(batch.rows)
 
-    # ---- Phases ----
-
     def scheduled(self, epoch: int, factor: float, peak: float) -> float:
         """The learning rates of the two warm-up phases while they last."""
         if epoch < self.warmup_unimodal_epochs:
@@ -259,20 +257,20 @@ class SafeCLIP(Defence):
             shared = [self.splits]
             broadcast_object_list(shared)
             self.splits = shared[0]
-        record = self.splits.records[-1]
-        if record.safe_share in (0.0, 1.0):
+        latest = self.splits.records[-1]
+        if latest.safe_share in (0.0, 1.0):
             logger.warning(
-                f"The split of epoch {epoch} calls {'no' if record.safe_share == 0 else 'every'} pair safe: the "
+                f"The split of epoch {epoch} calls {'no' if latest.safe_share == 0 else 'every'} pair safe: the "
                 "similarities do not fall into two groups. Longer warm-up, another safe_threshold or more data may "
                 "help; as it is, SafeCLIP defends against nothing."
             )
-        elif record.separation < ONE_GROUP:
+        elif latest.separation < ONE_GROUP:
             logger.warning(
                 f"The mixture of epoch {epoch} found one group of similarities and not two: its components are "
-                f"{record.separation:.2f} standard deviations apart. Which pairs it calls safe is close to chance. "
+                f"{latest.separation:.2f} standard deviations apart. Which pairs it calls safe is close to chance. "
                 "Longer warm-up or more data may help."
             )
-        return {f"split_{name}": value for name, value in record._asdict().items() if value == value}
+        return {f"split_{name}": value for name, value in latest._asdict().items() if value == value}
 
     def reset(self) -> None:
         self.splits.clear()
@@ -285,7 +283,7 @@ class SafeCLIP(Defence):
 
     @classmethod
     def findings(cls, record: RunRecord) -> Iterator[Statement]:
-        """How well the splits told poisons from other pairs, and which of them told nothing apart."""
+        """How well the splits separated poisons from other pairs, and which of them separated nothing."""
         splits = record.details.splits
         if splits is None:
             return

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class MatchedPair(NamedTuple):
-    """A training pair, poisoned or not (`None`: unknown), and the caption of the pool that RoCLIP matches it with."""
+    """A training pair, poisoned or not (`None`: unknown), and the caption of the pool that it is matched with."""
 
     image: Image.Image
     caption: str

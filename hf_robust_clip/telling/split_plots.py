@@ -1,4 +1,4 @@
-"""The plots of what SafeCLIP notes down while it trains."""
+"""The plot of the splits that a defence notes down while it trains."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FLOOR = 0.6
 
 
 def draw_splits(splits: Sequence[Split], colors: Mapping[str, str]) -> Figure:
-    """The similarities of clean and of poisoned pairs at the first, the last and some other splits of SafeCLIP's."""
+    """The similarities of clean and of poisoned pairs at the first, the last and some other splits."""
     shown = [splits[i] for i in np.unique(np.linspace(0, len(splits) - 1, PANELS).round().astype(int))]
     counts = np.array([[split.histogram.clean, split.histogram.poisoned] for split in shown])  # (S, 2, B)
     edges, counts = _coarsened(counts)
