@@ -79,14 +79,14 @@ def measure(name: str, steps: int) -> dict[str, Any]:
     """What a training of so many steps came to."""
     transformers.utils.logging.set_verbosity_error()
     datasets.disable_progress_bars()
-    trainer_class, arguments = TRAINERS[name]
+    trainer_class = TRAINERS[name]
     processor, found = digit_processor(), Follow(steps)
     with tempfile.TemporaryDirectory() as output:
         trainer = trainer_class(
             model=build_model(
                 processor, vision_width=32, vision_layers=2, text_width=32, text_layers=1, projection_dim=16
             ),
-            args=arguments(
+            args=trainer_class.args_class(
                 output,
                 per_device_train_batch_size=BATCH,
                 max_steps=steps,

@@ -76,12 +76,12 @@ def recorded(found: Peak) -> Iterator[None]:
 
 def measure(name: str, batch: int, chunk: int | None, model: Any, processor: Any, image_size: int) -> dict[str, Any]:
     """The peak of a step, in bytes, and of what is held between steps."""
-    trainer_class, arguments = TRAINERS[name]
+    trainer_class = TRAINERS[name]
     found = Peak()
     with tempfile.TemporaryDirectory() as output:
         trainer = trainer_class(
             model=copy.deepcopy(model),
-            args=arguments(
+            args=trainer_class.args_class(
                 output,
                 per_device_train_batch_size=batch,
                 contrastive_chunk_size=chunk,

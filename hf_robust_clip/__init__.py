@@ -5,18 +5,20 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from .defences import LINES
+
 __version__ = "0.1.0"
 
 #: Public name -> module that defines it, or that it is. Modules load when a name is first used: importing the trainers
 #: takes seconds.
 _PUBLIC = {
+    **{f"{cls}Trainer": "trainers.defended" for cls, _ in LINES.values()},
+    **{f"{cls}TrainingArguments": f"defences.{name}" for name, (cls, _) in LINES.items()},
     "AttackSuccessEvaluator": "evaluation.attack_success",
     "BlendedTrigger": "attacks.triggers",
     "CLIPDataCollator": "data.collator",
     "CLIPTrainer": "trainers.trainer",
-    "CLIPTrainingArguments": "trainers.arguments",
-    "CleanCLIPTrainer": "trainers.defended",
-    "CleanCLIPTrainingArguments": "trainers.arguments",
+    "CLIPTrainingArguments": "arguments",
     "Defence": "defences.base",
     "Embeddings": "batch",
     "Evaluator": "evaluation.base",
@@ -28,10 +30,6 @@ _PUBLIC = {
     "PoisonSpec": "attacks.spec",
     "PoisonSuccessEvaluator": "evaluation.poison_success",
     "RetrievalEvaluator": "evaluation.retrieval",
-    "RoCLIPTrainer": "trainers.defended",
-    "RoCLIPTrainingArguments": "trainers.arguments",
-    "SafeCLIPTrainer": "trainers.defended",
-    "SafeCLIPTrainingArguments": "trainers.arguments",
     "SinusoidTrigger": "attacks.triggers",
     "TextAugmentation": "augment.text",
     "TextQueryEvaluator": "evaluation.text_query",
@@ -55,6 +53,7 @@ __all__ = [*sorted(_PUBLIC), "__version__"]
 if TYPE_CHECKING:
     # What editors and type checkers read. "X as X" tells them that a name is public.
     from . import losses as losses
+    from .arguments import CLIPTrainingArguments as CLIPTrainingArguments
     from .attacks.poisoning import poison_dataset as poison_dataset
     from .attacks.poisoning import replay_manifest as replay_manifest
     from .attacks.spec import PoisonSpec as PoisonSpec
@@ -74,6 +73,9 @@ if TYPE_CHECKING:
     from .data.loading import load_pairs as load_pairs
     from .data.preparing import prepare_dataset as prepare_dataset
     from .defences.base import Defence as Defence
+    from .defences.cleanclip import CleanCLIPTrainingArguments as CleanCLIPTrainingArguments
+    from .defences.roclip import RoCLIPTrainingArguments as RoCLIPTrainingArguments
+    from .defences.safeclip import SafeCLIPTrainingArguments as SafeCLIPTrainingArguments
     from .evaluation.attack_success import AttackSuccessEvaluator as AttackSuccessEvaluator
     from .evaluation.base import Evaluator as Evaluator
     from .evaluation.linear_probe import LinearProbeEvaluator as LinearProbeEvaluator
@@ -83,10 +85,6 @@ if TYPE_CHECKING:
     from .evaluation.zero_shot import ZeroShotEvaluator as ZeroShotEvaluator
     from .mixture import fit_similarity_mixture as fit_similarity_mixture
     from .pool import FeaturePool as FeaturePool
-    from .trainers.arguments import CleanCLIPTrainingArguments as CleanCLIPTrainingArguments
-    from .trainers.arguments import CLIPTrainingArguments as CLIPTrainingArguments
-    from .trainers.arguments import RoCLIPTrainingArguments as RoCLIPTrainingArguments
-    from .trainers.arguments import SafeCLIPTrainingArguments as SafeCLIPTrainingArguments
     from .trainers.checkpoints import newest_checkpoint as newest_checkpoint
     from .trainers.defended import CleanCLIPTrainer as CleanCLIPTrainer
     from .trainers.defended import RoCLIPTrainer as RoCLIPTrainer

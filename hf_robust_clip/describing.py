@@ -81,7 +81,7 @@ def describe_evaluator(evaluator: Any) -> dict[str, Any]:
 
 
 def describe_trigger(trigger: Any) -> dict[str, Any]:
-    """A trigger's name and fields; of one that is none of ours, its name."""
+    """A trigger's name and fields; of one of the user's own, its name."""
     if hasattr(trigger, "to_dict"):
         return dict(trigger.to_dict())
     return {"name": getattr(trigger, "__name__", type(trigger).__name__)}

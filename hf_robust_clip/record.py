@@ -93,7 +93,7 @@ class Measure(Part):
 
 
 class Logged(Part):
-    """Numbers at a time of training, which `epoch` tells; further entries are these numbers."""
+    """Numbers at a time of training, `epoch`. Further entries are these numbers."""
 
     __pydantic_extra__: dict[str, Number | None] = {}
 
@@ -106,7 +106,7 @@ class Logged(Part):
 
 
 class Evaluation(Logged):
-    """The evaluators' figures at a step of training."""
+    """The evaluators' metrics at a step of training."""
 
     step: Number
 
@@ -136,7 +136,7 @@ class Histogram(Part):
 
 
 class Split(Part):
-    """A split of SafeCLIP's, as [`~trainers.split.SplitRecord`] says, with the similarities of the pairs."""
+    """A split of the pairs, as [`~defences.split.SplitRecord`] says, with their similarities."""
 
     epoch: Count
     safe_share: Share
@@ -154,7 +154,7 @@ class Split(Part):
 
 
 class Details(Part):
-    """What a defence notes down: `splits` of SafeCLIP."""
+    """What a defence notes down, such as `splits` of the pairs."""
 
     splits: list[Split] | None = None
 
@@ -186,7 +186,7 @@ class Skipped(Part):
 
 
 class _Plain(BaseModel):
-    """What is read from a file and written to one: plain data goes in, whatever it is made from."""
+    """What is read from a file and written to one, as data that JSON can hold."""
 
     @model_validator(mode="before")
     @classmethod
@@ -196,7 +196,7 @@ class _Plain(BaseModel):
 
 class Measured(_Plain):
     """
-    Figures beside a run's, as `hf-robust-clip evaluate --json` writes them: of the same weights, or with `control`, a
+    Metrics next to a run's, as `hf-robust-clip evaluate --json` writes them: of the same weights, or with `control`, a
     few words, of the model that those describe.
     """
 
@@ -221,13 +221,13 @@ class RunRecord(_Plain):
         defence (`dict`): The trainer's own arguments, all of them, and their defaults in `defence_defaults`.
         settings (`dict`): Other training arguments that differ from the defaults.
         measures (`list` of [`Measure`]): What each evaluator measures.
-        before, after (`dict[str, float]`, *optional*): The evaluators' figures before training, and of the weights
+        before, after (`dict[str, float]`, *optional*): The evaluators' metrics before training, and of the weights
             that are saved.
         after_step (`int`, *optional*): The optimizer step that `after` is of.
         steps, epochs: Optimizer steps and epochs done.
         planned_steps (`int`): Optimizer steps of the whole training.
         environment ([`Environment`]): Where.
-        course (`list` of [`Evaluation`]): The evaluators' figures over training.
+        course (`list` of [`Evaluation`]): The evaluators' metrics over training.
         log (`list` of [`Logged`]): The numbers that were logged, at most [`~describing.LOG_ENTRIES`] entries.
         details ([`Details`]): What a defence notes down.
         method (`str`): The class of this package that the trainer is or derives from.
@@ -273,14 +273,14 @@ class RunRecord(_Plain):
             where (`str`): What errors call it.
 
         Raises:
-            `ValueError`: If it is no record, or one of its entries is nothing that a record holds.
+            `ValueError`: If it is not a record, or one of its entries is not what a record holds.
         """
         try:
             return checked(cls, json.loads(text), where)
         except json.JSONDecodeError as error:
-            raise ValueError(shortened(f"{where} is no JSON: {error}")) from error
+            raise ValueError(shortened(f"{where} is not JSON: {error}")) from error
         except RecursionError as error:
-            raise ValueError(f"{where} is no record of a run: its entries are nested too deeply") from error
+            raise ValueError(f"{where} is not a record of a run: its entries are nested too deeply") from error
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write it into a model's folder, as JSON, in one move."""
@@ -292,7 +292,7 @@ class RunRecord(_Plain):
         Read that of a model's folder.
 
         Raises:
-            `ValueError`: If there is none, or if it is none.
+            `ValueError`: If it has none, or if what it has is not a record.
         """
         path = Path(folder, RUN_FILE)
         if not path.is_file():
@@ -323,8 +323,8 @@ def checked(kind: type[Kind], content: Any, where: str) -> Kind:
     words = {"model_type": "a mapping", "dict_type": "a mapping", "list_type": "a list"}.get(first["type"], words)
     other = f"is {shown(first['input'])}; accepted is {words}"
     unknown = f"is not known; accepted are {listed(kind.model_fields)}"
-    told = {"missing": "is missing", "extra_forbidden": unknown}.get(first["type"], other)
-    raise ValueError(shortened(f"{name} {told}"))
+    fault = {"missing": "is missing", "extra_forbidden": unknown}.get(first["type"], other)
+    raise ValueError(shortened(f"{name} {fault}"))
 
 
 def jsonable(value: Any) -> Any:
@@ -345,5 +345,5 @@ def jsonable(value: Any) -> Any:
 
 
 def _encodable(text: str) -> str:
-    """A text that UTF-8 can hold: half a pair of surrogates, as in an argument that is no UTF-8, is spelled out."""
+    """A text that UTF-8 can hold: half a pair of surrogates, as in an argument that is not UTF-8, is spelled out."""
     return text.encode("utf-8", "backslashreplace").decode()

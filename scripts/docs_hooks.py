@@ -23,7 +23,7 @@ from typing import Any
 from mkdocs.structure.files import File
 
 import hf_robust_clip
-from hf_robust_clip.trainers.arguments import own_fields
+from hf_robust_clip.arguments import own_fields
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "hf_robust_clip"
@@ -98,7 +98,7 @@ def arguments_table(name: str) -> str:
     cls = getattr(hf_robust_clip, name)
     base = hf_robust_clip.CLIPTrainingArguments
     stop = base.__base__ if cls is base else base
-    described = documented(ast.get_docstring(definitions(PACKAGE / "trainers" / "arguments.py")[name]) or "")
+    described = documented(ast.get_docstring(definitions(PACKAGE / path_of(hf_robust_clip._PUBLIC[name]))[name]) or "")
     rows = ["| argument | default | what it is |", "|---|---|---|"]
     inherited = {field.name for field in dataclasses.fields(stop)}
     # What is new first, then what only has another default.

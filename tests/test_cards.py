@@ -213,7 +213,7 @@ def test_adapters_are_adapters_until_they_are_merged(merged: bool, relation: str
 
 @pytest.mark.parametrize("argument", ["base_model", "repo_id", "datasets"])
 def test_what_is_no_hub_id_is_refused(argument: str) -> None:
-    with pytest.raises(ValueError, match=f"{argument}: '/tmp/model' is no id of the Hub"):
+    with pytest.raises(ValueError, match=f"{argument}: '/tmp/model' is not an id of the Hub"):
         render_card(record(), **{argument: "/tmp/model"})
 
 
@@ -300,7 +300,7 @@ def test_figures_stand_in_one_table() -> None:
     control = {"control": "plain | fine-tuning", "measures": record().measures, "figures": {"clean_accuracy": 0.6}}
     later = {"measures": [attack("warp", prefix="w_")], "figures": {"w_attack_success_rate": 0.125}}
     text = render_card(record(), measured=[control, later])
-    header = "| measured | figure | before CleanCLIP | after CleanCLIP | plain \\| fine-tuning | measured later (2) |"
+    header = "| measured | metric | before CleanCLIP | after CleanCLIP | plain \\| fine-tuning | measured later (2) |"
     assert header in text
     assert "|  | triggered accuracy | 1.0% | 75.0% | not measured | not measured |" in text
     assert "|  | trigger distance | 1.25 | 0.25 | not measured | not measured |" in text

@@ -31,7 +31,7 @@ def test_file_reads_back(tmp_path: Path) -> None:
     "content, message",
     [
         (None, "was not saved by a trainer of hf_robust_clip"),
-        ("{", "is no JSON"),
+        ("{", "is not JSON"),
         ("[]", "accepted is a mapping"),
         ('{"trainer": "x"}', "model is missing"),
     ],

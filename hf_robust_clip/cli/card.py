@@ -18,8 +18,8 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "card",
         help="write the model card of a trained model",
-        description="Write README.md for a model that a trainer saved, from the record of its run, which is beside "
-        "it. A README.md that a person wrote stays.",
+        description="Write README.md for a model that a trainer saved, from the record of its run, which is next "
+        "to it. A README.md that a person wrote stays.",
     )
     parser.add_argument("folder", type=Path, metavar="FOLDER", help=f"folder with the model and its {RUN_FILE}")
     parser.add_argument(
@@ -27,7 +27,7 @@ def add_parser(commands: Any) -> None:
         type=Path,
         action="append",
         metavar="FILE",
-        help="figures of this model to add, or of a control, as `hf-robust-clip evaluate --json FILE` writes them; "
+        help="metrics of this model to add, or of a control, as `hf-robust-clip evaluate --json FILE` writes them; "
         "may be repeated",
     )
     parser.add_argument("--license", metavar="NAME", help="license of the weights, such as mit")
@@ -56,23 +56,23 @@ def run(args: argparse.Namespace) -> int:
             )
     if not written:
         raise FileExistsError(
-            f"{args.folder / 'README.md'} is none of ours and stays as it is; move or delete it first"
+            f"{args.folder / 'README.md'} was not written by hf_robust_clip and stays; move or delete it first"
         )
     say(f"Written: {args.folder / 'README.md'}")
     return 0
 
 
 def _read_results(path: Path, folder: Path, repo_id: str | None) -> Measured:
-    """Figures of the model in `folder`, or of a control, and what they are of, as `evaluate --json` writes them."""
+    """Metrics of the model in `folder`, or of a control, and what they are of, as `evaluate --json` writes them."""
     try:
-        # NaN and the infinities, which no figure is, count as not measured.
+        # NaN and the infinities count as not measured.
         content = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda name: None)
     except OSError as error:
         raise UsageError(
             f"--results: {shortened(str(path), 200)} cannot be read: {error.strerror or error}"
         ) from error
     except (ValueError, RecursionError) as error:
-        raise UsageError(shortened(f"--results: {path} is no JSON: {error}")) from error
+        raise UsageError(shortened(f"--results: {path} is not JSON: {error}")) from error
     with usage_errors():
         measured = checked(Measured, content, f"--results: {shortened(str(path), 200)}")
     own = [folder.resolve().name, *([repo_id] if repo_id is not None else [])]
@@ -80,7 +80,7 @@ def _read_results(path: Path, folder: Path, repo_id: str | None) -> Measured:
         names = shortened(" or ".join(map(shown, own)), 200)
         raise UsageError(
             f"--results: {shortened(str(path), 120)} is of {shown(measured.model)}, and the card of {names}: "
-            "accepted are figures of the same model, whose name on the Hub --repo-id tells, and those of another one "
+            "accepted are metrics of the same model, whose name on the Hub --repo-id gives, and those of another one "
             "that was measured with evaluate --control LABEL"
         )
     return measured

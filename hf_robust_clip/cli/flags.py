@@ -10,13 +10,6 @@ from typing import Any
 from ..wording import listed, shown
 from .output import UsageError
 
-#: What can be trained, and what it is for.
-METHODS = {
-    "clip": "the loss of CLIP, undefended: the baseline",
-    "cleanclip": "fine-tune on clean pairs, to remove a backdoor from a model (CleanCLIP)",
-    "roclip": "pre-train on pairs that may be poisoned, against pools of other captions (RoCLIP)",
-    "safeclip": "pre-train on pairs that may be poisoned, on those that look safe (SafeCLIP)",
-}
 IMAGE_TRIGGERS = ("patch", "blended", "sinusoid", "warp")
 TEXT_TRIGGERS = ("word",)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")

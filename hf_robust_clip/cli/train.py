@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from .flags import METHODS
+from ..defences import LINES
 
 
 class _MethodParser(argparse.ArgumentParser):
@@ -38,7 +38,7 @@ def add_parser(commands: Any) -> None:
     methods = parser.add_subparsers(
         title="methods", metavar="METHOD", dest="method", required=True, parser_class=make_parser
     )
-    for method, text in METHODS.items():
+    for method, (_, text) in LINES.items():
         methods.add_parser(method, help=text, add_help=False, method=method)
 
 

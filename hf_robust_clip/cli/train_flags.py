@@ -8,26 +8,15 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from transformers import HfArgumentParser
 
-from ..trainers.arguments import (
-    CleanCLIPTrainingArguments,
-    CLIPTrainingArguments,
-    RoCLIPTrainingArguments,
-    SafeCLIPTrainingArguments,
-)
-from .flags import METHODS, add_measuring_flags, check_measuring, check_source, check_whole, spelled
+from ..arguments import CLIPTrainingArguments
+from ..defences import DEFENCES, LINES
+from .flags import add_measuring_flags, check_measuring, check_source, check_whole, spelled
 from .output import UsageError
 from .parsing import ConfigParser
 
-ARGUMENTS: dict[str, type[CLIPTrainingArguments]] = {
-    "clip": CLIPTrainingArguments,
-    "cleanclip": CleanCLIPTrainingArguments,
-    "roclip": RoCLIPTrainingArguments,
-    "safeclip": SafeCLIPTrainingArguments,
-}
-
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Tells defaults where there are any to tell."""
+    """Names the defaults of flags that have one."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return action.help if action.default is None or action.nargs == 0 else super()._get_help_string(action)
@@ -39,17 +28,18 @@ class MethodParser(ConfigParser, HfArgumentParser):
 
 def method_parser(method: str, prog: str) -> MethodParser:
     """The parser of a method's flags."""
+    arguments, (_, purpose) = DEFENCES[method].arguments, LINES[method]
     parser = MethodParser(
         prog=prog,
         usage=f"{prog} [--config FILE] --train-data SOURCE --output-dir FOLDER [FLAG ...]",
-        description=f"{METHODS[method][0].upper()}{METHODS[method][1:]}. The flags of the data, the model and what is "
+        description=f"{purpose[0].upper()}{purpose[1:]}. The flags of the data, the model and what is "
         "measured stand at the end.",
         formatter_class=_Formatter,
         required=("train_data", "output_dir"),
-        dataclass_types=ARGUMENTS[method],
+        dataclass_types=arguments,
         structures={
             name: {get_origin(kind) or kind for kind in get_args(hint)} & {dict, list}
-            for name, hint in get_type_hints(ARGUMENTS[method]).items()
+            for name, hint in get_type_hints(arguments).items()
         },
     )
     _add_model_flags(parser.add_argument_group("model"))
@@ -71,8 +61,9 @@ def training_arguments(method: str, args: argparse.Namespace) -> CLIPTrainingArg
     Raises:
         `ValueError`: If one is out of range.
     """
-    names = [item.name for item in dataclasses.fields(ARGUMENTS[method]) if item.init]
-    return ARGUMENTS[method](**{name: getattr(args, name) for name in names})
+    kind = DEFENCES[method].arguments
+    names = [item.name for item in dataclasses.fields(kind) if item.init]
+    return kind(**{name: getattr(args, name) for name in names})
 
 
 def check_train(args: argparse.Namespace) -> None:

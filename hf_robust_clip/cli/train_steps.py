@@ -11,11 +11,11 @@ from typing import Any
 
 from transformers import PrinterCallback, ProgressCallback, set_seed
 
+from ..arguments import CLIPTrainingArguments
 from ..columns import captions_of
 from ..data.rows import column_values
 from ..data.scratch import build_model, build_processor
 from ..record import RUN_FILE, Figures, jsonable
-from ..trainers.arguments import CLIPTrainingArguments
 from ..trainers.checkpoints import checkpoints_in, newest_checkpoint, sole_training
 from ..trainers.defended import TRAINERS
 from ..trainers.trainer import CLIPTrainer

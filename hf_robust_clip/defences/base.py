@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
-from typing import Any, NamedTuple
+import inspect
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import Sampler
 
+from ..arguments import CLIPTrainingArguments
 from ..batch import Batch, Embeddings
+from ..methods import Method, Series, Statement
+from ..record import RunRecord
 
 
 class PairScores(NamedTuple):
@@ -44,13 +48,37 @@ class Defence(nn.Module):
         epoch (`int`): The current one, from 0. The trainer sets it.
         gather (`bool`): Whether the rows of all processes are negatives (`gather_across_devices`). The trainer sets
             it; hand it to the losses.
+        arguments (`type`): Of one that ships: the class of the arguments of its trainer.
+        method ([`~methods.Method`]): Of one that ships: its paper, and what it does not stop.
+        series ([`~methods.Series`], *optional*): What a report draws of it.
     """
 
+    arguments: ClassVar[type[CLIPTrainingArguments]] = CLIPTrainingArguments
+    method: ClassVar[Method]
+    series: ClassVar[Series | None] = None
     views: tuple[str, ...] = ("original",)
     epoch: int = 0
     gather: bool = True
     #: Takes what [`note`] is given; the trainer sets it.
     means: Any = None
+
+    @classmethod
+    def from_arguments(cls, args: Any, train_dataset: Any, **more: Any) -> Defence:
+        """
+        The defence that the arguments of a training ask for.
+
+        Args:
+            args ([`CLIPTrainingArguments`]): Those that have the names of the constructor's arguments are passed on.
+            train_dataset: The training pairs; `None` of a trainer that only evaluates.
+            **more: Other arguments of the constructor.
+        """
+        names = [name for name in inspect.signature(cls).parameters if hasattr(args, name)]
+        return cls(**{name: getattr(args, name) for name in names}, **more)
+
+    @classmethod
+    def findings(cls, record: RunRecord) -> Iterator[Statement]:
+        """What card and report say of a run with it, in addition to its metrics."""
+        yield from ()
 
     def forward(self, views: dict[str, Embeddings], scale: torch.Tensor, batch: Batch) -> dict[str, torch.Tensor]:
         """
@@ -111,7 +139,7 @@ class Defence(nn.Module):
         """Called with what is about to be logged of training, which it may add to."""
 
     def notes(self) -> dict[str, Any]:
-        """What card and report tell of it, ready for JSON."""
+        """What card and report need to know of it, ready for JSON."""
         return {}
 
     def reset(self) -> None:

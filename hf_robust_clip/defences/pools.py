@@ -1,15 +1,40 @@
-"""The pair of pools, of image and of text features, that RoCLIP and SafeCLIP keep while they train."""
+"""The pair of pools, of image and of text features, that a defence keeps while it trains."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..arguments import IMAGE_PRESETS, TEXT_PRESETS, CLIPTrainingArguments, check_choice
 from ..distributed import gather_features
 from ..pool import FeaturePool
 from ..wording import shown
+
+POOL_DTYPES = ("float32", "bfloat16")
+
+
+@dataclass
+class PretrainingArguments(CLIPTrainingArguments):
+    """What the recipes of pre-training with pools have in common."""
+
+    per_device_train_batch_size: int = field(default=128, metadata={"help": "Batch size per device for training."})
+    num_train_epochs: float = field(default=32.0, metadata={"help": "Number of epochs over the pairs."})
+    learning_rate: float = field(default=5e-4, metadata={"help": "Peak learning rate."})
+    weight_decay: float = field(default=0.1, metadata={"help": "Weight decay; logit_scale is exempt."})
+    warmup_steps: float = field(default=0.02, metadata={"help": "Warm-up steps, or below 1 their share of all steps."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of the learning rate."})
+    image_preset: str = field(
+        default="strong", metadata={"help": f"Augmentation of images: {', '.join(IMAGE_PRESETS)}."}
+    )
+    text_preset: str = field(default="eda", metadata={"help": f"Augmentation of captions: {', '.join(TEXT_PRESETS)}."})
+    pool_dtype: str = field(default="float32", metadata={"help": f"What the pools store: {', '.join(POOL_DTYPES)}."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice(self, "pool_dtype", POOL_DTYPES)
 
 
 class FeaturePools(nn.Module):
@@ -70,6 +95,17 @@ class FeaturePools(nn.Module):
             )
         self._make(dim, features.device)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def check_pool_size(args: Any, name: str) -> None:
+    """`ValueError` unless an argument is a size of pools."""
+    value = getattr(args, name)
+    # A pool of one pair would match every row of a batch with the same one: a loss that teaches nothing.
+    if isinstance(value, bool) or not (0 < value < 1 or (value >= 2 and float(value).is_integer())):
+        raise ValueError(
+            f"{name} must be a whole number of pairs from 2 on, or a share of the dataset in (0, 1), but is "
+            f"{shown(value)}"
+        )
 
 
 def pool_length(size: float, rows: int | None, argument: str) -> int:

@@ -1,4 +1,4 @@
-"""What is told of a run: its facts, worked out once, and its model card and its page, which show them."""
+"""The account of a run: its facts, worked out once, and the model card and the page that show them."""
 
 from .card import MARKER, render_card
 from .page import (

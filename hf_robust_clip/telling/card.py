@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -17,12 +16,13 @@ from ..record import Measured, RunRecord, checked
 from ..wording import shown as cut
 from .escaping import Markdown, escaped, fenced, literal, one_line
 from .facts import Facts, facts_of
+from .html import templates
 from .index import evaluation_results
 from .picture import course_panels, course_text
 from .sentences import Statement, notes, statements
 from .tables import figure_groups, value_text
 
-#: What tells our cards from those that a person wrote, or has made their own.
+#: What distinguishes our cards from those that a person wrote, or has made their own.
 MARKER = (
     "<!-- hf_robust_clip wrote this card from robust_clip_run.json, and writes it anew at the next push. To keep your "
     "changes to it, delete this line. -->"
@@ -73,27 +73,27 @@ def render_card(
             the others are tags.
         model_name (`str`, *optional*): The title. `None`: the end of `repo_id`, or the method's.
         base_model (`str`, *optional*): Hub id of the model that training started from. `None`: the record's.
-        datasets (`str` or sequence, *optional*): Hub ids of the training data beside the record's.
+        datasets (`str` or sequence, *optional*): Hub ids of the training data in addition to the record's.
         dataset_names, dataset_args (`str` or sequence, *optional*): What the training data is called, and arguments
             that it was loaded with.
         picture (`str`, *optional*): Path, relative to the card, of a plot of the record's course.
         repo_id (`str`, *optional*): Where the model is, or will be, on the Hub.
-        measured (sequence of mappings): Figures beside the run's, each with `measures` and `figures`, as in a record
+        measured (sequence of mappings): Metrics next to the run's, each with `measures` and `figures`, as in a record
             and as `hf-robust-clip evaluate --json` writes them: of these weights, or with `control`, a few words, of
-            the model that those describe ("undefended, on the same pairs"). Controls are no part of the model index.
+            the model that those describe ("undefended, on the same pairs"). Controls are not part of the model index.
 
     Returns:
         `str`: Ready for `README.md`.
 
     Raises:
-        `ValueError`: If `base_model`, `repo_id` or one of `datasets` is no id of the Hub.
+        `ValueError`: If `base_model`, `repo_id` or one of `datasets` is not an id of the Hub.
     """
     facts = facts_of(record, [checked(Measured, entry, "measured") for entry in measured])
     method = facts.method
     base = _hub_id("base_model", base_model) or _valid(record.model.name)
     repo_id = _hub_id("repo_id", repo_id)
-    given = [_hub_id("datasets", name) for name in _listed(datasets)]
-    hub_data = [name for name in dict.fromkeys([_valid(record.data and record.data.hub_id), *given]) if name]
+    extra = [_hub_id("datasets", name) for name in _listed(datasets)]
+    hub_data = [name for name in dict.fromkeys([_valid(record.data and record.data.hub_id), *extra]) if name]
     adapter = record.model.adapter if not record.defence.get("merge_adapters") else None
     name = one_line(model_name or (repo_id or "").rpartition("/")[2]) or f"CLIP, {method.name}"
     pipeline, *other_tasks = _listed(tasks) or ["zero-shot-image-classification"]
@@ -141,15 +141,8 @@ def render_card(
 
 @functools.cache
 def _template() -> jinja2.Template:
-    environment = jinja2.Environment(  # nosec B701 # finalize escapes all that is printed
-        loader=jinja2.FileSystemLoader(Path(__file__).parents[1] / "templates"),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        # Of Markdown, not of HTML: autoescaping would leave tables and links open.
-        finalize=escaped,
-    )
+    # Of Markdown, not of HTML: autoescaping would leave tables and links open.
+    environment = templates(finalize=escaped)
     environment.filters["parameters"] = value_text
     return environment.get_template("model_card.md.j2")
 
@@ -161,7 +154,7 @@ def _listed(value: str | Sequence[str] | None) -> list[str]:
 def _hub_id(argument: str, name: str | None) -> str | None:
     if name is not None and _valid(name) is None:
         raise ValueError(
-            f"{argument}: {cut(name)} is no id of the Hub; accepted is one such as 'openai/clip-vit-base-patch32'"
+            f"{argument}: {cut(name)} is not an id of the Hub; accepted is one such as 'openai/clip-vit-base-patch32'"
         )
     return name
 

@@ -1,4 +1,4 @@
-"""What a run's figures are, side by side, and what of them says how an attack and a defence did."""
+"""A run's metrics, side by side, and what they say of an attack and of a defence."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from ..methods import Method, method_of
+from ..defences import Defence, defence_named
+from ..methods import ANYTHING, Method
 from ..record import Evaluation, Measure, Measured, RunRecord, Trigger
 from .escaping import one_line
 
@@ -22,7 +23,7 @@ SUCCESS = {
     "linear probe": "linear_probe_attack_success_rate",
     "targeted poisoning": "poison_success_rate",
 }
-#: What stands for the measure of figures that no evaluator describes.
+#: What stands for the measure of metrics that no evaluator describes.
 OTHERS = "other evaluators"
 #: What is known to be tried against models, and what a report calls it where nothing was measured of it.
 TRIGGERS = {
@@ -39,13 +40,13 @@ KINDS = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Column:
     """
-    A model's figures, and what they measure.
+    A model's metrics, and what they measure.
 
-    `label`: when they were taken, or of what model; `own`: whether they are of the weights that are told of, or of
-    those that training started from, and not of a control.
+    `label`: when they were taken, or of what model; `own`: whether they are of this run's weights, or of those that
+    training started from, and not of a control.
     """
 
     label: str
@@ -54,7 +55,7 @@ class Column:
     own: bool = True
 
     def value(self, measure: Measure, name: str) -> float | None:
-        """A figure, where this model was measured so."""
+        """A metric, where this model was measured so."""
         return self.figures.get(name) if measure in self.measures else None
 
     def guesses(self) -> bool:
@@ -72,7 +73,7 @@ class Attack:
     An attack on classification that was measured, and its success.
 
     `number`, from 1; `measure`, what it is; `success`, the name of its success rate; `without`, how often it succeeds
-    without the defence; `controls`, on the controls; `after`, on the weights that are told of.
+    without the defence; `controls`, on the controls; `after`, on this run's weights.
     """
 
     number: int
@@ -109,7 +110,7 @@ class Facts:
     """
     What is known of a run.
 
-    `columns`: its figures and those of controls; `before` and `after` are among them, and `None` where there is no
+    `columns`: its metrics and those of controls; `before` and `after` are among them, and `None` where there is no
     such measurement.
     """
 
@@ -134,7 +135,7 @@ class Facts:
 
     @property
     def measured_after(self) -> list[Column]:
-        """The columns of the weights that are told of."""
+        """The columns of this run's weights."""
         return [column for column in self.columns if column.own and column is not self.before]
 
     @property
@@ -161,7 +162,7 @@ class Facts:
 
     @cached_property
     def accuracies(self) -> list[tuple[Measure, str]]:
-        """What measures the accuracy on clean images, and the figure's name; linear probes where nothing else does."""
+        """What measures the accuracy on clean images, and the metric's name; linear probes where nothing else does."""
         for kind in ("zero-shot classification", "linear probe"):
             found = [
                 (measure, measure.figures[0])
@@ -180,7 +181,7 @@ class Facts:
 
     @property
     def unmeasured(self) -> list[str]:
-        """What the figures leave open, in words."""
+        """What the metrics leave open, in words."""
         measured = [
             measure
             for column in self.measured_after
@@ -199,20 +200,20 @@ class Facts:
         if self.method.kind != "none" and not self.controls:
             found.append(
                 "the control: what CLIPTrainer does with the same pairs, settings and augmentation; what that removes "
-                "by itself is no merit of the defence"
+                "by itself is not to the defence's credit"
             )
         return [*found, "other seeds: this is one run"]
 
 
 def facts_of(record: RunRecord, measured: Sequence[Measured] = ()) -> Facts:
     """
-    Put the figures of a run and those of other measurements side by side.
+    Put the metrics of a run and those of other measurements side by side.
 
     Args:
         record ([`RunRecord`]): The run's.
         measured (sequence of [`Measured`]): Other measurements.
     """
-    method = method_of(record.trainer, record.method)
+    method = method_of(record)
     before = after = None
     if record.before:
         label = f"before {method.name}" if method.kind in ("fine-tuning", "own") else "before training"
@@ -228,8 +229,30 @@ def facts_of(record: RunRecord, measured: Sequence[Measured] = ()) -> Facts:
     return Facts(record, method, columns, before, after)
 
 
+def defence_of(record: RunRecord) -> type[Defence] | None:
+    """The defence of a run; `None` of one that does not ship."""
+    base = record.method or record.trainer
+    # A trainer of the user's own on top of CLIP has a loss that nobody here knows.
+    own = not base.endswith("Trainer") or (base == "CLIPTrainer" and record.trainer != base)
+    return None if own else defence_named(base.removesuffix("Trainer"))
+
+
+def method_of(record: RunRecord) -> Method:
+    """What is known of the method of a run."""
+    defence = defence_of(record)
+    if defence is not None:
+        return defence.method
+    return Method(
+        name=record.trainer if record.method in ("", "CLIPTrainer") else record.method,
+        what="Trained with a method of its author's own on top of hf_robust_clip, which knows nothing of what that "
+        "method stops.",
+        kind="own",
+        limits=(ANYTHING,),
+    )
+
+
 def evaluations_of(record: RunRecord) -> list[Evaluation]:
-    """The figures over training, those before and after it included."""
+    """The metrics over training, those before and after it included."""
     points = [*record.course]
     if record.before and (not points or points[0].step > 0):
         points.insert(0, Evaluation.model_validate({"step": 0, "epoch": 0, **record.before}))
@@ -271,7 +294,7 @@ def _readings(columns: Sequence[Column], measure: Measure, name: str) -> list[tu
 
 def _column(label: str, measures: Sequence[Measure], figures: Mapping[str, float | None], own: bool = True) -> Column:
     known = {name for measure in measures for name in measure.figures}
-    # An evaluator of the user's own says nothing of its figures.
+    # An evaluator of the user's own says nothing of its metrics.
     others = [name for name in figures if name not in known]
     taken = [measure for measure in measures if measure.figures]
     return Column(label, [*taken, Measure(measure=OTHERS, figures=others)] if others else taken, figures, own)

@@ -1,11 +1,11 @@
-"""What the pages have in common: the templates, and how a page carries pictures and files within itself."""
+"""The templates, and how a page carries pictures and files within itself."""
 
 from __future__ import annotations
 
 import base64
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
@@ -16,17 +16,17 @@ if TYPE_CHECKING:
 WIDTH = 96
 
 
-def templates() -> jinja2.Environment:
-    """The package's templates, in which every value is escaped and a missing one is an error."""
+def templates(**options: Any) -> jinja2.Environment:
+    """The package's templates, in which a missing value is an error; `options` say how values are escaped."""
     import jinja2
 
-    # Autoescaping by file name would pass over the ending .j2.
-    return jinja2.Environment(
+    return jinja2.Environment(  # nosec B701 # by `options`
         loader=jinja2.FileSystemLoader(Path(__file__).parents[1] / "templates"),
-        autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        keep_trailing_newline=True,
+        **options,
     )
 
 

@@ -1,4 +1,4 @@
-"""The figures of a run as entries of the Hub's model index."""
+"""The metrics of a run as entries of the Hub's model index."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .escaping import one_line, tidy
 from .facts import Facts
 from .tables import words
 
-#: What figures are called in a model index, by the end of their names, the longer ones first.
+#: What metrics are called in a model index, by the end of their names, the longer ones first.
 METRICS = (
     "attack_success_rate",
     "triggered_accuracy",
@@ -31,7 +31,7 @@ _TASKS = {
 
 
 def evaluation_results(facts: Facts) -> list[EvalResult]:
-    """The figures of this model before and after, as the Hub's model index takes them."""
+    """The metrics of this model before and after, as the Hub's model index takes them."""
     kinds: dict[str, str] = {}
     return [
         _evaluation_result(measure, figure, value, column.label, kinds)
@@ -46,7 +46,7 @@ def _evaluation_result(measure: Measure, figure: str, value: float, when: str, k
     dataset, trigger = measure.dataset or Data(), measure.trigger
     name = one_line(dataset.title or "unnamed")
     images = dataset.rows if figure.endswith("trigger_distance") else measure.images
-    given = {
+    arguments = {
         "trigger": trigger and trigger.model_dump(),
         "target": measure.target,
         "images": images,
@@ -63,7 +63,7 @@ def _evaluation_result(measure: Measure, figure: str, value: float, when: str, k
         metric_type=next((kind for kind in METRICS if figure.endswith(kind)), one_line(figure)),
         metric_value=value,
         metric_name=one_line(f"{words(figure)} {when}{attack}"),
-        metric_args=tidy(given) or None,
+        metric_args=tidy(arguments) or None,
     )
 
 

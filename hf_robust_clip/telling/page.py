@@ -1,33 +1,31 @@
-"""The page of any run: what its record says, beside what the trainer's pictures show, as HTML that loads nothing."""
+"""The page of any run: its record and the trainer's pictures, as HTML that loads nothing."""
 
 from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from ..columns import naming
-from ..record import Measured, RunRecord, checked
-from .facts import Attack, Facts, facts_of
+from ..record import Logged, Measured, RunRecord, checked
+from .facts import Attack, Facts, defence_of, facts_of
 from .html import data_uri, picture, templates
 from .picture import course_panels, course_text
-from .plots import EmbeddingPanel, draw_course, draw_embeddings, draw_losses, draw_match_log, themed
+from .plots import EmbeddingPanel, draw_course, draw_embeddings, draw_losses, draw_series, series_text, themed
 from .sentences import statements
-from .split_plots import draw_splits, draw_splits_course
-from .tables import Setting, course_table, defence_settings, figure_groups, summary, value_text
+from .split_plots import draw_splits
+from .tables import course_table, figure_groups, settings, summary
 
 if TYPE_CHECKING:
     import markupsafe
 
 
-@dataclass(frozen=True)
-class MatchedPair:
-    """A training pair, poisoned or not (`None`: unknown), and the caption of the pool that RoCLIP matches it with."""
+class MatchedPair(NamedTuple):
+    """A training pair, poisoned or not (`None`: unknown), and the caption of the pool that it is matched with."""
 
     image: Image.Image
     caption: str
@@ -35,8 +33,7 @@ class MatchedPair:
     poisoned: bool | None
 
 
-@dataclass(frozen=True)
-class TriggeredImage:
+class TriggeredImage(NamedTuple):
     """
     A test image of class `name` as the model takes it, with and without trigger, what the trigger changes, and what
     the trained model calls both.
@@ -50,16 +47,11 @@ class TriggeredImage:
     called_triggered: str
 
 
-@dataclass(frozen=True)
-class AttackPictures:
+class AttackPictures(NamedTuple):
     """
-    What an attack looks like.
-
-    Args:
-        images (sequence of [`TriggeredImage`]): A few images that are not of the target class.
-        amplification (`float`): What the differences were multiplied with to be seen.
-        clean, triggered (`np.ndarray` of shape `(N, D)`): Embeddings of test images, as they are and with the trigger.
-        is_target (`np.ndarray` of shape `(N,)`, bool): Which of them are of the target class.
+    What an attack looks like: a few images that are not of the target class, what their differences were multiplied
+    with to be seen, and the embeddings `(N, D)` of test images, as they are and with the trigger. `is_target (N,)`,
+    bool, says which of these are of the target class.
     """
 
     images: Sequence[TriggeredImage]
@@ -69,35 +61,25 @@ class AttackPictures:
     is_target: np.ndarray
 
 
-@dataclass(frozen=True)
-class RunPictures:
+class RunPictures(NamedTuple):
     """
-    What a report shows that takes the model and the data, not the record alone.
-
-    Args:
-        attacks (mapping of `str` to [`AttackPictures`]): By the name of the attack's success rate.
-        matches (sequence of [`MatchedPair`]): A few training pairs and RoCLIP's matches, if it was trained.
+    What a report shows that takes the model and the data, not the record alone: attacks by the name of their success
+    rate, and a few training pairs with their matches, if the defence matches.
     """
 
-    attacks: Mapping[str, AttackPictures] = field(default_factory=dict)
+    attacks: Mapping[str, AttackPictures] = {}
     matches: Sequence[MatchedPair] = ()
 
 
-@dataclass(frozen=True)
-class Control:
-    """
-    Another run, to compare with.
-
-    `label`, what it is, in a few words; `record` and `pictures`, as of [`render_run_report`].
-    """
+class Control(NamedTuple):
+    """Another run to compare with, and what it is, in a few words."""
 
     label: str
     record: RunRecord
     pictures: RunPictures | None = None
 
 
-@dataclass(frozen=True)
-class PoisonedPair:
+class PoisonedPair(NamedTuple):
     """A poisoned training pair: its image with the trigger, its caption before and after."""
 
     image: Image.Image
@@ -105,17 +87,10 @@ class PoisonedPair:
     caption: str
 
 
-@dataclass(frozen=True)
-class Study:
+class Study(NamedTuple):
     """
-    What a report says of the experiment that a run is part of.
-
-    Args:
-        title (`str`): Of the page.
-        steps (sequence of `str`): What was done, in order.
-        limits (sequence of `str`): What it does not show.
-        pairs (sequence of [`PoisonedPair`]): A few training pairs.
-        banner (`str`, *optional*): What a reader must know first.
+    The experiment that a run is part of: what was done, in order; what it does not show; a few training pairs; and in
+    the banner what a reader must know first.
     """
 
     title: str
@@ -137,7 +112,7 @@ def run_facts(record: RunRecord, controls: Sequence[Control] = ()) -> Facts:
     """
     The facts of a run and its controls.
 
-    A control whose figures are those before training is where training started from: these have a column already.
+    A control with the metrics from before training is where training started from, which has a column already.
     """
     others = [control for control in controls if control.record.after and control.record.after != record.before]
     measured = [{"control": c.label, "measures": c.record.measures, "figures": c.record.after} for c in others]
@@ -157,7 +132,7 @@ def render_run_report(
         record ([`RunRecord`]): What was done and what came out.
         pictures ([`RunPictures`], *optional*): What the record does not hold; without them the page says what is
             missing.
-        controls (sequence of [`Control`]): Other runs, whose figures stand beside those of this one.
+        controls (sequence of [`Control`]): Other runs, whose metrics stand next to those of this one.
         study ([`Study`], *optional*): The experiment that these runs make.
     """
     facts = run_facts(record, controls)
@@ -167,7 +142,7 @@ def render_run_report(
     panels = [panel for control in controls for panel in course_panels(facts_of(control.record), control.label)]
     panels = [*panels, *course_panels(facts, used.name if panels else "")]
     said = statements(facts)
-    environment = templates()
+    environment = templates(autoescape=True)  # by file name it would pass over the ending .j2
     environment.filters["breakable"] = _breakable
     return environment.get_template("run_report.html.j2").render(
         title=study.title if study else title,
@@ -185,13 +160,9 @@ def render_run_report(
         course_table=course_table(facts),
         unmeasured=facts.unmeasured,
         facts=summary(record),
-        settings=[
-            *defence_settings(record),
-            *(Setting(name, value_text(value)) for name, value in record.settings.items()),
-        ],
+        settings=settings(record),
         **_attacks(facts, pictures, controls),
-        **_roclip(record, pictures),
-        **_safeclip(record),
+        **_defence(record, pictures),
         loss_plot=themed(partial(draw_losses, record.log)) if record.log else None,
     )
 
@@ -262,29 +233,32 @@ def _matches(matches: Sequence[MatchedPair], targets: Sequence[str]) -> list[dic
     ]
 
 
-def _roclip(record: RunRecord, pictures: RunPictures | None) -> dict[str, Any]:
+def _defence(record: RunRecord, pictures: RunPictures | None) -> dict[str, Any]:
+    """What the defence has drawn of its training, its splits, and what its pool matches pairs with."""
+    defence, splits = defence_of(record), record.details.splits or []
+    series = defence.series if defence is not None else None
+    entries: Sequence[Logged] = record.log
+    if series is not None and series.source != "log":
+        found = record.details.model_dump().get(series.source) or []
+        entries = [Logged.model_validate(_numbers(entry)) for entry in found]
     phrase = record.defence.get("adversarial_phrase")
     targets = [phrase] if phrase else [measure.target for measure in record.measures if measure.target]
-    is_roclip = "matching" in record.defence
     return {
-        "is_roclip": is_roclip,
-        "match_plot": themed(partial(draw_match_log, record.log)) if is_roclip and record.log else None,
+        "series": series,
+        "series_plot": themed(partial(draw_series, series, entries)) if series and entries else None,
+        "series_alt": series_text(series) if series else "",
+        "splits_plot": themed(partial(draw_splits, splits)) if splits else None,
+        "poisons_known": any(any(split.histogram.poisoned) for split in splits),
+        "matching": record.defence.get("matching"),
         "matches": [] if pictures is None else _matches(pictures.matches, targets),
-        "matched_by_caption": record.defence.get("matching") == "unimodal",
         "no_matches": _why_missing(
-            pictures, "the pool was empty, or its captions are no rows of a dataset that can be read again."
+            pictures, "the pool was empty, or its captions are not rows of a dataset that can be read again."
         ),
     }
 
 
-def _safeclip(record: RunRecord) -> dict[str, Any]:
-    splits = record.details.splits or []
-    return {
-        "is_safeclip": record.details.splits is not None,
-        "splits_plot": themed(partial(draw_splits, splits)) if splits else None,
-        "splits_course_plot": themed(partial(draw_splits_course, splits)) if splits else None,
-        "poisons_known": any(any(split.histogram.poisoned) for split in splits),
-    }
+def _numbers(entry: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in entry.items() if value is None or isinstance(value, int | float)}
 
 
 def _breakable(name: str) -> markupsafe.Markup:

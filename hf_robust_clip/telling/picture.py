@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import base64
 import importlib.util
 from functools import partial
 from io import BytesIO
 
 from PIL import Image
 
+from ..methods import Line
 from ..record import RunRecord
 from .facts import Facts, evaluations_of, facts_of
-from .plots import CoursePanel, Line, draw_course, themed
+from .plots import CoursePanel, draw_course, drawn
 
 
 def course_panels(facts: Facts, label: str = "") -> list[CoursePanel]:
@@ -25,13 +25,13 @@ def course_panels(facts: Facts, label: str = "") -> list[CoursePanel]:
     points = evaluations_of(facts.record)
     if len(points) < 2:
         return []
-    accuracy = [Line(name, "accuracy on clean images", "clean", "o", "-") for _, name in facts.accuracies[:1]]
+    accuracy = [Line(name, "accuracy on clean images", "clean") for _, name in facts.accuracies[:1]]
     panels = []
     for attack in facts.attacks:
-        lines = [*accuracy, Line(attack.success, "attack success rate", "attack", "s", "--")]
+        lines = [*accuracy, Line(attack.success, "attack success rate", "attack")]
         right = attack.success.replace("attack_success_rate", "triggered_accuracy")
         if right != attack.success and right in attack.measure.figures:
-            lines.append(Line(right, "accuracy in spite of the trigger", "target", "^", ":"))
+            lines.append(Line(right, "accuracy in spite of the trigger", "target"))
         several = len(facts.attacks) > 1 or not label
         title = f"{label}: {attack.short}" if label and several else label or attack.short
         panels.append(CoursePanel(title, lines, points))
@@ -60,11 +60,10 @@ def draw_picture(record: RunRecord) -> bytes | None:
     panels = course_panels(facts) if facts.attacks else []
     if not panels or importlib.util.find_spec("matplotlib") is None:
         return None
-    uri = themed(partial(draw_course, panels))["light"]
-    drawn = Image.open(BytesIO(base64.b64decode(uri.partition(",")[2]))).convert("RGBA")
+    plot = Image.open(BytesIO(drawn(partial(draw_course, panels), "light"))).convert("RGBA")
     # The Hub has dark pages too, on which dark text on a transparent ground cannot be read.
-    flat = Image.new("RGBA", drawn.size, "white")
-    flat.alpha_composite(drawn)
+    flat = Image.new("RGBA", plot.size, "white")
+    flat.alpha_composite(plot)
     buffer = BytesIO()
     flat.convert("RGB").save(buffer, "PNG", optimize=True)
     return buffer.getvalue()

@@ -1,39 +1,12 @@
-"""What a run's facts allow to say, and what they do not, in plain sentences."""
+"""What a run's facts allow to say, and what they do not, in sentences."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal
 
-from ..record import Logged, RunRecord, Split
-from .facts import ACCURACY_LOSS, REMOVED, TAKEN, Attack, Column, Facts, chance, guesses
-
-#: From this mean share of a batch on that one pool entry serves, matching has collapsed.
-COLLAPSED = 0.5
-
-
-@dataclass(frozen=True)
-class Statement:
-    """
-    A sentence or two on a run.
-
-    Args:
-        kind (`str`): `"gap"`, which says what the figures do not allow to conclude, `"warning"` or `"result"`.
-        head (`str`): Its first words, for whom reads no further.
-        rest (`str`): What follows, from its comma or full stop on.
-        hint (`str`): What whoever trains can do about it.
-    """
-
-    kind: Literal["gap", "warning", "result"]
-    head: str
-    rest: str
-    hint: str = ""
-
-    @property
-    def text(self) -> str:
-        """All of it."""
-        return f"{self.head}{self.rest}{f' {self.hint}' if self.hint else ''}"
+from ..methods import Statement
+from ..record import RunRecord
+from .facts import ACCURACY_LOSS, REMOVED, TAKEN, Attack, Column, Facts, chance, defence_of, guesses
 
 
 def statements(facts: Facts) -> list[Statement]:
@@ -49,11 +22,10 @@ def statements(facts: Facts) -> list[Statement]:
 
 
 def notes(record: RunRecord) -> Iterator[Statement]:
-    """What a defence noted down, and what is wrong with the loss."""
-    if record.details.splits is not None:
-        yield from _splits(record.details.splits)
-    if "matching" in record.defence:
-        yield from _matches(record.log)
+    """What the defence of a run finds in its record, and what is wrong with the loss."""
+    defence = defence_of(record)
+    if defence is not None:
+        yield from defence.findings(record)
     broken = sum(1 for entry in record.log if entry.numbers.get("loss") is None)
     if broken:
         yield Statement(
@@ -76,20 +48,20 @@ def _measured(facts: Facts) -> Iterator[Statement]:
         )
     elif not facts.measured_after:
         rest = (
-            f": the figures are of the model that training started from. What {_name(facts)} made of it is not known."
+            f": the metrics are of the model that training started from. What {_name(facts)} made of it is not known."
         )
         yield Statement("gap", "Measured only before", rest)
     elif facts.before is None:
         yield Statement(
             "gap",
             "Measured only after",
-            f": nothing is known of the model before, so that the figures do not show what {_name(facts)} changed.",
+            f": nothing is known of the model before, so that the metrics do not show what {_name(facts)} changed.",
             "trainer.evaluate() before trainer.train(), or eval_on_start=True, measures before.",
         )
 
 
 def _progress(record: RunRecord) -> Iterator[Statement]:
-    """Whether training was cut short, and whether the figures are of another step than the last."""
+    """Whether training was cut short, and whether the metrics are of another step than the last."""
     if record.steps == 0:
         yield Statement("gap", "Nothing was trained", ": these are the weights that training would start from.")
     elif record.steps < record.planned_steps:
@@ -124,7 +96,7 @@ def _proof(facts: Facts) -> Iterator[Statement]:
         )
     elif unknown and facts.without:
         which = "; ".join(attack.title for attack in unknown)
-        rest = f" ({which}): the figures do not show that the defence stopped this."
+        rest = f" ({which}): the metrics do not show that the defence stopped this."
         yield Statement("gap", "Not measured before", rest)
     for attack in facts.attacks:
         planted = facts.method.kind == "none" and any(value >= TAKEN for _, value in attack.after)
@@ -142,7 +114,7 @@ def _not_taken(facts: Facts, attack: Attack, column: Column, success: float) -> 
     accuracy = None if learned is None else column.value(*learned)
     where = "" if accuracy is None else f", at a clean accuracy of {accuracy:.1%}"
     when = column.label if column.own else f"with the control ({column.label})"
-    proves = " The figures after prove nothing about the defence against it." if facts.method.kind != "none" else ""
+    proves = " The metrics after it prove nothing about the defence." if facts.method.kind != "none" else ""
     rest = f" ({attack.title}): {when}, it succeeded on {success:.1%} of {images} images{where}.{proves}"
     return Statement("gap", "The attack did not take", rest)
 
@@ -150,17 +122,17 @@ def _not_taken(facts: Facts, attack: Attack, column: Column, success: float) -> 
 def _outcome(facts: Facts, attack: Attack) -> Iterator[Statement]:
     """What the defence left of an attack."""
     for column, left in attack.after:
-        others = {id(other): (other, value) for other, value in [*attack.without, *attack.controls]}
-        told = _told([*others.values(), (column, left)])
+        others = dict([*attack.without, *attack.controls])  # a control may be both
+        rates = _readings_text([*others.items(), (column, left)])
         planted = facts.method.kind == "none" and bool(attack.without) and not attack.taken and left >= TAKEN
         if planted:
-            yield Statement("warning", "Training planted the backdoor", f" ({attack.title}): attack success {told}.")
+            yield Statement("warning", "Training planted the backdoor", f" ({attack.title}): attack success {rates}.")
         elif facts.method.kind != "none" and left > REMOVED:
             head = f"{facts.method.name} did NOT stop the attack"
-            yield Statement("warning", head, f" ({attack.title}): attack success {told}.")
+            yield Statement("warning", head, f" ({attack.title}): attack success {rates}.")
         else:
             removed = facts.method.kind != "none" and attack.taken and not column.guesses()
-            rest = f": {told}.{' The trigger has next to no hold.' if removed else ''}"
+            rest = f": {rates}.{' The trigger has next to no hold.' if removed else ''}"
             yield Statement("result", f"Attack success of {attack.title}", rest)
 
 
@@ -168,7 +140,7 @@ def _controls(facts: Facts, attack: Attack) -> Iterator[Statement]:
     """What controls leave of an attack: a defence deserves credit for no more than it removes beyond that."""
     name = facts.method.name
     for control, value in attack.controls if attack.taken and facts.method.kind != "none" else ():
-        if control.guesses() and any(control is column for column in facts.without):
+        if control.guesses() and control in facts.without:
             continue  # that it shows nothing of the attack either has been said
         if control.guesses():
             rest = ": it is not a control for a defence."
@@ -188,22 +160,20 @@ def _accuracy(facts: Facts) -> Iterator[Statement]:
     """What a defence costs."""
     for measure, name in facts.accuracies:
         readings = [(column, value) for column in facts.columns if (value := column.value(measure, name)) is not None]
-        without = [value for column, value in readings if any(column is other for other in facts.without)]
+        without = [value for column, value in readings if column in facts.without]
+        others = [reading for reading in readings if reading[0] not in facts.measured_after]
         for column, value in readings:
-            if not any(column is other for other in facts.measured_after):
+            if column not in facts.measured_after:
                 continue
-            others = [
-                reading for reading in readings if not any(reading[0] is other for other in facts.measured_after)
-            ]
-            told = _told([*others, (column, value)])
+            accuracies = _readings_text([*others, (column, value)])
             if guesses(value, measure):
-                rest = f": accuracy on clean images {told}, and {chance(measure):.1%} by guessing. Low attack success "
-                rest += "says nothing good of such a model."
+                rest = f": accuracy on clean images {accuracies}, and {chance(measure):.1%} by guessing. "
+                rest += "Low attack success says nothing good of such a model."
                 yield Statement("warning", "It hardly knows the classes", rest)
             elif without and max(without) - value > ACCURACY_LOSS:
-                yield Statement("warning", "It costs accuracy", f": accuracy on clean images {told}.")
+                yield Statement("warning", "It costs accuracy", f": accuracy on clean images {accuracies}.")
             else:
-                yield Statement("result", "Accuracy on clean images", f": {told}.")
+                yield Statement("result", "Accuracy on clean images", f": {accuracies}.")
 
 
 def _lenient(facts: Facts) -> Iterator[Statement]:
@@ -218,59 +188,6 @@ def _lenient(facts: Facts) -> Iterator[Statement]:
                 yield Statement("warning", head, rest)
 
 
-def _told(readings: Sequence[tuple[Column, float]]) -> str:
-    """Figures and what they are of: "98.0% (before CleanCLIP), 2.0% (after CleanCLIP)"."""
+def _readings_text(readings: Sequence[tuple[Column, float]]) -> str:
+    """Metrics and what they are of: "98.0% (before CleanCLIP), 2.0% (after CleanCLIP)"."""
     return ", ".join(f"{value:.1%} ({column.label})" for column, value in readings)
-
-
-def _splits(splits: Sequence[Split]) -> Iterator[Statement]:
-    """How well SafeCLIP told the poisons from the other pairs, with a warning of splits that tell nothing apart."""
-    if not splits:
-        yield Statement("warning", "SafeCLIP split nothing", ": its training was warm-up only.")
-        return
-    first, last = splits[0], splits[-1]
-    if first.auroc is None:
-        yield Statement("result", "SafeCLIP's safe set", f" held {first.safe_share:.1%} of the pairs at first.")
-    else:
-        held = f"{_held(first)} at first, {_held(last)} at the last split" if len(splits) > 1 else _held(first)
-        rest = f" tells poisoned pairs from clean ones with an AUROC of {first.auroc:.3f}. Its safe set holds {held}."
-        yield Statement("result", "SafeCLIP's first split", rest)
-    for share, which, outcome in (
-        (0.0, "no pair", "no image learned from a caption"),
-        (1.0, "every pair", "it defended against nothing"),
-    ):
-        epochs = [split.epoch + 1 for split in splits if split.safe_share == share]
-        if epochs:
-            *others, final = map(str, epochs)
-            numbers = f"{', '.join(others)} and {final}" if others else final
-            yield Statement("warning", f"SafeCLIP called {which} safe", f" in epoch {numbers}, in which {outcome}.")
-
-
-def _held(split: Split) -> str:
-    pairs = f"{split.safe_share:.1%} of all pairs"
-    poisons = split.poisons_in_safe_set
-    return pairs if poisons is None else f"{poisons:.1%} of the poisons and {pairs}"
-
-
-def _matches(log: Sequence[Logged]) -> Iterator[Statement]:
-    matching = [entry.numbers for entry in log if "match_similarity" in entry.numbers]
-    if not matching:
-        yield Statement("warning", "RoCLIP came to no matching", ": this was plain training with augmentation.")
-        return
-    means = {name: _mean(matching, name) for name in ("distinct_matches", "poisoned_match_adversarial")}
-    rest = f" in {len(matching)} of {len(log)} logged stretches of training"
-    if means["distinct_matches"] is not None:
-        rest += f", with {means['distinct_matches']:.1%} different matches in a batch"
-    if means["poisoned_match_adversarial"] is not None:
-        share = f"{means['poisoned_match_adversarial']:.1%}"
-        rest += f"; poisoned images were matched with their adversarial class in {share} of all cases"
-    yield Statement("result", "RoCLIP matched", f"{rest}.")
-    collapsed = [entry for entry in matching if (entry.get("largest_match_share") or 0) > COLLAPSED]
-    if collapsed:
-        rest = f" in {len(collapsed)} of them: one caption of the pool served more than half of a batch."
-        yield Statement("warning", "RoCLIP's matching collapsed", rest)
-
-
-def _mean(entries: Sequence[dict[str, float | None]], name: str) -> float | None:
-    values = [value for entry in entries if (value := entry.get(name)) is not None]
-    return sum(values) / len(values) if values else None

@@ -1,4 +1,4 @@
-"""The plots of what SafeCLIP notes down while it trains."""
+"""The plot of the splits that a defence notes down while it trains."""
 
 from __future__ import annotations
 
@@ -8,63 +8,49 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..record import Split
-from .plots import COLUMNS
+from .plots import COLUMNS, grid, legend
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
 #: Splits, and bars of a histogram, that are drawn at most.
 PANELS, BARS = 6, 50
 #: The lower end of a logarithmic axis of counts: one pair is a visible bar.
 FLOOR = 0.6
 
 
-def draw_splits(splits: Sequence[Split], colours: Mapping[str, str]) -> Figure:
-    """The similarities of clean and of poisoned pairs at the first, the last and some other splits of SafeCLIP's."""
-    from matplotlib.figure import Figure
-
+def draw_splits(splits: Sequence[Split], colors: Mapping[str, str]) -> Figure:
+    """The similarities of clean and of poisoned pairs at the first, the last and some other splits."""
     shown = [splits[i] for i in np.unique(np.linspace(0, len(splits) - 1, PANELS).round().astype(int))]
     counts = np.array([[split.histogram.clean, split.histogram.poisoned] for split in shown])  # (S, 2, B)
     edges, counts = _coarsened(counts)
-    rows, columns = -(-len(shown) // COLUMNS), min(len(shown), COLUMNS)
-    figure = Figure(figsize=(9, 0.6 + 2.4 * rows), layout="constrained")
-    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    figure, panels = grid(len(shown), 0.6, 2.4, sharex=True, sharey=True)
     for panel, split, (clean, poisoned) in zip(panels.flat, shown, counts, strict=False):
-        _draw_split(panel, split, clean, poisoned, edges, colours)
-    for panel in panels.flat[len(shown) :]:
-        panel.set_visible(False)
+        _draw_split(panel, split, clean, poisoned, edges, colors)
     panels[0, 0].set(yscale="log", ylim=(FLOOR, 2 * counts.max()), xlim=(edges[0], edges[-1]))
     panels[0, 0].yaxis.set_major_formatter("{x:g}")
     panels[0, 0].locator_params(axis="x", nbins=6)
     for panel in panels[:, 0]:
         panel.set_ylabel("pairs (log scale)")
-    for column in range(columns):
-        lowest = max(row for row in range(rows) if row * columns + column < len(shown))
-        panels[lowest, column].set_xlabel("similarity of image and caption")
-        panels[lowest, column].tick_params(labelbottom=True)
-    # A split without a safe pair has no threshold to draw.
-    entries = {
-        label: handle
-        for panel in panels.flat
-        for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
-    }
-    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=5, frameon=False)
+    for panel in panels.flat[max(len(shown) - COLUMNS, 0) : len(shown)]:  # those with none below
+        panel.set_xlabel("similarity of image and caption")
+        panel.tick_params(labelbottom=True)
+    legend(figure, panels.flat, columns=5)
     return figure
 
 
 def _draw_split(
-    panel: Axes, split: Split, clean: np.ndarray, poisoned: np.ndarray, edges: np.ndarray, colours: Mapping[str, str]
+    panel: Axes, split: Split, clean: np.ndarray, poisoned: np.ndarray, edges: np.ndarray, colors: Mapping[str, str]
 ) -> None:
     from ..mixture import SimilarityMixture  # scikit-learn, which takes a second
 
     known = bool(poisoned.any())
-    for values, label, colour, alpha in (
+    for values, label, color, alpha in (
         (clean, "clean pairs" if known else "pairs", "clean", 0.45),
         *([(poisoned, "poisoned pairs", "attack", 0.85)] if known else ()),
     ):
         heights = np.maximum(values, FLOOR)
-        panel.stairs(heights, edges, baseline=FLOOR, fill=True, color=colours[colour], alpha=alpha, lw=0, label=label)
+        panel.stairs(heights, edges, baseline=FLOOR, fill=True, color=colors[color], alpha=alpha, lw=0, label=label)
     mixture = SimilarityMixture(
         *(
             np.array([getattr(split, f"{part}_{name}") for part in ("risky", "safe")])
@@ -75,10 +61,10 @@ def _draw_split(
     pairs = (clean.sum() + poisoned.sum()) * (edges[1] - edges[0])
     risky, safe = pairs * mixture.density(x)
     for density, label, dash in ((risky, "risky component", "--"), (safe, "safe component", "-")):
-        panel.plot(x, np.maximum(density, 1e-9), dash, color=colours["text"], lw=1.1, label=label)
+        panel.plot(x, np.maximum(density, 1e-9), dash, color=colors["text"], lw=1.1, label=label)
     if split.similarity_threshold is not None:
-        panel.axvspan(split.similarity_threshold, edges[-1], color=colours["target"], alpha=0.13, lw=0)
-        panel.axvline(split.similarity_threshold, color=colours["target"], lw=1.8, label="safe set, to the right")
+        panel.axvspan(split.similarity_threshold, edges[-1], color=colors["target"], alpha=0.13, lw=0)
+        panel.axvline(split.similarity_threshold, color=colors["target"], lw=1.8, label="safe set, to the right")
     inside = f"safe: {split.safe_share:.0%} of the pairs"
     if split.poisons_in_safe_set is not None:
         inside += f", {round(split.poisons_in_safe_set * poisoned.sum())} of {poisoned.sum()} poisons"
@@ -97,34 +83,3 @@ def _coarsened(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     padded[..., : last - first] = counts[..., first:last]
     edges = -1 + 2 / bins * (first + width * np.arange(bars + 1))
     return edges, padded.reshape(*counts.shape[:-1], bars, width).sum(axis=-1)
-
-
-def draw_splits_course(splits: Sequence[Split], colours: Mapping[str, str]) -> Figure:
-    """How large SafeCLIP's safe set is at each split, and, where they are known, how many of the poisons are in it."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    figure = Figure(figsize=(9, 2.4), layout="constrained")
-    panel = figure.subplots()
-    epochs = [split.epoch for split in splits]
-    for name, label, colour, marker, dash in (
-        ("safe_share", "share of all pairs that are in the safe set", "target", "o", "-"),
-        ("poisons_in_safe_set", "share of the poisons that are in the safe set", "attack", "s", "--"),
-    ):
-        values = [getattr(split, name) for split in splits]
-        if any(value is not None for value in values):
-            panel.plot(
-                epochs,
-                100 * np.array(values, dtype=float),
-                dash,
-                marker=marker,
-                ms=4,
-                lw=1.8,
-                color=colours[colour],
-                label=label,
-            )
-    panel.set(xlabel="epochs before the split", ylabel="%", ylim=(-3, 103))
-    panel.xaxis.set_major_locator(MaxNLocator(integer=True))
-    panel.grid(True, axis="y", lw=0.6)
-    figure.legend(loc="outside lower center", ncols=2, frameon=False)
-    return figure

@@ -1,4 +1,4 @@
-"""The tables of a run as text: its figures side by side, over training, its settings, and what it was."""
+"""The tables of a run as text: its metrics side by side, over training, its settings, and what it was."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from ..record import Measure, RunRecord
 from .escaping import one_line
 from .facts import OTHERS, Facts, attack_text, evaluations_of
 
-#: Figures that are no shares in [0, 1], by how their names end, with their decimals.
+#: Metrics that are not shares in [0, 1], by how their names end, with their decimals.
 _NUMBERS = {"trigger_distance": 2, "median_rank": 1}
-#: Kinds of measure whose shares are of `images`, with the endings of those figures that are plain shares of them.
+#: Kinds of measure whose shares are of `images`, with the endings of the metrics that count them.
 _COUNTED = {
     "zero-shot classification": ("accuracy",),
     "attack success": ("attack_success_rate", "triggered_accuracy"),
@@ -20,21 +20,21 @@ _COUNTED = {
 
 
 class Cell(NamedTuple):
-    """A figure as text, and of how many images it is, such as "12 of 367"."""
+    """A metric as text, and of how many images it is, such as "12 of 367"."""
 
     text: str
     images: str | None = None
 
 
 class Row(NamedTuple):
-    """A figure's name in words, and its cell in each column."""
+    """A metric's name in words, and its cell in each column."""
 
     name: str
     cells: list[Cell]
 
 
 class Group(NamedTuple):
-    """What a measure is of, and its figures."""
+    """What a measure is of, and its metrics."""
 
     title: str
     rows: list[Row]
@@ -49,7 +49,7 @@ class Setting(NamedTuple):
 
 
 def figure_groups(facts: Facts) -> list[Group]:
-    """The figures of all columns, by what measures them."""
+    """The metrics of all columns, by what measures them."""
     return [
         Group(
             subject(measure),
@@ -64,7 +64,7 @@ def figure_groups(facts: Facts) -> list[Group]:
 
 
 def course_table(facts: Facts) -> list[list[str]]:
-    """The figures of each evaluation as text, a row of headings first; empty without evaluations."""
+    """The metrics of each evaluation as text, a row of headings first; empty without evaluations."""
     points = evaluations_of(facts.record)
     measures = {name: measure for measure in facts.record.measures for name in measure.figures}
     names = list(dict.fromkeys(name for point in points for name in point.numbers))
@@ -76,7 +76,7 @@ def course_table(facts: Facts) -> list[list[str]]:
 
 
 def figure_text(name: str, value: float | None, measure: Measure | None) -> str:
-    """A figure as text: those of the package's evaluators are shares in [0, 1] but for a few."""
+    """A metric as text: those of the package's evaluators are shares in [0, 1] but for a few."""
     if value is None:
         return "not measured"
     if measure is None or measure.measure == OTHERS:
@@ -86,7 +86,7 @@ def figure_text(name: str, value: float | None, measure: Measure | None) -> str:
 
 
 def words(name: str) -> str:
-    """A figure's name in words."""
+    """A metric's name in words."""
     return one_line(name).replace("_", " ")
 
 
@@ -106,17 +106,12 @@ def subject(measure: Measure) -> str:
     return f"{measure.measure}: {', '.join(parts)}" if parts else measure.measure
 
 
-def defence_settings(record: RunRecord) -> list[Setting]:
-    """The trainer's own arguments."""
+def settings(record: RunRecord) -> list[Setting]:
+    """The trainer's own arguments, and those of transformers that differ from their defaults."""
+    defaults = record.defence_defaults
     return [
-        Setting(
-            name,
-            value_text(value),
-            value_text(record.defence_defaults[name])
-            if name in record.defence_defaults and record.defence_defaults[name] != value
-            else None,
-        )
-        for name, value in record.defence.items()
+        Setting(name, value_text(value), value_text(defaults[name]) if defaults.get(name, value) != value else None)
+        for name, value in {**record.defence, **record.settings}.items()
     ]
 
 

@@ -36,7 +36,7 @@ def write_card(
 
     Args:
         record ([`RunRecord`]): The run's.
-        folder (path): Of the model. It is made if there is none.
+        folder (path): Of the model. It is made where it is missing.
         license (`str`, *optional*): `None`: that of the model that training started from, as [`license_of`] knows it.
         **options: As of [`render_card`].
 
@@ -90,7 +90,7 @@ def license_of(model: str) -> str | None:
     if not model or not path.is_file():
         try:
             path = try_to_load_from_cache(model, README)
-        except ValueError:  # no id of the Hub
+        except ValueError:  # not an id of the Hub
             return None
     try:
         metadata = metadata_load(path) if isinstance(path, str | Path) else None

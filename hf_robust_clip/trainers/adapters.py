@@ -20,7 +20,7 @@ from ..weight_names import PEFT_PREFIX
 from ..wording import said, shown
 
 if TYPE_CHECKING:
-    from .arguments import CLIPTrainingArguments
+    from ..arguments import CLIPTrainingArguments
 
 logger = logging.get_logger(__name__)
 

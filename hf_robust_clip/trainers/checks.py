@@ -13,6 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.utils import logging
 
+from ..arguments import CLIPTrainingArguments
 from ..augment.images import ImageAugmentation
 from ..augment.text import TextAugmentation
 from ..data.collator import ORIGINAL, CLIPDataCollator
@@ -21,7 +22,6 @@ from ..evaluation.base import Better, Evaluator
 from ..kinds import check_callable, kind
 from ..models import load_dual_encoder
 from ..wording import listed, shortened, shown
-from .arguments import CLIPTrainingArguments
 
 logger = logging.get_logger(__name__)
 

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import inspect
-from typing import Any
+import sys
 
 import datasets
-import torch
 
 from ..data.rows import IndexedDataset
-from ..defences import CleanCLIP, Defence, RoCLIP, SafeCLIP
+from ..defences import LINES, Registry, defence_named
+from ..defences.cleanclip import CleanCLIP, CleanCLIPTrainingArguments
 from ..defences.pools import FeaturePools
-from ..defences.roclip import adversarial_rows
+from ..defences.roclip import RoCLIP, RoCLIPTrainingArguments
+from ..defences.safeclip import SafeCLIP, SafeCLIPTrainingArguments
 from ..defences.split import SplitHistory
 from ..evaluation.embedding import Embedder
 from ..telling import MatchedPair
-from ..wording import shown
-from .arguments import CleanCLIPTrainingArguments, RoCLIPTrainingArguments, SafeCLIPTrainingArguments
 from .pictures import matched_pairs
 from .trainer import CLIPTrainer
 
@@ -39,11 +37,9 @@ class CleanCLIPTrainer(CLIPTrainer):
         Others: As of [`CLIPTrainer`].
     """
 
+    defence_class = CleanCLIP
     args_class = CleanCLIPTrainingArguments
     args: CleanCLIPTrainingArguments
-
-    def make_defence(self, args: Any, train_dataset: Any) -> Defence:
-        return CleanCLIP(**_given(CleanCLIP, args))
 
 
 class RoCLIPTrainer(CLIPTrainer):
@@ -74,22 +70,14 @@ class RoCLIPTrainer(CLIPTrainer):
             it, or if `steps_per_matching_epoch` is not set.
     """
 
+    defence_class = RoCLIP
     args_class = RoCLIPTrainingArguments
     args: RoCLIPTrainingArguments
-
-    def make_defence(self, args: Any, train_dataset: Any) -> Defence:
-        if train_dataset is None:
-            return super().make_defence(args, train_dataset)  # only to evaluate
-        return RoCLIP(
-            len(train_dataset) if hasattr(train_dataset, "__len__") else None,
-            **_given(RoCLIP, args),
-            adversarial=adversarial_rows(train_dataset, args.caption_column, args.adversarial_phrase),
-        )
 
     @property
     def pools(self) -> FeaturePools | None:
         """The features that matches are looked up in; `None` without a `train_dataset`."""
-        return getattr(self.defence, "pools", None)
+        return None if self.train_dataset is None else getattr(self.defence, "pools", None)
 
     def _matches(self, embedder: Embedder) -> list[MatchedPair]:
         pool = self.pools.text if self.pools is not None else None
@@ -133,14 +121,9 @@ class SafeCLIPTrainer(CLIPTrainer):
             then dealt out by what they scored.
     """
 
+    defence_class = SafeCLIP
     args_class = SafeCLIPTrainingArguments
     args: SafeCLIPTrainingArguments
-
-    def make_defence(self, args: Any, train_dataset: Any) -> Defence:
-        if train_dataset is None:
-            return SafeCLIP(0, unimodal_pool_size=0)  # only to evaluate
-        _check_routing(args, train_dataset)
-        return SafeCLIP(len(train_dataset), **_given(SafeCLIP, args))
 
     @property
     def pools(self) -> FeaturePools | None:
@@ -163,39 +146,25 @@ class SafeCLIPTrainer(CLIPTrainer):
         return None if safe is None else datasets.Dataset.from_dict({"safe": safe})
 
 
-#: By the names that the command line, the demo and the bench call them; `args_class` are their arguments.
-TRAINERS: dict[str, type[CLIPTrainer]] = {
-    "clip": CLIPTrainer,
-    "cleanclip": CleanCLIPTrainer,
-    "roclip": RoCLIPTrainer,
-    "safeclip": SafeCLIPTrainer,
-}
+def __getattr__(name: str) -> type[CLIPTrainer]:
+    """The trainer of a defence that ships and has no class above."""
+    defence = defence_named(name.removesuffix("Trainer")) if name.endswith("Trainer") else None
+    if defence is None:
+        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+    content = {
+        "__module__": __name__,
+        "__doc__": defence.__doc__,
+        "defence_class": defence,
+        "args_class": defence.arguments,
+    }
+    trainer = globals()[name] = type(name, (CLIPTrainer,), content)
+    return trainer
 
 
-def _given(defence: type[Defence], args: Any) -> dict[str, Any]:
-    """What arguments of a training say of a defence, by the names of its own arguments."""
-    return {name: getattr(args, name) for name in inspect.signature(defence).parameters if hasattr(args, name)}
+def _trainer(name: str) -> type[CLIPTrainer]:
+    found: type[CLIPTrainer] = getattr(sys.modules[__name__], f"{LINES[name][0]}Trainer")
+    return found
 
 
-def _check_routing(args: Any, train_dataset: Any) -> None:
-    """`ValueError` where pairs cannot be scored and dealt out by what they scored."""
-    if not hasattr(train_dataset, "__len__") or isinstance(train_dataset, torch.utils.data.IterableDataset):
-        raise ValueError(
-            f"train_dataset is a {type(train_dataset).__name__}, which is read in order, but SafeCLIP scores "
-            "every pair before an epoch and deals them into safe and risky batches by their number: load it as a "
-            "map-style dataset (load_dataset without streaming=True, or datasets.Dataset.from_generator), or use "
-            "RoCLIPTrainer, which can stream"
-        )
-    accelerator_config: Any = args.accelerator_config
-    for name, value, accepted in (
-        ("dataloader_drop_last", args.dataloader_drop_last, True),
-        ("dataloader_in_order", args.dataloader_in_order, True),
-        ("ignore_data_skip", args.ignore_data_skip, False),
-        ("accelerator_config.split_batches", accelerator_config.split_batches, False),
-        ("accelerator_config.dispatch_batches", accelerator_config.dispatch_batches, False),
-    ):
-        if bool(value) is not accepted:
-            raise ValueError(
-                f"{name}={shown(value)} does not work with SafeCLIPTrainer, which deals batches that are all safe "
-                f"or all risky itself: set it to {accepted}"
-            )
+#: The trainers of `DEFENCES`, by the same names; `args_class` are their arguments.
+TRAINERS = Registry(_trainer)

@@ -10,11 +10,11 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 from transformers.trainer_utils import seed_worker
 
+from ..arguments import CLIPTrainingArguments
 from ..data.collator import CLIPDataCollator, RowsOnHost
 from ..data.rows import IndexedDataset
 from ..data.streams import Stream, StreamCollator
 from ..models import caption_padding, longest_caption
-from .arguments import CLIPTrainingArguments
 from .checks import check_collator
 
 

@@ -63,7 +63,7 @@ def matched_pairs(
     pool: FeaturePool, dataset: IndexedDataset, embedder: Embedder, by_caption: bool, shown: int = SHOWN_PAIRS
 ) -> list[MatchedPair]:
     """
-    What RoCLIP's pool of captions, as training left it, matches the first training pairs with.
+    What the pool of captions, as training left it, matches the first training pairs with.
 
     Args:
         pool ([`FeaturePool`]): Of captions.

@@ -11,12 +11,15 @@ from typing import Any
 import torch
 from transformers import TrainerState
 
+from ..arguments import CLIPTrainingArguments, own_fields
+from ..defences import defence_named
+from ..defences.base import Defence
+from ..defences.clip import CLIP
 from ..describing import describe_evaluator, thinned
 from ..record import RunRecord, Skipped, checked, jsonable
 from ..versions import versions
-from .arguments import CLIPTrainingArguments, own_fields
 
-#: Metrics of an evaluation that are no figures of an evaluator.
+#: Metrics of an evaluation that do not come from an evaluator.
 _TIMES = ("loss", "runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
 #: Arguments that do not change what a model becomes, by the beginning of their names.
 _OUTCOME_FREE = (
@@ -38,7 +41,7 @@ def record_of(
     evaluators: Sequence[Any],
     before: Mapping[str, float | None] | None,
     after: Mapping[str, float | None] | None,
-    notes: Mapping[str, Any],
+    defence: Defence,
     image_size: int,
     augmentations: tuple[Any, Any],
     skipped: Skipped | None,
@@ -54,7 +57,7 @@ def record_of(
         data: Of [`~describing.describe_dataset`]; `None` without any.
         evaluators: Whose metrics `before`, `after` and the log of `state` hold.
         before, after: Metrics of evaluations outside of training, where there were any.
-        notes: What the defence says of the run.
+        defence: Its notes are in the record.
         image_size: Pixels of a side.
         augmentations: Of images, and of captions.
         skipped: The rows that were passed over.
@@ -88,8 +91,8 @@ def record_of(
         "planned_steps": state.max_steps,
         "course": course,
         "log": thinned([_numbers(entry) for entry in state.log_history if "loss" in entry]),
-        "details": notes,
-        "method": next(cls.__name__ for cls in trainer.__mro__ if _is_ours(cls)),
+        "details": defence.notes(),
+        "method": _method(type(defence)),
         "augmentation": {
             "images": _describe_augmentation(augmentations[0]),
             "captions": _describe_augmentation(augmentations[1]),
@@ -108,7 +111,7 @@ def record_of(
 
 
 def evaluations(log_history: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
-    """The evaluators' figures of each evaluation, with its `step` and `epoch`."""
+    """The evaluators' metrics of each evaluation, with its `step` and `epoch`."""
     found = []
     for entry in log_history:
         figures = {name.removeprefix("eval_"): value for name, value in entry.items() if name.startswith("eval_")}
@@ -166,14 +169,21 @@ def _describe_augmentation(augmentation: Any) -> str | None:
     return getattr(augmentation, "__name__", type(augmentation).__name__)
 
 
+def _method(defence: type[Defence]) -> str:
+    """The trainer of a defence that ships, or of one that derives from it; of another, the name of its class."""
+    ours = [cls.__name__ for cls in defence.__mro__ if defence_named(cls.__name__) is cls]
+    # What derives from plain CLIP has a loss of its own.
+    return f"{ours[0]}Trainer" if ours and (defence is CLIP or ours[0] != "CLIP") else defence.__name__
+
+
 def _is_ours(cls: type[Any]) -> bool:
     return cls.__module__.partition(".")[0] == __package__.partition(".")[0]
 
 
 def _describe_adapter(config: Any) -> dict[str, Any]:
-    given = {name: jsonable(value) for name, value in config.to_dict().items()}
+    settings = {name: jsonable(value) for name, value in config.to_dict().items()}
     names = ("peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save")
-    return {name: given[name] for name in names if given.get(name)}
+    return {name: settings[name] for name in names if settings.get(name)}
 
 
 def _default(item: dataclasses.Field[Any]) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import SchedulerType
 
-from ..defences import Defence
+from ..defences.base import Defence
 from ..wording import shown
 
 

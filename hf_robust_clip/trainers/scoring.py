@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from ..arguments import CLIPTrainingArguments
 from ..augment.images import to_float
 from ..batch import encode_pairs
 from ..columns import BAD_ROWS, POISONED, ROW_INDEX
@@ -19,7 +20,6 @@ from ..data.rows import IndexedDataset
 from ..defences.base import PairScores
 from ..distributed import gather_features
 from ..seeding import derive_seed, forked_rng
-from .arguments import CLIPTrainingArguments
 from .loaders import worker_settings
 from .step import Step
 

@@ -20,6 +20,7 @@ from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
+from ..arguments import CLIPTrainingArguments
 from ..augment.images import ImageNormalization
 from ..batch import Batch, Embeddings, encode_pairs
 from ..callbacks import TrainerHooks
@@ -28,8 +29,8 @@ from ..data.collator import ORIGINAL, CLIPDataCollator
 from ..data.fitting import check_fit
 from ..data.rows import check_dataset
 from ..data.streams import PLACE
-from ..defences import CLIP, Defence
-from ..defences.base import PairScores, Plan
+from ..defences.base import Defence, PairScores, Plan
+from ..defences.clip import CLIP
 from ..describing import describe_dataset, describe_evaluator, describe_skipped
 from ..evaluation.embedding import Embedder
 from ..evaluation.running import evaluator_list, run_evaluators
@@ -59,7 +60,6 @@ from .adapters import (
     remove_adapter_files,
     warn_of_local_base,
 )
-from .arguments import CLIPTrainingArguments
 from .checkpoints import (
     check_resumed,
     check_saved_weights,
@@ -306,9 +306,12 @@ class CLIPTrainer(Trainer):
 
     # ---- The defence ----
 
+    #: What [`make_defence`] makes.
+    defence_class: type[Defence] = CLIP
+
     def make_defence(self, args: CLIPTrainingArguments, train_dataset: Any) -> Defence:
         """The defence of this trainer's class, as its arguments say."""
-        return CLIP()
+        return self.defence_class.from_arguments(args, train_dataset)
 
     def loss_components(
         self, views: dict[str, Embeddings], scale: torch.Tensor, batch: Batch
@@ -802,7 +805,7 @@ class CLIPTrainer(Trainer):
             evaluators=self.evaluators,
             before=self.run_log.before,
             after=self.run_log.after,
-            notes=self.defence.notes(),
+            defence=self.defence,
             image_size=self.data_collator.preprocess.image_size,
             augmentations=(self.image_augmentation, self.data_collator.text_augmentation),
             skipped=self.run_log.skipped,
@@ -878,7 +881,7 @@ class CLIPTrainer(Trainer):
             dataset, dataset_args (`str` or `list[str]`, *optional*): What the data is called, and its arguments.
 
         Raises:
-            `ValueError`: If `finetuned_from` or one of `dataset_tags` is no id of the Hub.
+            `ValueError`: If `finetuned_from` or one of `dataset_tags` is not an id of the Hub.
         """
         if not self.is_world_process_zero():
             return

@@ -15,7 +15,7 @@ from hf_robust_clip.cli import evaluation, info
 from hf_robust_clip.cli.flags import IMAGE_TRIGGERS, TEXT_TRIGGERS, check_source, parse_trigger
 from hf_robust_clip.cli.main import main
 from hf_robust_clip.cli.output import UsageError
-from hf_robust_clip.cli.train import METHODS
+from hf_robust_clip.defences import LINES
 
 NAMES = ("demo", "poison", "prepare", "train", "evaluate", "card", "push", "info")
 #: What has to answer without the heavy libraries, with the exit code that it ends with.
@@ -78,7 +78,7 @@ def test_without_work_the_heavy_libraries_stay_away(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("command", [*([name] for name in NAMES), *(["train", method] for method in METHODS)])
+@pytest.mark.parametrize("command", [*([name] for name in NAMES), *(["train", method] for method in LINES)])
 def test_help_of_every_command(command: list[str], capsys: Any) -> None:
     assert code_of(*command, "--help") == 0
     printed = capsys.readouterr().out

@@ -22,8 +22,8 @@ from transformers import AutoModel, AutoProcessor, CLIPModel, CLIPProcessor
 
 from hf_robust_clip import locking
 from hf_robust_clip.cli.main import main
-from hf_robust_clip.cli.train import METHODS
-from hf_robust_clip.cli.train_flags import ARGUMENTS, method_parser, training_arguments
+from hf_robust_clip.cli.train_flags import method_parser, training_arguments
+from hf_robust_clip.defences import DEFENCES, LINES
 from hf_robust_clip.files import RUN_FILE
 from hf_robust_clip.locking import LOCK_FILE, sole_writer
 from hf_robust_clip.record import RunRecord
@@ -77,7 +77,7 @@ def measured(folder: Path) -> list[str]:
     return [*given, "--trigger", "patch:size=3", "--trigger", "patch:size=5"]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", LINES)
 def test_every_method_trains_and_measures(method: str, folder: Path, tmp_path: Path, capsys: Any) -> None:
     output = tmp_path / "out"
     assert main(["train", method, *flags(folder, output, *METHOD_FLAGS[method], *measured(folder))]) == 0
@@ -258,10 +258,10 @@ def test_a_folder_that_another_process_writes_to_is_refused(
         other.join()
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", LINES)
 def test_every_argument_is_a_flag_and_what_is_printed_is_taken_back(method: str, tmp_path: Path, capsys: Any) -> None:
     parser = method_parser(method, "test")
-    names = {item.name for item in dataclasses.fields(ARGUMENTS[method]) if item.init}
+    names = {item.name for item in dataclasses.fields(DEFENCES[method].arguments) if item.init}
     assert names < set(parser.settings)
     for name in names:
         assert {f"--{name}", f"--{name.replace('_', '-')}"} <= set(parser.settings[name].option_strings)

@@ -103,7 +103,7 @@ def test_record_alone_says_what_is_missing(trainer: str, no_plots: None) -> None
     assert page.text.count("Not shown") == missing
     bare = make_record(trainer, before=None, after=None, after_step=None, course=[], log=[], measures=[], details={})
     page = Page(render_run_report(bare, RunPictures()))
-    for reason in ("there are no figures", "takes two evaluations", "nothing was logged", "an AttackSuccessEvaluator"):
+    for reason in ("nothing was measured", "takes two evaluations", "nothing was logged", "an AttackSuccessEvaluator"):
         assert reason in page.text
     assert not page.all("img")
 
@@ -238,7 +238,7 @@ def test_run_in_which_all_went_well_has_no_warning(trainer: str) -> None:
             {"trainer": "RoCLIPTrainer", "before": figures(0.2, 0.1), "after": figures(0.8, 0.9)},
             "did NOT stop the attack",
         ),
-        ({"trainer": "RoCLIPTrainer", "log": [{"loss": 1.0, "epoch": 1.0}]}, "came to no matching"),
+        ({"trainer": "RoCLIPTrainer", "log": [{"loss": 1.0, "epoch": 1.0}]}, "never matched"),
         ({"trainer": "SafeCLIPTrainer", "details": {"splits": [split(safe_share=0.0)]}}, "called no pair safe"),
         ({"trainer": "SafeCLIPTrainer", "details": {"splits": []}}, "warm-up only"),
     ],
