@@ -63,7 +63,7 @@ class Batch:
 
 
 def cut(inputs: Mapping[str, torch.Tensor], views: int, size: int) -> Iterator[dict[str, torch.Tensor]]:
-    """The inputs of a batch in chunks of so many rows, each with all views of its rows."""
+    """The inputs of a batch in chunks of so many rows, each with all text views of its rows."""
     rows = rows_of(inputs, views)
     for start in range(0, rows, size):
         yield {
@@ -75,7 +75,7 @@ def cut(inputs: Mapping[str, torch.Tensor], views: int, size: int) -> Iterator[d
 
 
 def rows_of(inputs: Mapping[str, torch.Tensor], views: int) -> int:
-    """How many pairs there are in a batch of so many views."""
+    """How many pairs there are in a batch of so many text views."""
     return int(inputs["input_ids"].shape[0]) // views
 
 
@@ -87,7 +87,15 @@ def joined(batches: Sequence[Batch]) -> Batch:
     return Batch(first.inputs, first.seed, first.step, rows, poisoned)
 
 
-def split_views(names: Sequence[str], stacked: Embeddings) -> dict[str, Embeddings]:
-    """The embeddings of each view, of those of all of them `(V*B, D)`."""
-    sides = zip(*(side.chunk(len(names)) for side in stacked), strict=True)
-    return {name: Embeddings(*side) for name, side in zip(names, sides, strict=True)}
+def split_views(names: Sequence[str], text_names: Sequence[str], stacked: Embeddings) -> dict[str, Embeddings]:
+    """
+    The embeddings of each view.
+
+    Args:
+        names, text_names (sequences of `str`): The V views, and the T of them that have captions of their own. The
+            others share those of the first.
+        stacked ([`Embeddings`]): Of all of them, `(V*B, D)` and `(T*B, D)`.
+    """
+    texts = dict(zip(text_names, stacked.text_embeds.chunk(len(text_names)), strict=True))
+    images = zip(names, stacked.image_embeds.chunk(len(names)), strict=True)
+    return {name: Embeddings(side, texts.get(name, texts[text_names[0]])) for name, side in images}

@@ -16,6 +16,9 @@ from ..batch import Batch, Embeddings
 from ..methods import Method, Series, Statement
 from ..record import RunRecord
 
+#: The name under which `forward` finds what [`Defence.reference`] gave.
+REFERENCE = "reference"
+
 
 class PairScores(NamedTuple):
     """
@@ -45,6 +48,8 @@ class Defence(nn.Module):
     Attributes:
         views (`tuple[str, ...]`): The views of a batch that it compares. `"original"` is un-augmented, every other
             name an augmentation of its own.
+        text_views (`tuple[str, ...]`, *optional*): Those of them with captions of their own; the others share the
+            captions of the first, which are encoded once. `None`: all.
         epoch (`int`): The current one, from 0. The trainer sets it.
         gather (`bool`): Whether the rows of all processes are negatives (`gather_across_devices`). The trainer sets
             it; hand it to the losses.
@@ -57,6 +62,7 @@ class Defence(nn.Module):
     method: ClassVar[Method]
     series: ClassVar[Series | None] = None
     views: tuple[str, ...] = ("original",)
+    text_views: tuple[str, ...] | None = None
     epoch: int = 0
     gather: bool = True
     #: Takes what [`note`] is given; the trainer sets it.
@@ -85,7 +91,8 @@ class Defence(nn.Module):
         The loss of a training batch, as named terms whose sum it is; each is logged under its name.
 
         Args:
-            views (`dict[str, Embeddings]`): The embeddings `(B, D)` of each of [`views`].
+            views (`dict[str, Embeddings]`): The embeddings `(B, D)` of each of [`views`]; under `"reference"` those of
+                [`reference`].
             scale (`torch.Tensor`): `exp(logit_scale)`, a scalar.
             batch ([`~batch.Batch`]): Its rows' numbers, and whether they are poisoned, where that is known.
 
@@ -100,6 +107,41 @@ class Defence(nn.Module):
             self.means.add(values, where)
 
     # ---- Optional ----
+
+    def attach(self, encoder: Any) -> None:
+        """Called once, with the dual encoder as a trainer was given it, on its device, if it is to be trained."""
+
+    def make_view(
+        self, name: str, images: torch.Tensor, augment: Callable[[torch.Tensor], torch.Tensor]
+    ) -> torch.Tensor | None:
+        """
+        A view that is not an augmentation, and through which gradients flow to what makes it.
+
+        Args:
+            name (`str`): Of [`views`].
+            images (`torch.Tensor` of shape `(B, 3, H, W)`): Floats in [0, 1], un-augmented.
+            augment (callable): The trainer's augmentation of images.
+
+        Returns:
+            `torch.Tensor`: As `images`; `None`: an augmentation, or the images as they are for `"original"`.
+        """
+        return None
+
+    def reference(self, encoder: Any, inputs: dict[str, torch.Tensor]) -> Embeddings | None:
+        """
+        Embeddings that those of the model are compared with, without gradient; of a defence with one view.
+
+        Args:
+            encoder: The dual encoder that is trained.
+            inputs (`dict[str, torch.Tensor]`): What it takes: the same augmented images and captions.
+
+        Returns:
+            [`~batch.Embeddings`]: `(B, D)` each; `None`: without.
+        """
+        return None
+
+    def after_backward(self) -> None:
+        """Called when the gradients of an optimizer step are there, before its update: for what learns beside it."""
 
     def begin_training(self, plan: Plan) -> None:
         """Called when training starts or goes on."""

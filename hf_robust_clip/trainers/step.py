@@ -14,6 +14,7 @@ from torch import nn
 from ..augment.images import to_float
 from ..batch import Batch, Embeddings, cut, encode_pairs, joined, rows_of, split_views
 from ..data.collator import ORIGINAL
+from ..defences.base import REFERENCE, Defence
 from ..seeding import derive_seed, forked_rng
 from ..wording import shown
 
@@ -25,7 +26,8 @@ class Step:
     What happens to a batch on the device.
 
     Args:
-        views (sequence of `str`): Of a batch of training.
+        views, text_views (sequences of `str`): Of a batch of training, and those of them with captions of their own.
+        defence ([`Defence`]): Which may make views and references.
         augmentation (callable, *optional*): Floats in [0, 1] `(B, 3, H, W)` to the same; of every view but
             `"original"`.
         normalization (`nn.Module`): The image processor's.
@@ -36,12 +38,15 @@ class Step:
     def __init__(
         self,
         views: Sequence[str],
+        text_views: Sequence[str],
+        defence: Defence,
         augmentation: Callable[[torch.Tensor], torch.Tensor] | None,
         normalization: nn.Module,
         device: torch.device,
         loss: Components,
     ) -> None:
-        self.views, self.augmentation, self.normalization = tuple(views), augmentation, normalization
+        self.views, self.text_views, self.defence = tuple(views), tuple(text_views), defence
+        self.augmentation, self.normalization = augmentation, normalization
         self.device, self.loss = device, loss
 
     def prepared(self, batch: Batch, training: bool) -> Batch:
@@ -50,21 +55,28 @@ class Step:
             inputs = self._stacked(batch.inputs, self.views if training else (ORIGINAL,))
         return replace(batch, inputs=inputs)
 
-    @torch.no_grad()
     def _stacked(self, inputs: dict[str, torch.Tensor], views: Sequence[str]) -> dict[str, torch.Tensor]:
         pixels = inputs["pixel_values"]
         if pixels.dtype != torch.uint8:
             return inputs
         rows, texts = pixels.shape[0], inputs["input_ids"].shape[0]
-        if texts != len(views) * rows:
+        text_views = self.text_views if tuple(views) == self.views else (ORIGINAL,)
+        if texts != len(text_views) * rows:
             raise ValueError(
-                f"data_collator returned {texts} texts for {rows} images, but this trainer has the views {views}: "
-                f"give it views={shown(views)}"
+                f"data_collator returned {texts} texts for {rows} images, but this trainer has captions in the views "
+                f"{text_views}: give it views={shown(text_views)}"
             )
-        images = to_float(pixels)
-        stacked = torch.cat([self.normalization(self.image_view(images, view)) for view in views])
-        return {**inputs, "pixel_values": stacked}
+        with torch.no_grad():
+            images = to_float(pixels)
+        made = [self.normalization(self._own_view(images, view)) for view in views]
+        return {**inputs, "pixel_values": torch.cat(made)}
 
+    def _own_view(self, images: torch.Tensor, view: str) -> torch.Tensor:
+        """The view that the defence makes, with its gradient; else that of [`image_view`]."""
+        own = self.defence.make_view(view, images, lambda images: self.image_view(images, view))
+        return self.image_view(images, view) if own is None else own
+
+    @torch.no_grad()
     def image_view(self, images: torch.Tensor, view: str) -> torch.Tensor:
         """A view of images, floats in [0, 1] `(B, 3, H, W)`."""
         if view == ORIGINAL or self.augmentation is None:
@@ -83,7 +95,16 @@ class Step:
         # DDP waits for a gradient of every parameter that the forward pass used: give a tower that a loss leaves out
         # one of zero. Embeddings are bounded, so zero times their sum is zero.
         unused = 0.0 * (embeddings.image_embeds.sum() + embeddings.text_embeds.sum()) + unused_of(encoder)
-        return self.loss(split_views(self.views, embeddings), scale_of(encoder), batch) + unused
+        views = split_views(self.views, self.text_views, embeddings)
+        reference = self.reference(encoder, batch.inputs)
+        if reference is not None:
+            views[REFERENCE] = reference
+        return self.loss(views, scale_of(encoder), batch) + unused
+
+    @torch.no_grad()
+    def reference(self, encoder: Any, inputs: dict[str, torch.Tensor]) -> Embeddings | None:
+        """What the defence compares the embeddings of prepared inputs with, where it does."""
+        return self.defence.reference(encoder, inputs)
 
     def chunked(
         self,
@@ -114,26 +135,36 @@ class Step:
         Returns:
             `torch.Tensor`: The loss, a scalar without gradient.
         """
-        views = len(self.views)
+        views = len(self.text_views)
         chunks = [
             _Chunk(number, Batch(inputs, derive_seed(batch.seed, place)))
             for number, batch in enumerate(batches)
             for place, inputs in enumerate(cut(batch.inputs, views, size))
         ]
 
-        def encoded(chunk: _Chunk) -> Embeddings:
+        references: list[Embeddings | None] = []
+
+        def encoded(chunk: _Chunk, first: bool = False) -> Embeddings:
             with forked_rng(chunk.batch.seed, self.device), autocast():
-                return encode_pairs(model, self._stacked(chunk.batch.inputs, self.views))
+                inputs = self._stacked(chunk.batch.inputs, self.views)
+                embeddings = encode_pairs(model, inputs)
+                if first:
+                    references.append(self.reference(encoder, inputs))
+                return embeddings
 
         with torch.no_grad():
-            found = [encoded(chunk) for chunk in chunks]
+            found = [encoded(chunk, first=True) for chunk in chunks]
         leaves = [[side.requires_grad_() for side in embeddings] for embeddings in found]  # (V*b, D)
         scale = scale_of(encoder).detach().requires_grad_()
         rows = sum(rows_of(batch.inputs, views) for batch in batches)
         with autocast():
             loss = torch.zeros((), device=scale.device)
             for group in _of_a_kind(batches, kind):
-                members = [sides for chunk, sides in zip(chunks, leaves, strict=True) if chunk.number in group]
+                members = [
+                    (sides, reference)
+                    for chunk, sides, reference in zip(chunks, leaves, references, strict=True)
+                    if chunk.number in group
+                ]
                 share = sum(rows_of(batches[number].inputs, views) for number in group) / rows
                 together = joined([batches[number] for number in group])
                 loss = loss + share * self.loss(self._views_of(members), scale, together)
@@ -152,12 +183,15 @@ class Step:
                 accelerator.backward(torch.stack([part.reshape(()) for part in parts]).sum())
         return loss.detach() / divisor
 
-    def _views_of(self, members: Sequence[Sequence[torch.Tensor]]) -> dict[str, Embeddings]:
+    def _views_of(self, members: Sequence[tuple[Sequence[torch.Tensor], Embeddings | None]]) -> dict[str, Embeddings]:
         """The embeddings of each view, from those of chunks that hold all views."""
-        chunks = [split_views(self.views, Embeddings(*sides)) for sides in members]
+        chunks = [split_views(self.views, self.text_views, Embeddings(*sides)) for sides, _ in members]
+        for views, (_, reference) in zip(chunks, members, strict=True):
+            if reference is not None:
+                views[REFERENCE] = reference
         return {
             view: Embeddings(*(torch.cat(side) for side in zip(*(chunk[view] for chunk in chunks), strict=True)))
-            for view in self.views
+            for view in chunks[0]
         }
 
 

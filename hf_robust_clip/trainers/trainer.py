@@ -211,7 +211,8 @@ class CLIPTrainer(Trainer):
         augments = self.image_augmentation is not None or text_augmentation is not None
         views = tuple(self.views or defence.views)
         self.views = ("augmented",) if views == (ORIGINAL,) and augments else views
-        collator = training_collator(data_collator, processing_class, encoder, args, self.views, text_augmentation)
+        text_views = tuple(defence.text_views or self.views)
+        collator = training_collator(data_collator, processing_class, encoder, args, text_views, text_augmentation)
         if peft_config is not None:
             encoder = add_adapters(encoder, peft_config, args.seed)
         check_adapters(encoder, args)
@@ -238,7 +239,8 @@ class CLIPTrainer(Trainer):
         device = self.args.device
         self.defence = defence.to(device)
         normalization = ImageNormalization(collator.preprocess.mean, collator.preprocess.std).to(device)
-        self.step = Step(self.views, self.image_augmentation, normalization, device, self._loss)
+        augmentation = self.image_augmentation
+        self.step = Step(self.views, text_views, self.defence, augmentation, normalization, device, self._loss)
         folder = Path(str(args.output_dir))
         finite = FiniteCheck(folder, args.process_index, device, lambda: self.unwrapped_model.named_parameters())
         self.watch = Watch(self.accelerator, finite if args.stop_on_non_finite else None)
@@ -268,12 +270,14 @@ class CLIPTrainer(Trainer):
                 on_train_begin=self.on_train_begin,
                 on_epoch_begin=self.on_epoch_begin,
                 on_step_begin=self.on_step_begin,
+                on_pre_optimizer_step=self.defence.after_backward,
                 on_optimizer_step=self.on_optimizer_step,
                 on_train_end=self.on_train_end,
             )
         )
         self.add_callback(RunLog())
         if train_dataset is not None:
+            self.defence.attach(self.unwrapped_model)
             self.check_batches(self.args.train_batch_size)
         if has_phases(self.defence) and self.lr_scheduler is not None:
             logger.warning(

@@ -217,7 +217,8 @@ def test_what_is_drawn_for_a_chunk_is_drawn_again_alike(tmp_path: Path, monkeypa
         members = []
         for place, inputs in enumerate(cut(batch.inputs, len(step.views), size)):
             with forked_rng(derive_seed(batch.seed, place), step.device):
-                members.append(split_views(step.views, encode_pairs(model, step._stacked(inputs, step.views))))
+                embeddings = encode_pairs(model, step._stacked(inputs, step.views))
+                members.append(split_views(step.views, step.views, embeddings))
         views = {
             view: Embeddings(*(torch.cat([chunk[view][side] for chunk in members]) for side in (0, 1)))
             for view in step.views
