@@ -230,7 +230,7 @@ class RunRecord(_Plain):
         course (`list` of [`Evaluation`]): The evaluators' metrics over training.
         log (`list` of [`Logged`]): The numbers that were logged, at most [`~describing.LOG_ENTRIES`] entries.
         details ([`Details`]): What a defence notes down.
-        method (`str`): The class of this package that the trainer is or derives from.
+        method (`str`): The trainer of the defence, or the class of a defence that does not ship.
         augmentation ([`Augmentation`], *optional*): What augmented images and captions.
         skipped ([`Skipped`], *optional*): Rows of the training data that were passed over.
     """

@@ -24,6 +24,7 @@ from mkdocs.structure.files import File
 
 import hf_robust_clip
 from hf_robust_clip.arguments import own_fields
+from hf_robust_clip.defences import LINES
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "hf_robust_clip"
@@ -73,7 +74,17 @@ def names_list(part: str) -> str:
     }
     if not modules:
         raise ValueError(f"no public name is defined in {part!r}")
-    return "\n".join(entry(module, definitions(PACKAGE / path_of(module))[name]) for name, module in modules.items())
+    return "\n".join(entry(*defined(name, module), name) for name, module in modules.items())
+
+
+def defined(name: str, module: str) -> tuple[str, Any]:
+    """The module that defines a public name, and the definition; of a trainer made for a defence, the defence's."""
+    found = definitions(PACKAGE / path_of(module))
+    if name not in found:
+        name = name.removesuffix("Trainer")
+        module = next(f"defences.{file}" for file, (cls, _) in LINES.items() if cls == name)
+        found = definitions(PACKAGE / path_of(module))
+    return module, found[name]
 
 
 def functions_list(module: str) -> str:
@@ -84,13 +95,13 @@ def functions_list(module: str) -> str:
     return "\n".join(entry(module, node) for node in found if not node.name.startswith("_"))
 
 
-def entry(module: str, node: Any) -> str:
-    """A definition: its name, linked to its line, and the first paragraph of its docstring."""
+def entry(module: str, node: Any, name: str = "") -> str:
+    """A definition: its name, or `name`, linked to its line, and the first paragraph of its docstring."""
     text = (ast.get_docstring(node) or "").partition("\n\n")[0]
     if not text:
         raise ValueError(f"{node.name} in {module} has no docstring")
     where = f"{source_page(PACKAGE / path_of(module))}#{node.name}"
-    return f"- [`{node.name}`]({where}): {prose(text).rstrip('.:')}."
+    return f"- [`{name or node.name}`]({where}): {prose(text).rstrip('.:')}."
 
 
 def arguments_table(name: str) -> str:

@@ -198,7 +198,7 @@ def test_links_of_the_readme_lead_somewhere(built: dict[Path, Links]) -> None:
 def test_reference_has_every_public_name(site: Path) -> None:
     reference = (site / "api.html").read_text()
     for name in set(hf_robust_clip.__all__) - {"__version__", "losses"}:  # the functions of a module are listed
-        assert re.search(rf'<a href="source/[\w/]+\.html#{name}"><code>{name}</code></a>: \S', reference), name
+        assert re.search(rf'<a href="source/[\w/]+\.html#\w+"><code>{name}</code></a>: \S', reference), name
 
 
 @pytest.mark.parametrize(

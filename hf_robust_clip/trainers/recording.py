@@ -132,8 +132,9 @@ def _saved_weights(
 
 def _numbers(entry: Mapping[str, Any]) -> dict[str, float]:
     """What of a log can be drawn: a callback may log anything."""
-    numbers = {name: value for name, value in entry.items() if isinstance(value, Real) and not isinstance(value, bool)}
-    return {name: float(value) for name, value in numbers.items()}
+    return {
+        name: float(value) for name, value in entry.items() if isinstance(value, Real) and not isinstance(value, bool)
+    }
 
 
 def _figures(entry: Mapping[str, float | None]) -> dict[str, float | None]:
@@ -164,7 +165,7 @@ def _describe_augmentation(augmentation: Any) -> str | None:
     """One of ours with its settings, any other by its name."""
     if augmentation is None:
         return None
-    if _is_ours(type(augmentation)):
+    if type(augmentation).__module__.startswith("hf_robust_clip."):
         return repr(augmentation)
     return getattr(augmentation, "__name__", type(augmentation).__name__)
 
@@ -172,12 +173,8 @@ def _describe_augmentation(augmentation: Any) -> str | None:
 def _method(defence: type[Defence]) -> str:
     """The trainer of a defence that ships, or of one that derives from it; of another, the name of its class."""
     ours = [cls.__name__ for cls in defence.__mro__ if defence_named(cls.__name__) is cls]
-    # What derives from plain CLIP has a loss of its own.
+    # What derives from CLIP has a loss of its own.
     return f"{ours[0]}Trainer" if ours and (defence is CLIP or ours[0] != "CLIP") else defence.__name__
-
-
-def _is_ours(cls: type[Any]) -> bool:
-    return cls.__module__.partition(".")[0] == __package__.partition(".")[0]
 
 
 def _describe_adapter(config: Any) -> dict[str, Any]:

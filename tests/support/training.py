@@ -74,7 +74,7 @@ def make_trainer(cls: type[CLIPTrainer], output_dir: Path, rows: int = 64, **ove
         "disable_tqdm": True,
         "use_cpu": True,
         "seed": 0,
-        **SHORT[family],
+        **SHORT.get(family, {}),
     }
     arguments.update(overrides)
     given.setdefault("model", small_model())
