@@ -36,7 +36,14 @@ def nearest_slots(
     slots = best = None
     for begin, end in ((oldest, len(features)), (0, oldest)):  # from the oldest to the newest
         for first in range(begin, end, chunk_size):
-            peaks, entries = _largest(queries, features[first : min(first + chunk_size, end)].to(dtype))
+            chunk = features[first : min(first + chunk_size, end)].to(dtype)
+            # Autocast leaves a product alone that has an `out`.
+            products = torch.mm(queries, chunk.T, out=queries.new_empty(len(queries), len(chunk)))
+            entries = _first_largest(products)
+            if len(chunk) == len(features):
+                return entries
+            peaks = products.gather(1, entries[:, None])[:, 0]
+            del products  # before the next are made
             entries += first
             if slots is not None and best is not None:
                 entries = torch.where(peaks > best, entries, slots)
@@ -46,13 +53,11 @@ def nearest_slots(
     return slots
 
 
-def _largest(queries: torch.Tensor, chunk: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The largest product of each query with the rows of a chunk, and the first row that has it, `(B,)` both."""
-    products = queries @ chunk.T  # (B, chunk)
+def _first_largest(products: torch.Tensor) -> torch.Tensor:
+    """The column of the largest entry of each row; of equal ones the first."""
     if products.device.type != "cpu":
-        return products.max(dim=1)
-    rows = torch.from_numpy(products.numpy().argmax(axis=1))  # in a tenth of the time of torch's
-    return products.gather(1, rows[:, None])[:, 0], rows
+        return products.argmax(dim=1)
+    return torch.from_numpy(products.numpy().argmax(axis=1))  # in a tenth of the time of torch's
 
 
 @contextmanager

@@ -132,7 +132,6 @@ class FeaturePool(nn.Module):
         self.keys.fill_(-1)
         self._cursor, self._fill, self._calls = 0, 0, 0
 
-    @torch.no_grad()
     def nearest(self, queries: torch.Tensor) -> torch.Tensor:
         """
         The stored feature with the largest inner product with each query.
@@ -159,8 +158,8 @@ class FeaturePool(nn.Module):
         self._check(queries, "queries")
         if self._fill == 0:
             raise ValueError("the pool is empty: enqueue features before looking any up")
-        with torch.autocast(queries.device.type, enabled=False), full_precision_products():
-            return nearest_slots(self.features[: self._fill], self._oldest, queries.detach(), self.chunk_size)
+        with full_precision_products():
+            return nearest_slots(self.features[: self._fill], self._oldest, queries, self.chunk_size)
 
     def extra_repr(self) -> str:
         return f"size={self.size}, dim={self.dim}, dtype={self.features.dtype}, filled={self._fill}"

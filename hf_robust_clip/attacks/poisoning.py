@@ -23,13 +23,12 @@ from .rows import (
     build_rows,
     captions_fingerprint,
     decode,
-    prepare,
+    encoded_target,
     read_captions,
     read_images,
     rows_labelled,
     rows_marked,
     stored_rows,
-    to_png,
     triggered_png,
 )
 from .spec import VERSION, PoisonSpec, check_specs
@@ -170,7 +169,7 @@ def _plan(
     templates = manifest["templates"]
     image, written = None, None
     if spec.mode == "targeted":
-        image = to_png(prepare(_target_image(dataset, spec, image_column), spec.image_size))
+        image = encoded_target(_target_image(dataset, spec, image_column), spec.image_size)
         indices = np.arange(length, length + count)
         eligible = len(templates) if templates else 0
         if not templates:
@@ -209,7 +208,7 @@ def _plan(
         "columns": {"image": image_column, "caption": caption_column, "label": label_column},
         "fingerprint": captions_fingerprint(captions),
         "source_index": spec.source_index,
-        "image": None if image is None else base64.b64encode(image).decode(),
+        "image": image,
     }
 
 

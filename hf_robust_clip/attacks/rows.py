@@ -6,6 +6,7 @@ For [`poison_dataset`] and [`poison_stream`].
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -142,6 +143,11 @@ def prepare(image: Image.Image, size: int | None) -> Image.Image:
     image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
+
+
+def encoded_target(image: Image.Image, size: int | None) -> str:
+    """What a manifest holds of the image of targeted mode: a PNG file in base64, prepared as by [`prepare`]."""
+    return base64.b64encode(to_png(prepare(image, size))).decode()
 
 
 def to_png(image: Image.Image) -> bytes:

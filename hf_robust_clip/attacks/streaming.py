@@ -24,14 +24,7 @@ from ..imaging import decode_image
 from ..kinds import wrong_dataset
 from ..wording import listed, shown
 from .manifests import check_stream_part
-from .rows import (
-    caption_array,
-    decode,
-    labelling,
-    prepare,
-    to_png,
-    triggered_png,
-)
+from .rows import caption_array, decode, encoded_target, labelling, triggered_png
 from .spec import VERSION, PoisonSpec, check_specs
 from .text_triggers import WordTrigger
 from .triggers import Trigger, trigger_from_dict
@@ -122,8 +115,7 @@ def _plan(spec: PoisonSpec, columns: Mapping[str, str | None]) -> dict[str, Any]
         )
     image = None
     if spec.mode == "targeted":
-        png = to_png(prepare(decode(spec.target_image), spec.image_size))
-        image = base64.b64encode(png).decode()
+        image = encoded_target(decode(spec.target_image), spec.image_size)
     return {**spec.to_dict(), "stream": True, "rate": spec.rate, "columns": dict(columns), "image": image}
 
 

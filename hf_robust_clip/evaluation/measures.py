@@ -23,6 +23,10 @@ class Proportion(NamedTuple):
     low: float
     high: float
 
+    def under(self, name: str) -> dict[str, float]:
+        """The share under a name, and its bounds under that name with `_low` and `_high`."""
+        return {name: self.rate, f"{name}_low": self.low, f"{name}_high": self.high}
+
 
 class SplitQuality(NamedTuple):
     """

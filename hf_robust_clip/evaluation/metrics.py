@@ -90,12 +90,7 @@ class PoisonSuccessMetric(_OfflineMetric):
     """
 
     def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
-        success = measures.poison_success(predictions, references)
-        return {
-            "poison_success_rate": success.rate,
-            "poison_success_rate_low": success.low,
-            "poison_success_rate_high": success.high,
-        }
+        return measures.poison_success(predictions, references).under("poison_success_rate")
 
 
 class SplitQualityMetric(_OfflineMetric):

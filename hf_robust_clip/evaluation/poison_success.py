@@ -68,9 +68,5 @@ class PoisonSuccessEvaluator(Evaluator):
     def measure(self, embedder: Embedder) -> dict[str, float]:
         images = embedder.embed_images(self.dataset, self.image_column)
         classes = class_embeddings(embedder, self.class_names, self.templates)
-        success = poison_success((images @ classes.T).argmax(dim=1).numpy(), self.adversarial)
-        return {
-            "poison_success_rate": success.rate,
-            "poison_success_rate_low": success.low,
-            "poison_success_rate_high": success.high,
-        }
+        predictions = (images @ classes.T).argmax(dim=1).numpy()
+        return poison_success(predictions, self.adversarial).under("poison_success_rate")
