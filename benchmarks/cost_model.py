@@ -144,7 +144,7 @@ def look_up_seconds(training: Training, machine: Machine) -> float:
 
 
 def pool_bytes(pairs: int, dim: int, itemsize: int = 4) -> int:
-    """Of both pools, on every process: features, and 20 bytes an entry beside them."""
+    """Of both pools, on every process: features, and 20 bytes an entry in addition."""
     return 2 * pairs * (dim * itemsize + 20)
 
 

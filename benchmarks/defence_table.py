@@ -6,7 +6,7 @@ The table of defences: every row of a study under every attack and seed, with it
 
 First each row's learning rate is searched, on an attack and seeds that the table does not report; then the table's
 cells run. Each is saved as it finishes in `benchmarks/results/defences/STUDY.json`; started again, the command goes on
-where it was interrupted. At the end it writes the table beside that file, as Markdown and as a picture, and with
+where it was interrupted. At the end it writes the table next to that file, as Markdown and as a picture, and with
 `--docs` in short into docs/results.md, and with all studies' tables into README.md.
 
 The search takes, of a row's rates, the one with the largest clean accuracy less attack success; for the undefended

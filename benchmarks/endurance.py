@@ -35,7 +35,7 @@ from hf_robust_clip.data.digits import digit_processor, load_digit_pairs
 from hf_robust_clip.data.scratch import build_model
 
 BATCH, ROWS = 8, 800
-#: What the trainers are given beside what all of them are.
+#: What the trainers are given in addition to what all of them are.
 GIVEN: dict[str, dict[str, Any]] = {
     "clip": {"image_preset": "weak"},
     "cleanclip": {},

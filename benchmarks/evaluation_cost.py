@@ -1,11 +1,11 @@
 """
-What zero-shot accuracy and attack success of a set of stored photos cost together: beside the two encoding passes that
-they need, over clean and over triggered images, taking turns within one process.
+What zero-shot accuracy and attack success of a set of stored photos cost together, against the two encoding passes
+that they need, over clean and over triggered images, taking turns within one process.
 
     python benchmarks/evaluation_cost.py [--images 10000] [--json FILE]
 
-Only ratios mean anything across machines. `bare_passes` is the least that both figures take: the model's
-`get_image_features` twice over pixels that are decoded and normalised beforehand. `decoding_passes` decodes and
+Only ratios mean anything across machines. `bare_passes` is the least that both metrics take: the model's
+`get_image_features` twice over pixels that are decoded and normalized beforehand. `decoding_passes` decodes and
 preprocesses the images in each of the two passes, one batch after the other. Each round times all three, in
 alternating order, and gives one ratio; the ratios reported are the medians over rounds. It takes about four minutes on
 one core.

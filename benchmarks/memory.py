@@ -30,7 +30,7 @@ from transformers import PrinterCallback, TrainerCallback
 
 from hf_robust_clip.data.scratch import build_model, build_processor
 
-#: What the trainers are given beside what all of them are.
+#: What the trainers are given in addition to what all of them are.
 GIVEN: dict[str, dict[str, Any]] = {
     "clip": {"image_preset": "weak"},
     "cleanclip": {},

@@ -1,5 +1,5 @@
 """
-What an exact look-up in a `FeaturePool` costs: beside the bare float32 matrix product of the queries with the whole
+What an exact look-up in a `FeaturePool` costs, against the bare float32 matrix product of the queries with the whole
 pool, which is the least that an exact search does, taking turns within one process.
 
     python benchmarks/pool_lookup.py [--json FILE]

@@ -10,7 +10,7 @@ timers cost is in `ratios`. On a GPU every timer waits for the device.
 
 The floor is FLOP counted over the same step, at the rate of a large float32 matrix product measured in the same run,
 and the bytes of clipping and optimizer at the rate of a large copy. Nothing else that a step does is in the floor: the
-data, activations, normalisation, softmax, and products too small to reach that rate. What share of its operators' time
+data, activations, normalization, softmax, and products too small to reach that rate. What share of its operators' time
 products take, forward and backward, is read from PyTorch's profiler in steps of its own.
 """
 

@@ -1,5 +1,5 @@
 """
-SafeCLIP's scoring pass: pairs a second beside a bare encoding of the same pairs, with the loader and without it, and
+SafeCLIP's scoring pass: pairs a second against a bare encoding of the same pairs, with the loader and without it, and
 its memory by rows.
 
     python benchmarks/scoring_pass.py [--json FILE]

@@ -85,7 +85,7 @@ def fitted(mixture: SimilarityMixture) -> Iterator[None]:
 
 
 def split_anew(history: SplitHistory, epoch: int, scores: PairScores) -> dict[str, float]:
-    """What a split takes, beside the scores that it is given."""
+    """What a split takes, in addition to the scores that it is given."""
     return measured(lambda: history.add(epoch, scores, 0.9, 0.01, 0.85, seed=0))[0]
 
 

@@ -1,7 +1,7 @@
 """
 What a training step costs: a bare PyTorch loop, the stock `Trainer` and the trainers of this package, on the same raw
 rows and the same model, taking turns within one process. RoCLIP runs once with steps that all match, in pools of
-21,845 pairs, and once with steps that never do; SafeCLIP's scoring pass runs beside its training.
+21,845 pairs, and once with steps that never do; SafeCLIP's scoring pass runs next to its training.
 
     python benchmarks/step_cost.py [--json FILE]
 

@@ -6,7 +6,7 @@ The pairs that have fitted worst so far are left out of each batch. How well a p
 Later visits count more. This average is the defence's memory: a buffer, which checkpoints save and restore.
 
 It shows what a defence consists of. Do not rely on it: a backdoor that is learned faster than the clean pairs soon
-fits better than they do. The end of the file trains it on a planted backdoor, beside augmentation alone, its control.
+fits better than they do. The end of the file trains it on a planted backdoor, next to augmentation alone, its control.
 Put in your own names and numbers.
 """
 

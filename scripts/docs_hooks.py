@@ -29,7 +29,7 @@ from hf_robust_clip.defences import LINES
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "hf_robust_clip"
 RESULTS = ROOT / "benchmarks" / "results"
-#: Modules that the reference lists beside the public names.
+#: Modules that the reference lists in addition to the public names.
 MODULES = ("losses", "data.loading", "evaluation.metrics", "record")
 #: Longer than any fence within a source.
 _FENCE = "`" * 6

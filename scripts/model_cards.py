@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def write(folder: Path) -> None:
-    """Write the cards and their pictures beside the records in a folder."""
+    """Write the cards and their pictures next to the records in a folder."""
     for name in CARDS:
         picture = draw_picture(load(name, folder))
         assert picture is not None  # every run here is measured after each epoch

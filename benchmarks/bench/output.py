@@ -20,7 +20,7 @@ def write_result(path: Path | None, content: Mapping[str, Any], packages: Sequen
     Args:
         path (`Path`, *optional*): Of the file. Its folder is made.
         content (mapping): The figures, and `device` where it is not the one that torch would take.
-        packages (sequence of `str`): Those that the figures depend on, beside this one.
+        packages (sequence of `str`): Those that the measurements depend on, in addition to this one.
     """
     if path is None:
         return

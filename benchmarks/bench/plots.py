@@ -12,7 +12,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-COLOURS = ("#2b6cb0", "#c05621", "#2f855a", "#6b46c1", "#b83280")
+COLORS = ("#2b6cb0", "#c05621", "#2f855a", "#6b46c1", "#b83280")
 
 
 def plot_figures(variants: Sequence[Mapping[str, Any]], title: str, axis: str, logarithmic: bool, path: Path) -> None:
@@ -77,12 +77,12 @@ def plot_table(
         for place, row in enumerate(titles):
             if (attack, row) not in figures:
                 continue
-            for number, (values, colour, label) in enumerate(
-                zip(figures[attack, row], COLOURS, (accuracy, "attack success"), strict=False)
+            for number, (values, color, label) in enumerate(
+                zip(figures[attack, row], COLORS, (accuracy, "attack success"), strict=False)
             ):
                 height = place - 0.2 + 0.4 * number
                 panel.barh(
-                    height, statistics.mean(values), height=0.36, color=colour, label=label if place == 0 else None
+                    height, statistics.mean(values), height=0.36, color=color, label=label if place == 0 else None
                 )
                 panel.plot(values, [height] * len(values), ".", color="black", markersize=4)
         panel.set_title(attack, fontsize=10)
@@ -113,12 +113,12 @@ def plot_courses(variants: Sequence[Mapping[str, Any]], title: str, path: Path) 
     )
     for panel, variant in zip(panels, variants, strict=True):
         epochs = [record["epoch"] for record in variant["course"]]
-        for kind, colour in (("clean", COLOURS[0]), ("poisoned", COLOURS[1])):
+        for kind, color in (("clean", COLORS[0]), ("poisoned", COLORS[1])):
             mean, low, high = (
                 [record[f"{kind}_similarity{name}"] for record in variant["course"]] for name in ("", "_q05", "_q95")
             )
-            panel.plot(epochs, mean, color=colour, label=f"{kind} pairs")
-            panel.fill_between(epochs, low, high, color=colour, alpha=0.15, linewidth=0)
+            panel.plot(epochs, mean, color=color, label=f"{kind} pairs")
+            panel.fill_between(epochs, low, high, color=color, alpha=0.15, linewidth=0)
         panel.set_title(variant["label"], fontsize=10)
         panel.set_xlabel("epoch")
         panel.grid(alpha=0.3)
@@ -131,23 +131,23 @@ def plot_courses(variants: Sequence[Mapping[str, Any]], title: str, path: Path) 
 
 def _lines(panel: Any, variants: Sequence[Mapping[str, Any]], placed: Sequence[Mapping[str, Any]], name: str) -> None:
     lines = list(dict.fromkeys(variant["line"] for variant in variants))
-    for line, colour in zip(lines, COLOURS, strict=False):
+    for line, color in zip(lines, COLORS, strict=False):
         members = [variant for variant in placed if variant["line"] == line]
         if members:
             panel.plot(
-                [v["x"] for v in members], [statistics.mean(v[name]) for v in members], "o-", color=colour, label=line
+                [v["x"] for v in members], [statistics.mean(v[name]) for v in members], "o-", color=color, label=line
             )
             for member in members:
-                panel.plot([member["x"]] * len(member[name]), member[name], ".", color=colour, alpha=0.5)
+                panel.plot([member["x"]] * len(member[name]), member[name], ".", color=color, alpha=0.5)
         for variant in variants:
             if variant["line"] == line and variant["x"] is None:
-                panel.axhline(statistics.mean(variant[name]), color=colour, linestyle="--", label=variant["label"])
+                panel.axhline(statistics.mean(variant[name]), color=color, linestyle="--", label=variant["label"])
     panel.legend(fontsize=8)
 
 
 def _bars(panel: Any, variants: Sequence[Mapping[str, Any]], name: str) -> None:
     places = range(len(variants))
-    panel.barh(places, [statistics.mean(variant[name]) for variant in variants], color=COLOURS[0])
+    panel.barh(places, [statistics.mean(variant[name]) for variant in variants], color=COLORS[0])
     for place, variant in zip(places, variants, strict=True):
         panel.plot(variant[name], [place] * len(variant[name]), ".", color="black")
     panel.set_yticks(places, [variant["label"] for variant in variants], fontsize=8)

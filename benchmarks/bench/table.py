@@ -11,7 +11,7 @@ from typing import Any
 
 from .study import ROWS
 
-#: Figures of the papers and of others, on their data and models: beside ours, never among them.
+#: Metrics of the papers and of others, on their data and models: next to ours, never among them.
 PUBLISHED = Path(__file__).parents[1] / "published.json"
 #: Below this success an attack did not take.
 TOOK = 0.5
