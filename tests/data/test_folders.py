@@ -287,7 +287,7 @@ def test_a_pointer_of_git_lfs_is_called_that(name: str, tmp_path: Path, pairs: d
     if name.endswith(".arrow"):
         pairs.select([0]).save_to_disk(tmp_path)
     put(tmp_path / name, POINTER)
-    with pytest.raises(ValueError, match=rf"{name} is a Git LFS pointer, .*git lfs pull"):
+    with pytest.raises(ValueError, match=rf"{name} is a pointer of Git LFS .*git lfs pull"):
         load_pairs(str(tmp_path))
 
 
@@ -295,7 +295,7 @@ def test_images_that_are_pointers_are_told(tmp_path: Path) -> None:
     put(tmp_path / "0.png", POINTER)
     table = put(tmp_path / "t.csv", "image,caption\n0.png,a\n")
     for source in (tmp_path, table):
-        with pytest.raises(ValueError, match=r"0.png is a Git LFS pointer"):
+        with pytest.raises(ValueError, match=r"0.png is a pointer of Git LFS"):
             load_pairs(str(source))
 
 
