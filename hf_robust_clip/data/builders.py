@@ -124,7 +124,8 @@ class _Tables(datasets.ArrowBasedBuilder):
                         f"{shortened(file, 200)} has the columns {listed(table.column_names)}, and the first table "
                         f"has {listed(features)}; accepted are tables of the same columns"
                     )
-                yield Key(number, batch), table_cast(table.select(list(features)), features.arrow_schema)
+                if len(table):  # `datasets` casts no column without chunks
+                    yield Key(number, batch), table_cast(table.select(list(features)), features.arrow_schema)
 
     def _read(self, file: str, features: datasets.Features | None, split: str | None = None) -> Iterator[pa.Table]:
         config = self.config
