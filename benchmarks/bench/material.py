@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from datasets import ClassLabel, Dataset
 
+from hf_robust_clip.cli.rows import CLEAN_SEED_OFFSET
 from hf_robust_clip.data import digits
 from hf_robust_clip.data.loading import label_by_captions, load_pairs
 from hf_robust_clip.data.scratch import build_model, build_processor
@@ -20,8 +21,6 @@ from hf_robust_clip.seeding import derive_seed
 
 from .study import DIGITS, Study
 
-#: The clean digits are rendered under another seed than the poisoned ones: new places, noise and captions.
-CLEAN_SEED_OFFSET = 1000
 #: The cells of a seed share their digits.
 _digits = lru_cache(maxsize=8)(digits.load_digit_pairs)
 

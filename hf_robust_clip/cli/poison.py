@@ -19,16 +19,7 @@ from .flags import (
     parse_trigger,
     spelled,
 )
-from .output import (
-    UsageError,
-    check_apart,
-    check_output_dir,
-    prepare_output_dir,
-    say,
-    usage_errors,
-    with_folder,
-    write_json,
-)
+from .output import UsageError, check_apart, output_folder, say, usage_errors, write_json
 
 MODES = ("backdoor", "label_consistent", "targeted", "text_query")
 MANIFEST, DATA = "poison_manifest.json", Path("data", "train.parquet")
@@ -84,11 +75,9 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         say(args.parser.dump(args).rstrip())
         return 0
-    written: Any = {"files": (MANIFEST, str(DATA)), "folders": (DATA.parent.name,)}
-    check_output_dir(args.output_dir, **written)
-    with with_folder(args.output_dir, sole_writer(args.output_dir, "--output-dir", "a poisoning")):
+    lock = sole_writer(args.output_dir, "--output-dir", "a poisoning")
+    with output_folder(args.output_dir, lock, files=(MANIFEST, str(DATA)), folders=(DATA.parent.name,)):
         _check_folder(args)
-        prepare_output_dir(args.output_dir, **written)
         # What follows imports torch and datasets, which takes seconds.
         from .progress import quiet_libraries
 
