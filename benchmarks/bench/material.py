@@ -55,7 +55,7 @@ def load_material(study: Study, data: Path | None, seed: int) -> Material:
     The study's datasets. Photos are the same under every seed; digits are rendered, and captions drawn, under it.
 
     Raises:
-        `ValueError`: If the study needs files and `data` is no folder that has them.
+        `ValueError`: If the study needs files and `data` is not a folder that has them.
     """
     if study.source == DIGITS:
         pairs = _digits("train", study.renderings, seed)

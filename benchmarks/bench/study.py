@@ -144,7 +144,7 @@ def load_study(name: str) -> Study:
         name (`str`): One of `benchmarks/studies`, without its ending, or the path of a YAML file.
 
     Raises:
-        `ValueError`: If there is no such file, or it holds what is no field of a study.
+        `ValueError`: If there is no such file, or it holds what is not a field of a study.
     """
     path = Path(name) if Path(name).suffix in (".yaml", ".yml") else STUDIES / f"{name}.yaml"
     if not path.is_file():

@@ -18,6 +18,7 @@ from .flags import (
     check_whole,
     parse_trigger,
     spelled,
+    value_of,
 )
 from .output import UsageError, check_apart, output_folder, say, usage_errors, write_json
 
@@ -141,7 +142,7 @@ def _check(args: argparse.Namespace) -> None:
     if args.rate is not None and not 0 < args.rate <= 1:
         raise UsageError(f"--rate: {args.rate} is not a share; accepted is a number above 0 and at most 1")
     for flag, least in (("--count", 1), ("--image-size", 1), ("--seed", 0), ("--source-index", 0)):
-        check_whole(flag, getattr(args, flag[2:].replace("-", "_")), least)
+        check_whole(flag, value_of(args, flag), least)
     if (args.trigger is None) != (args.mode == "targeted"):
         needs = "takes no --trigger" if args.mode == "targeted" else "needs a --trigger"
         raise UsageError(f"--mode {args.mode} {needs}")
