@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from logging import LogRecord
 from typing import TYPE_CHECKING, Any
 
@@ -168,17 +169,21 @@ def follow(
 
 
 @contextmanager
-def quiet_trainers() -> Iterator[None]:
-    """Leave to the figures what the trainers warn of: that matching collapsed, that a split separates nothing."""
-    with _quiet("hf_robust_clip.trainers"), _quiet("hf_robust_clip.defences"):
+def _quiet(*parts: str) -> Iterator[None]:
+    loggers = {logger: logger.level for logger in (logging.get_logger(f"hf_robust_clip.{part}") for part in parts)}
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
         yield
+    finally:
+        for logger, level in loggers.items():
+            logger.setLevel(level)
 
 
-@contextmanager
-def quiet_cards() -> Iterator[None]:
-    """Leave to the command what the cards warn of: that a README.md stays as it is."""
-    with _quiet("hf_robust_clip.telling"):
-        yield
+#: Leaves to the figures what trainers and defences warn of: that matching collapsed, that a split separates nothing.
+quiet_trainers = partial(_quiet, "trainers", "defences")
+#: Leaves to the command what the cards warn of: that a README.md stays as it is.
+quiet_cards = partial(_quiet, "telling")
 
 
 @contextmanager
@@ -212,14 +217,3 @@ def quiet_libraries() -> Iterator[None]:
 def _keep(record: LogRecord) -> bool:
     """Whether a message of transformers tells more than this package, which checks weights and tokens itself."""
     return not any(words in record.getMessage() for words in _KNOWN)
-
-
-@contextmanager
-def _quiet(name: str) -> Iterator[None]:
-    logger = logging.get_logger(name)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
