@@ -34,7 +34,7 @@ from .demo_recipe import (
     title_of,
 )
 from .output import format_table, say, write_json
-from .progress import follow, quiet_trainers
+from .progress import progress_callback, quiet_trainers
 from .rows import CLEAN_SEED_OFFSET, row_arguments, row_augmentation, row_trainer
 
 SHARES = ("clean_accuracy", "attack_success_rate", "triggered_accuracy")
@@ -201,7 +201,8 @@ def make_trainer(name: str, recipe: Recipe, folder: Path, seed: int, **parts: An
         **parts,
     )
     # What the steps print tells enough, unless one takes minutes.
-    follow(trainer, {"eval_clean_accuracy": "clean", "eval_attack_success_rate": "ASR"}, indent="  ", brief=True)
+    shown = {"eval_clean_accuracy": "clean", "eval_attack_success_rate": "ASR"}
+    trainer.add_callback(progress_callback(trainer.recent_loss, shown, indent="  ", brief=True))
     return trainer
 
 

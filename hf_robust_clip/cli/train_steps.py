@@ -24,7 +24,7 @@ from ..wording import listed, shown
 from .info import DEPENDENCIES
 from .measuring import load_data, load_labelled, load_model, make_evaluators
 from .output import UsageError, format_table, output_folder, say, usage_errors, write_json
-from .progress import OnFirstStep, follow
+from .progress import OnFirstStep, progress_callback
 from .train_flags import check_train, training_arguments
 
 RESULTS = "results.json"
@@ -199,7 +199,8 @@ def _make_trainer(args: argparse.Namespace, arguments: CLIPTrainingArguments, re
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     if arguments.process_index == 0:
-        follow(trainer, _followed(evaluators), bar=not args.disable_tqdm)
+        metrics = _followed(evaluators)
+        trainer.add_callback(progress_callback(trainer.recent_loss, metrics, bar=not args.disable_tqdm))
     return trainer
 
 
