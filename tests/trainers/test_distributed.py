@@ -51,6 +51,7 @@ from hf_robust_clip.losses import (
     MATCHINGS,
     cleanclip_loss,
     clip_loss,
+    par_loss,
     roclip_loss,
     safeclip_cross_loss,
     safeclip_unimodal_loss,
@@ -110,6 +111,8 @@ def losses_of(embeds: list[torch.Tensor], scale: torch.Tensor, pools: list[torch
     first, second = embeds[:2], embeds[2:]
     terms = {
         "cleanclip": cleanclip_loss(*first, *second, scale, gather=True),
+        # All images together are above the threshold; those of the first rank alone are below.
+        "par": par_loss(*first, *second, scale, threshold=2.15, gather=True),
         "roclip_cross": roclip_loss(*first, scale, *pools, matching="cross", gather=True),
         "roclip_image_to_text": roclip_loss(*first, scale, *pools, matching="image_to_text", gather=True),
         "roclip_unimodal": roclip_loss(*first, scale, *pools, matching="unimodal", gather=True),
