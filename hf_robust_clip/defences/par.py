@@ -109,10 +109,10 @@ class PAR(Defence):
         kind="fine-tuning",
         limits=(
             "It needs pairs that are clean, or synthetic: what poisons that are left among them do was not measured.",
-            "It leaves something of large and of written triggers: on a ViT-B/32 the attack success of triangles went "
-            "from 91.4% to 15.9%, that of text from 62.9% to 37.3% (arXiv 2412.00727).",
-            "It does not stop BadCLIP, whose trigger is optimized: 40.1% attack success became 30.4% on a ResNet-50 "
-            "(arXiv 2412.00727).",
+            "It leaves something of large and of written triggers: on a ViT-B/32 triangles kept 15.9% attack success, "
+            "and text 37.3%; after CleanCLIP it was 91.4% and 62.9% (arXiv 2412.00727).",
+            "It does not stop BadCLIP, whose trigger is optimized: of a ResNet-50 it kept 30.4% attack success; after "
+            "CleanCLIP it was 40.1% (arXiv 2412.00727).",
             "Its learning rate and its threshold decide what is removed, and what accuracy that costs.",
             "It was not made against words in captions as triggers; no defence in hf_robust_clip was.",
             ANYTHING,
