@@ -74,6 +74,7 @@ if TYPE_CHECKING:
     from .data.preparing import prepare_dataset as prepare_dataset
     from .defences.base import Defence as Defence
     from .defences.cleanclip import CleanCLIPTrainingArguments as CleanCLIPTrainingArguments
+    from .defences.par import PARTrainingArguments as PARTrainingArguments
     from .defences.roclip import RoCLIPTrainingArguments as RoCLIPTrainingArguments
     from .defences.safeclip import SafeCLIPTrainingArguments as SafeCLIPTrainingArguments
     from .evaluation.attack_success import AttackSuccessEvaluator as AttackSuccessEvaluator
@@ -87,6 +88,7 @@ if TYPE_CHECKING:
     from .pool import FeaturePool as FeaturePool
     from .trainers.checkpoints import newest_checkpoint as newest_checkpoint
     from .trainers.defended import CleanCLIPTrainer as CleanCLIPTrainer
+    from .trainers.defended import PARTrainer as PARTrainer
     from .trainers.defended import RoCLIPTrainer as RoCLIPTrainer
     from .trainers.defended import SafeCLIPTrainer as SafeCLIPTrainer
     from .trainers.trainer import CLIPTrainer as CLIPTrainer

@@ -37,7 +37,7 @@ class CLIPTrainingArguments(TrainingArguments):
         caption_column (`str`, defaults to `"caption"`): Column with the caption, or a list of them to draw from.
         max_length (`int`, *optional*): Longest caption in tokens. `None`: what the model's text tower takes.
         image_preset (`str`, defaults to `"identity"`): Augmentation of images: `"identity"`, `"weak"`,
-            `"cleanclip"`, `"strong"` or `"autoaugment"`. The trainer's `image_augmentation` goes before it.
+            `"cleanclip"`, `"strong"`, `"autoaugment"` or `"par"`. The trainer's `image_augmentation` goes before it.
         text_preset (`str`, defaults to `"identity"`): Augmentation of captions: `"identity"`, `"light"` or `"eda"`.
             The trainer's `text_augmentation` goes before it.
         gather_across_devices (`bool`, defaults to `True`): Whether the rows of all processes are negatives.

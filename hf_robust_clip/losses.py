@@ -1,5 +1,5 @@
 """
-The losses of CLIP and of the three defences, as pure functions of embeddings.
+The losses of CLIP and of the defences, as pure functions of embeddings.
 
 Every function takes L2-normalised embeddings `(B, D)` whose rows with the same index belong together, and the
 multiplicative `scale`, `exp(model.logit_scale)`, a scalar tensor or float. Those of the defences return a dictionary
@@ -157,6 +157,67 @@ def cleanclip_loss(
         "unimodal_image_loss": 0.5 * unimodal_weight * info_nce(image_embeds, image_embeds_2, scale, gather=gather),
         "unimodal_text_loss": 0.5 * unimodal_weight * info_nce(text_embeds, text_embeds_2, scale, gather=gather),
     }
+
+
+def par_loss(
+    image_embeds: torch.Tensor,
+    text_embeds: torch.Tensor,
+    image_reference: torch.Tensor,
+    text_reference: torch.Tensor,
+    scale: torch.Tensor | float,
+    threshold: float = 2.15,
+    gather: bool = False,
+) -> dict[str, torch.Tensor]:
+    """
+    PAR, Perturb and Recover (Singh, Croce, Hein, arXiv 2412.00727): the CLIP loss, less half the mean squared distance
+    of each modality's embeddings from those of the suspect model, until it is above the threshold.
+
+    As in the released code, embeddings of any length are normalised first: their gradients are along the sphere.
+
+    Args:
+        image_embeds, text_embeds (`torch.Tensor` of shape `(B, D)`): Of the model.
+        image_reference, text_reference (`torch.Tensor` of shape `(B, D)`): Of the same inputs under the suspect model,
+            without gradient.
+        scale (`torch.Tensor` or `float`): `exp(model.logit_scale)`.
+        threshold (`float`): The paper's tau, in [0, 4]: see [`repulsion`].
+        gather (`bool`): Whether to use the negatives, and the distances, of all ranks.
+
+    Returns:
+        `dict[str, torch.Tensor]`: `clip_loss`, `image_repulsion_loss`, `text_repulsion_loss`; the last two are 0 above
+        the threshold.
+    """
+    sides = ((image_embeds, image_reference), (text_embeds, text_reference))
+    distances = torch.stack([squared_distances(*side).mean() for side in sides])
+    image_term, text_term = repulsion(distances, threshold, gather=gather)
+    images, texts = (F.normalize(side, dim=-1) for side in (image_embeds, text_embeds))
+    return {
+        "clip_loss": clip_loss(images, texts, scale, gather=gather),
+        "image_repulsion_loss": image_term,
+        "text_repulsion_loss": text_term,
+    }
+
+
+def squared_distances(embeds: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """The squared distances `(...)`, in [0, 4], of rows `(..., D)` from the same rows of others, all normalised."""
+    return (F.normalize(embeds, dim=-1) - F.normalize(reference, dim=-1)).square().sum(dim=-1)
+
+
+def repulsion(distances: torch.Tensor, threshold: float, gather: bool = False) -> torch.Tensor:
+    """
+    What rewards distance up to a threshold: -1/2 of each distance, and 0 for those that are above it.
+
+    Args:
+        distances (`torch.Tensor`): Means over this rank's rows, of any shape.
+        threshold (`float`): Of the mean over all rows.
+        gather (`bool`): Whether the rows are those of all ranks, so that all of them decide alike.
+
+    Returns:
+        `torch.Tensor`: As `distances`.
+    """
+    means = distances.detach()
+    if gather:
+        means = gather_features(means[None]).mean(dim=0)
+    return -0.5 * torch.where(means <= threshold, distances, torch.zeros_like(distances))
 
 
 def roclip_loss(

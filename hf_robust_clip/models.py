@@ -18,7 +18,7 @@ from transformers import AutoModel, AutoProcessor
 from transformers.utils import find_adapter_config_file, logging
 
 from .files import check_pulled
-from .weight_names import check_names, wrapper_hint
+from .weight_names import PEFT_PREFIX, check_names, wrapper_hint
 from .wording import listed, said, shortened
 
 logger = logging.get_logger(__name__)
@@ -105,6 +105,46 @@ def inference(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def has_adapters(model: Any) -> bool:
+    """Whether a model is a `peft.PeftModel`."""
+    return hasattr(model, "peft_config") and hasattr(model, "merge_and_unload")
+
+
+@contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """The model that adapters were put on, in place of a `peft.PeftModel` of it; any other as it is."""
+    # Not `PeftModel.disable_adapter`: it also turns requires_grad off and on, between a forward pass and its backward
+    # pass, and takes as long as a layer. Layers of PEFT alone have the property; PreTrainedModel has a method.
+    parts = model.modules() if has_adapters(model) else ()
+    layers: list[Any] = [part for part in parts if getattr(part, "disable_adapters", None) is False]
+    for layer in layers:
+        layer._disable_adapters = True
+        assert layer.disable_adapters
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
+
+
+def base_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What `state_dict` holds of the model that adapters were put on, under the names that it has without them."""
+    state = model.state_dict()
+    if not has_adapters(model):
+        return state
+    return {
+        name.removeprefix(PEFT_PREFIX).replace(".base_layer.", ".").replace(".original_module.", "."): value
+        for name, value in state.items()
+        if not is_adapter(model, name)
+    }
+
+
+def is_adapter(model: Any, name: str) -> bool:
+    """Whether a parameter of a `peft.PeftModel` is one of its adapters, or of a module that is saved with them."""
+    # What PEFT leaves trainable itself goes by the same names; of prompts it has no prefix.
+    return getattr(model.base_model, "prefix", "prompt_encoder.") in name or ".modules_to_save." in name
 
 
 def check_weights(model: nn.Module, found: Mapping[str, Any], source: str) -> None:

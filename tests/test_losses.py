@@ -17,13 +17,16 @@ from hf_robust_clip.losses import (
     cleanclip_loss,
     clip_loss,
     info_nce,
+    par_loss,
     roclip_loss,
     safeclip_cross_loss,
     safeclip_unimodal_loss,
+    squared_distances,
 )
 
 #: See README.md there.
 GOLDEN = np.load(Path(__file__).parent / "data_files" / "golden_losses.npz")
+GOLDEN_PAR = np.load(Path(__file__).parent / "data_files" / "golden_par.npz")
 VIEWS = ("I", "T", "I2", "T2")
 
 Batch = dict[str, torch.Tensor]
@@ -59,6 +62,7 @@ OTHERS: dict[str, Callable[[Batch], torch.Tensor | dict[str, torch.Tensor]]] = {
         )
         for matching in ("cross", "unimodal")
     },
+    "par": lambda b: par_loss(*_embeds(b), _scale(b)),
 }
 EVERY = LOSSES | OTHERS
 
@@ -92,6 +96,45 @@ def test_values_and_gradients_of_the_released_code(case: str, dtype: torch.dtype
             assert gradient is None or not gradient.any()
         else:
             assert relative_error(gradient, expected) < tolerance
+
+
+@pytest.mark.parametrize("gather", [False, True])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("case", ["both_below", "image_above", "text_above", "both_above"])
+def test_values_and_gradients_of_the_released_loss_of_par(
+    case: str, dtype: torch.dtype, tolerance: float, gather: bool
+) -> None:
+    names = ("I", "T", "I_ref", "T_ref")
+    embeds = [torch.tensor(GOLDEN_PAR[f"{case}/{name}"], dtype=dtype, requires_grad=name in "IT") for name in names]
+    scale, threshold = (float(GOLDEN_PAR[f"{case}/{name}"]) for name in ("scale", "tau"))
+    terms = par_loss(*embeds, scale, threshold=threshold, gather=gather)
+    assert list(terms) == ["clip_loss", "image_repulsion_loss", "text_repulsion_loss"]
+    expected = {"clip_loss": 1.0, "image_repulsion_loss": -0.5, "text_repulsion_loss": -0.5}
+    for (name, factor), key in zip(expected.items(), ("clip", "image_term", "text_term"), strict=True):
+        assert relative_error(terms[name].detach(), factor * GOLDEN_PAR[f"{case}/{key}"]) < tolerance
+    loss = total(terms)
+    assert loss.dtype == dtype and loss.shape == ()
+    assert relative_error(loss.detach(), GOLDEN_PAR[f"{case}/loss"]) < tolerance
+    loss.backward()
+    for name, value in zip("IT", embeds, strict=False):
+        assert relative_error(value.grad, GOLDEN_PAR[f"{case}/grad_{name}"]) < tolerance
+
+
+def test_par_repels_up_to_its_threshold() -> None:
+    b = golden_batch()
+    images, texts, *references = (b[name].detach() for name in VIEWS)
+    distances = [squared_distances(*side).mean() for side in zip((images, texts), references, strict=True)]
+    between = float(sum(distances)) / 2
+    nearer = int(distances[1] < distances[0])
+    terms = list(par_loss(images, texts, *references, 1.0, threshold=between).values())[1:]
+    torch.testing.assert_close(terms[nearer], -0.5 * distances[nearer], rtol=1e-12, atol=0)
+    assert terms[1 - nearer] == 0
+    # On the threshold it still repels; at the suspect model there is nothing to reward yet.
+    torch.testing.assert_close(
+        par_loss(images, texts, *references, 1.0, threshold=float(distances[0]))["image_repulsion_loss"],
+        -0.5 * distances[0],
+    )
+    torch.testing.assert_close(total(par_loss(images, texts, images, texts, 7.0)), clip_loss(images, texts, 7.0))
 
 
 class Largest(TorchDispatchMode):
@@ -282,6 +325,7 @@ GATHERED: dict[str, Callable[[Batch], torch.Tensor | dict[str, torch.Tensor]]] =
     "info_nce": lambda b: info_nce(b["I"], b["T"], _scale(b), gather=True),
     "clip": lambda b: clip_loss(b["I"], b["T"], _scale(b), gather=True),
     "cleanclip": lambda b: cleanclip_loss(*_embeds(b), _scale(b), gather=True),
+    "par": lambda b: par_loss(*_embeds(b), _scale(b), gather=True),
     "safeclip_cross": lambda b: safeclip_cross_loss(*_embeds(b), _scale(b), gather=True),
     "safeclip_unimodal_nopool": lambda b: safeclip_unimodal_loss(*_embeds(b), _scale(b), gather=True),
     "roclip_cross": lambda b: roclip_loss(

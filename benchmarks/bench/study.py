@@ -22,12 +22,13 @@ ROWS: dict[str, Row] = {
     "undefended": Row("undefended", "clip"),
     "plain": Row("plain fine-tuning", "clip", start="undefended"),
     "cleanclip": Row("CleanCLIP", "cleanclip", start="undefended", control="plain"),
+    "par": Row("PAR", "par", start="undefended", control="plain"),
     "augmentation": Row("augmentation alone", "clip"),
     "roclip": Row("RoCLIP", "roclip", control="augmentation"),
     "safeclip": Row("SafeCLIP", "safeclip", control="augmentation"),
     "rebound": Row("plain fine-tuning after CleanCLIP", "clip", start="cleanclip", control="plain"),
 }
-#: The rows of the table; the last one above belongs to a check of its own.
+#: The rows of the table where a study names none.
 GRID = ("undefended", "plain", "cleanclip", "augmentation", "roclip", "safeclip")
 PHASES = ("all", "pretraining", "finetuning")
 MEASURES = ("zero_shot", "attack", "linear_probe", "retrieval")

@@ -34,6 +34,8 @@ class ImageAugmentationConfig:
         noise_std (`float`): Its standard deviation, on the scale [0, 1].
         erasing (`float`): Probability that a rectangle is erased.
         erasing_scale (`tuple[float, float]`): Range of its area as a fraction of the image's.
+        cutout (`float`): Probability that a square takes the mean color of the image.
+        cutout_scale (`tuple[float, float]`): Range of its area as a fraction of the image's. It is at least a pixel.
         policy (`str`, *optional*): `"autoaugment"`: the ImageNet policy of AutoAugment (Cubuk et al., CVPR 2019),
             which CleanCLIP's released code applies. Runs first. Each image draws its own of the 25 sub-policies, as
             in the paper (kornia's `AutoAugment` draws one for the whole batch).
@@ -52,15 +54,18 @@ class ImageAugmentationConfig:
     noise_std: float = 0.0
     erasing: float = 0.0
     erasing_scale: tuple[float, float] = (0.02, 0.2)
+    cutout: float = 0.0
+    cutout_scale: tuple[float, float] = (0.005, 0.01)
     policy: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("shift", "flip", "jitter_probability", "greyscale", "blur", "noise", "noise_std", "erasing"):
+        probabilities = ("flip", "jitter_probability", "greyscale", "blur", "noise", "noise_std", "erasing", "cutout")
+        for name in ("shift", *probabilities):
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or not 0 <= value <= 1 or (name == "shift" and value == 1):
                 accepted = "[0, 1)" if name == "shift" else "[0, 1]"
                 raise ValueError(f"{name} must be in {accepted}, but is {shown(value)}")
-        for name in ("crop_scale", "crop_ratio", "blur_sigma", "erasing_scale"):
+        for name in ("crop_scale", "crop_ratio", "blur_sigma", "erasing_scale", "cutout_scale"):
             value = getattr(self, name)
             highest = math.inf if name == "crop_ratio" else 1
             if not _are_numbers(value, 2) or not 0 < value[0] <= value[1] <= highest:
@@ -107,6 +112,7 @@ PRESETS: dict[str, ImageAugmentationConfig] = {
         _CLEANCLIP, crop_scale=(0.3, 1.0), blur=0.5, blur_sigma=(0.005, 0.04), noise=0.0, noise_std=0.0, erasing=0.25
     ),
     "autoaugment": ImageAugmentationConfig(policy="autoaugment"),
+    "par": ImageAugmentationConfig(noise=0.5, noise_std=0.2, cutout=0.5),
 }
 
 
@@ -119,8 +125,8 @@ class ImageAugmentation(nn.Module):
 
     Args:
         preset (`str`, defaults to `"cleanclip"`):
-            Where to start from: `"identity"`, `"weak"` (a shift of a sixteenth), `"cleanclip"`, `"strong"` or
-            `"autoaugment"`.
+            Where to start from: `"identity"`, `"weak"` (a shift of a sixteenth), `"cleanclip"`, `"strong"`,
+            `"autoaugment"` or `"par"` (noise and cut-outs, as PAR has them).
         **overrides:
             Fields of [`ImageAugmentationConfig`] to change, for example `flip=0.0`.
 
@@ -201,6 +207,8 @@ def _build(config: ImageAugmentationConfig, size: tuple[int, int]) -> list[Calla
         steps.append(_Noise(config.noise, config.noise_std))
     if config.erasing > 0:
         steps.append(K.RandomErasing(scale=config.erasing_scale, p=config.erasing))
+    if config.cutout > 0:
+        steps.append(_CutOut(config.cutout, config.cutout_scale))
     return steps
 
 
@@ -249,6 +257,31 @@ class _Noise:
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         chosen = torch.rand(images.shape[0], 1, 1, 1, device=images.device) < self.probability
         return (images + chosen * self.std * torch.randn_like(images)).clamp(0, 1)
+
+
+class _CutOut:
+    """Fill a square of each image with the image's mean color with a probability."""
+
+    def __init__(self, probability: float, scale: tuple[float, float]) -> None:
+        self.probability = probability
+        self.scale = scale
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        batch, _, height, width = images.shape
+        chosen, area, down, right = torch.rand(4, batch, 1, device=images.device)
+        low, high = self.scale
+        side = ((low + (high - low) * area) * height * width).sqrt().round().clamp(1, min(height, width))  # (B, 1)
+        rows = _between(down, side, height)[:, None, :, None]  # (B, 1, H, 1)
+        columns = _between(right, side, width)[:, None, None, :]  # (B, 1, 1, W)
+        inside = rows & columns & (chosen < self.probability)[:, :, None, None]
+        return torch.where(inside, images.mean(dim=(2, 3), keepdim=True), images)
+
+
+def _between(place: torch.Tensor, side: torch.Tensor, length: int) -> torch.Tensor:
+    """The pixels `(B, length)`, bool, of a stretch `side` long, at a place in [0, 1) among all that it can take."""
+    first = (place * (length - side + 1)).floor()  # (B, 1)
+    pixels = torch.arange(length, device=place.device)
+    return (pixels >= first) & (pixels < first + side)
 
 
 class ImageNormalization(nn.Module):

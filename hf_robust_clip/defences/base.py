@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -109,7 +110,14 @@ class Defence(nn.Module):
     # ---- Optional ----
 
     def attach(self, encoder: Any) -> None:
-        """Called once, with the dual encoder as a trainer was given it, on its device, if it is to be trained."""
+        """
+        Called once, with the dual encoder as a trainer was given it, if it is to be trained. It is on its device, but
+        with FSDP.
+        """
+
+    def during_training(self, encoder: Any) -> AbstractContextManager[None]:
+        """What training happens within, of the dual encoder; what it changes there is as before afterwards."""
+        return nullcontext()
 
     def make_view(
         self, name: str, images: torch.Tensor, augment: Callable[[torch.Tensor], torch.Tensor]
@@ -133,7 +141,8 @@ class Defence(nn.Module):
 
         Args:
             encoder: The dual encoder that is trained.
-            inputs (`dict[str, torch.Tensor]`): What it takes: the same augmented images and captions.
+            inputs (`dict[str, torch.Tensor]`): What it takes: the same augmented images and captions. Its own pass
+                over them was the last.
 
         Returns:
             [`~batch.Embeddings`]: `(B, D)` each; `None`: without.
@@ -176,6 +185,10 @@ class Defence(nn.Module):
         """What the peak learning rate is multiplied by in a step of an epoch, where the schedule has `factor`."""
         own = self.learning_rate_factor(epoch)
         return factor if own is None else own
+
+    def step_factor(self, progress: float) -> float:
+        """What the learning rate of a step is multiplied by; `progress` is the share of the steps made before it."""
+        return 1.0
 
     def logged(self, logs: dict[str, float]) -> None:
         """Called with what is about to be logged of training, which it may add to."""

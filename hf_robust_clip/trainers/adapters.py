@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 
-from ..models import check_weights
+from ..models import check_weights, has_adapters
 from ..seeding import forked_rng
 from ..weight_names import PEFT_PREFIX
 from ..wording import said, shown
@@ -65,11 +65,6 @@ def add_adapters(model: Any, peft_config: Any, seed: int) -> Any:
             ) from error
     adapted.logit_scale.requires_grad_(trained)
     return adapted
-
-
-def has_adapters(model: Any) -> bool:
-    """Whether a model is a `peft.PeftModel`."""
-    return hasattr(model, "peft_config") and hasattr(model, "merge_and_unload")
 
 
 def check_adapters(model: Any, args: CLIPTrainingArguments) -> None:

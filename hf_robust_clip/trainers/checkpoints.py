@@ -22,9 +22,9 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHT
 
 from ..files import remove_partial
 from ..locking import FolderInUseError, sole_writer
-from ..models import check_weights
+from ..models import check_weights, has_adapters
 from ..wording import shortened, shown
-from .adapters import check_adapter_file, has_adapters
+from .adapters import check_adapter_file
 from .runlog import files_of
 
 logger = logging.get_logger(__name__)

@@ -9,6 +9,7 @@ import datasets
 from ..data.rows import IndexedDataset
 from ..defences import LINES, Registry, defence_named
 from ..defences.cleanclip import CleanCLIP, CleanCLIPTrainingArguments
+from ..defences.par import PAR, PARTrainingArguments
 from ..defences.pools import FeaturePools
 from ..defences.roclip import RoCLIP, RoCLIPTrainingArguments
 from ..defences.safeclip import SafeCLIP, SafeCLIPTrainingArguments
@@ -40,6 +41,40 @@ class CleanCLIPTrainer(CLIPTrainer):
     defence_class = CleanCLIP
     args_class = CleanCLIPTrainingArguments
     args: CleanCLIPTrainingArguments
+
+
+class PARTrainer(CLIPTrainer):
+    """
+    Fine-tune a suspected CLIP on clean pairs, away from itself: beside the CLIP loss, embeddings of images and of
+    captions are driven away from those that the suspect model has of the same inputs, until their mean squared
+    distance is above a threshold. What clean pairs teach comes back, a backdoor does not (PAR, Perturb and Recover:
+    Singh, Croce, Hein, arXiv 2412.00727).
+
+    `model` is the suspect model, in resumed trainings as well: a checkpoint holds a hash of its weights, and not the
+    weights. With `peft_config`, or a model with adapters, the suspect model is the one that the adapters were put on,
+    and takes no memory; else it is one copy, in evaluation mode and without gradient. With FSDP every process holds
+    that copy whole. `logit_scale` is frozen while training goes on, unless `freeze_logit_scale=False`.
+
+    Logged beside the loss terms: `image_distance` and `text_distance`, the mean squared distances from the suspect
+    model's embeddings, in [0, 4]; with `repel_layers`, `layer_distance`, of class tokens, over the layers.
+
+    It leaves something of large structured triggers, and much of text and of BadCLIP (arXiv 2412.00727). Measure, with
+    [`AttackSuccessEvaluator`].
+
+    Args:
+        model (`str` or `PreTrainedModel`): A Hub id, a folder, or a dual encoder.
+        args ([`PARTrainingArguments`]): The paper's recipe by default.
+        image_augmentation: `None`: the preset of `args`, `"par"`.
+        Others: As of [`CLIPTrainer`].
+
+    Raises:
+        `ValueError`: As of [`CLIPTrainer`]; with `repel_layers`, for a vision tower without class tokens; of `train`,
+            for a checkpoint of a training that another suspect model was given to.
+    """
+
+    defence_class = PAR
+    args_class = PARTrainingArguments
+    args: PARTrainingArguments
 
 
 class RoCLIPTrainer(CLIPTrainer):

@@ -33,6 +33,7 @@ class Step:
         normalization (`nn.Module`): The image processor's.
         device (`torch.device`): Whose generator is forked for what is drawn.
         loss (callable): The views' embeddings, the scale and the batch to the loss, a scalar.
+        autocast (callable): The context of a forward pass of a model that accelerate has not wrapped.
     """
 
     def __init__(
@@ -44,10 +45,11 @@ class Step:
         normalization: nn.Module,
         device: torch.device,
         loss: Components,
+        autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
     ) -> None:
         self.views, self.text_views, self.defence = tuple(views), tuple(text_views), defence
         self.augmentation, self.normalization = augmentation, normalization
-        self.device, self.loss = device, loss
+        self.device, self.loss, self.autocast = device, loss, autocast
 
     def prepared(self, batch: Batch, training: bool) -> Batch:
         """The batch with its bytes turned into the views that its texts have; of an evaluation, un-augmented."""
@@ -104,7 +106,8 @@ class Step:
     @torch.no_grad()
     def reference(self, encoder: Any, inputs: dict[str, torch.Tensor]) -> Embeddings | None:
         """What the defence compares the embeddings of prepared inputs with, where it does."""
-        return self.defence.reference(encoder, inputs)
+        with self.autocast():
+            return self.defence.reference(encoder, inputs)
 
     def chunked(
         self,

@@ -37,7 +37,7 @@ from ..evaluation.running import evaluator_list, run_evaluators
 from ..files import write_text
 from ..kinds import kind
 from ..locking import sole_writer
-from ..models import check_processor, load_processor
+from ..models import check_processor, has_adapters, load_processor
 from ..record import RunRecord
 from ..seeding import derive_seed
 from ..telling import (
@@ -56,7 +56,6 @@ from .adapters import (
     add_adapters,
     check_adapters,
     complete_adapter_file,
-    has_adapters,
     merged,
     remove_adapter_files,
     warn_of_local_base,
@@ -94,7 +93,7 @@ from .loaders import (
 from .pictures import pictures_of
 from .recording import record_of
 from .runlog import RunLog
-from .schedule import has_phases, phased
+from .schedule import has_phases, has_rates, phased
 from .scoring import score_pairs
 from .sharding import register_embedding_methods, set_apart_scalars
 from .step import Step, scale_of
@@ -241,7 +240,16 @@ class CLIPTrainer(Trainer):
         self.defence = defence.to(device)
         normalization = ImageNormalization(collator.preprocess.mean, collator.preprocess.std).to(device)
         augmentation = self.image_augmentation
-        self.step = Step(self.views, text_views, self.defence, augmentation, normalization, device, self._loss)
+        self.step = Step(
+            self.views,
+            text_views,
+            self.defence,
+            augmentation,
+            normalization,
+            device,
+            self._loss,
+            self.accelerator.autocast,
+        )
         folder = Path(str(args.output_dir))
         finite = FiniteCheck(folder, args.process_index, device, lambda: self.unwrapped_model.named_parameters())
         self.watch = Watch(self.accelerator, finite if args.stop_on_non_finite else None)
@@ -280,7 +288,7 @@ class CLIPTrainer(Trainer):
         if train_dataset is not None:
             self.defence.attach(self.unwrapped_model)
             self.check_batches(self.args.train_batch_size)
-        if has_phases(self.defence) and self.lr_scheduler is not None:
+        if has_rates(self.defence) and self.lr_scheduler is not None:
             logger.warning(
                 f"optimizers brings a scheduler of its own: it is used as it is, without the learning rates of "
                 f"{type(self.defence).__name__}."
@@ -588,12 +596,12 @@ class CLIPTrainer(Trainer):
         return super().create_optimizer(model)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """The Trainer's schedule over all steps, with the learning rates that the defence has in some epochs."""
+        """The Trainer's schedule over all steps, with the learning rates that the defence has of its own."""
         created = self.lr_scheduler is None
         scheduler: Any = super().create_scheduler(num_training_steps, optimizer)
-        if created and has_phases(self.defence):
+        if created and has_rates(self.defence):
             name, rows = self.args.lr_scheduler_type, self._dataset_length()
-            scheduler = phased(scheduler, self.defence, name, rows, self._steps_per_epoch)
+            scheduler = phased(scheduler, self.defence, name, rows, self._steps_per_epoch, num_training_steps)
             self.lr_scheduler = scheduler
         return scheduler
 
@@ -678,7 +686,7 @@ class CLIPTrainer(Trainer):
                 is the folder that the model was loaded from, whose files would be replaced.
         """
         folder = str(self.args.output_dir)
-        with sole_training(self.args):
+        with sole_training(self.args), self.defence.during_training(self.unwrapped_model):
             checkpoint = checkpoint_to_resume(resume_from_checkpoint, folder, self.loaded_from)
             if checkpoint is not None:
                 check_saved_weights(self.unwrapped_model, checkpoint)

@@ -33,6 +33,7 @@ STEPS = {
     "blur": {"blur": 1.0, "blur_sigma": (0.02, 0.06)},
     "noise": {"noise": 1.0, "noise_std": 0.2},
     "erasing": {"erasing": 1.0},
+    "cutout": {"cutout": 1.0},
 }
 
 
@@ -148,7 +149,7 @@ def test_an_augmentation_has_no_weights_to_train_or_save():
 def test_identity_is_the_identity():
     images = photos()
     assert torch.equal(ImageAugmentation("identity")(images), images)
-    nothing = dict.fromkeys(("flip", "greyscale", "blur", "noise", "erasing", "jitter_probability"), 0.0)
+    nothing = dict.fromkeys(("flip", "greyscale", "blur", "noise", "erasing", "cutout", "jitter_probability"), 0.0)
     assert torch.equal(ImageAugmentation("strong", **nothing, crop_scale=(1.0, 1.0))(images), images)
 
 
@@ -206,6 +207,27 @@ def test_erasing_blanks_a_rectangle_of_the_size_asked_for():
     result = augmented(ImageAugmentation("identity", erasing=1.0, erasing_scale=(0.1, 0.3)), images)
     share = (result != images).all(dim=1).float().mean(dim=(1, 2))
     assert share.min() > 0.05 and share.max() < 0.35
+
+
+def test_cut_outs_are_squares_of_the_mean_color():
+    images = torch.rand(64, 3, 40, 50, generator=torch.Generator().manual_seed(0))
+    result = augmented(ImageAugmentation("identity", cutout=0.5, cutout_scale=(0.02, 0.05)), images)
+    sides, places = set(), set()
+    for image, cut in zip(images, result, strict=True):
+        rows, columns = (image != cut).any(dim=0).nonzero(as_tuple=True)
+        if not len(rows):
+            continue
+        (top, bottom), (left, right) = ((int(side.min()), int(side.max()) + 1) for side in (rows, columns))
+        assert bottom - top == right - left and len(rows) == (bottom - top) ** 2
+        torch.testing.assert_close(cut[:, top:bottom, left:right].mean(dim=(1, 2)), image.mean(dim=(1, 2)))
+        assert cut[:, top:bottom, left:right].flatten(1).std(dim=1).max() < 1e-6
+        sides.add(bottom - top)
+        places.add((top, left))
+    # The root of 2% and of 5% of 2,000 pixels.
+    assert sides <= set(range(6, 11)) and len(sides) > 2 and len(places) > 20
+    assert 20 <= (images == result).flatten(1).all(dim=1).sum() <= 44
+    small = images[:, :, :8, :8]  # of which 1% is less than a pixel
+    assert (augmented(ImageAugmentation("par", noise=0.0, cutout=1.0), small) != small).flatten(1).any(dim=1).all()
 
 
 def test_a_crop_of_the_whole_area_and_ratio_one_keeps_the_image():

@@ -12,7 +12,14 @@ import torch
 from safetensors.torch import load_file
 from transformers import CLIPModel, TrainerState
 
-from hf_robust_clip import CleanCLIPTrainer, CLIPTrainer, CLIPTrainingArguments, RoCLIPTrainer, SafeCLIPTrainer
+from hf_robust_clip import (
+    CleanCLIPTrainer,
+    CLIPTrainer,
+    CLIPTrainingArguments,
+    PARTrainer,
+    RoCLIPTrainer,
+    SafeCLIPTrainer,
+)
 from hf_robust_clip.data.digits import digit_processor, load_digit_pairs
 from hf_robust_clip.data.scratch import build_model
 from hf_robust_clip.trainers.defended import TRAINERS
@@ -23,6 +30,7 @@ ARGUMENTS: dict[type[CLIPTrainer], type[CLIPTrainingArguments]] = {cls: cls.args
 SHORT: dict[type[CLIPTrainer], dict[str, Any]] = {
     CLIPTrainer: {},
     CleanCLIPTrainer: {},
+    PARTrainer: {},
     RoCLIPTrainer: {"pool_size": 24, "matching_start_epoch": 1, "match_every_n_epochs": 2},
     SafeCLIPTrainer: {"unimodal_pool_size": 24, "warmup_unimodal_epochs": 1, "warmup_cross_epochs": 1},
 }

@@ -18,6 +18,7 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, gather_object
+from peft import LoraConfig
 from support.training import (
     assert_same_bits,
     broken,
@@ -36,6 +37,7 @@ from hf_robust_clip import (
     CLIPTrainer,
     LinearProbeEvaluator,
     PairSimilarityCallback,
+    PARTrainer,
     PatchTrigger,
     RetrievalEvaluator,
     RoCLIPTrainer,
@@ -51,6 +53,7 @@ from hf_robust_clip.losses import (
     MATCHINGS,
     cleanclip_loss,
     clip_loss,
+    par_loss,
     roclip_loss,
     safeclip_cross_loss,
     safeclip_unimodal_loss,
@@ -65,6 +68,7 @@ SPLIT = {"safe_threshold": 0.5, "safe_growth": 0.4, "safe_cap": 0.6}
 TRAINERS: dict[type[CLIPTrainer], dict[str, Any]] = {
     CLIPTrainer: {"rows": WORLD * 8, "max_steps": 1, "learning_rate": 1.0},
     CleanCLIPTrainer: {"rows": WORLD * 8, "max_steps": 1, "learning_rate": 1.0},
+    PARTrainer: {"rows": WORLD * 8 * 3, "max_steps": 3, "learning_rate": 0.01, "paper_schedule": False},
     RoCLIPTrainer: {
         "rows": WORLD * 8 * 3,
         "max_steps": 3,
@@ -100,6 +104,7 @@ CHECKPOINTS = {RoCLIPTrainer: 2, SafeCLIPTrainer: 6}
 RESUMED: dict[str, tuple[type[CLIPTrainer], int, dict[str, Any]]] = {
     "CLIPTrainer": (CLIPTrainer, 3, {"num_train_epochs": 2}),
     "CleanCLIPTrainer, 2 workers": (CleanCLIPTrainer, 3, {"num_train_epochs": 2, "dataloader_num_workers": 2}),
+    "PARTrainer": (PARTrainer, 3, {"num_train_epochs": 2}),
     "RoCLIPTrainer": (RoCLIPTrainer, 6, {"num_train_epochs": 2}),
     "SafeCLIPTrainer": (SafeCLIPTrainer, 10, {"num_train_epochs": 4, **SPLIT}),
 }
@@ -110,6 +115,8 @@ def losses_of(embeds: list[torch.Tensor], scale: torch.Tensor, pools: list[torch
     first, second = embeds[:2], embeds[2:]
     terms = {
         "cleanclip": cleanclip_loss(*first, *second, scale, gather=True),
+        # All images together are above the threshold; those of the first rank alone are below.
+        "par": par_loss(*first, *second, scale, threshold=2.15, gather=True),
         "roclip_cross": roclip_loss(*first, scale, *pools, matching="cross", gather=True),
         "roclip_image_to_text": roclip_loss(*first, scale, *pools, matching="image_to_text", gather=True),
         "roclip_unimodal": roclip_loss(*first, scale, *pools, matching="unimodal", gather=True),
@@ -220,7 +227,7 @@ def test_trainers_in_several_processes(tmp_path: Path) -> None:
     for cls in TRAINERS:
         expected = state_of(few_steps(cls, tmp_path / "one", batch=16))
         for variant in (*VARIANTS, *(f", sharded{variant}" for variant in SHARDED), ", four"):
-            if variant == ", accumulated" and cls not in (CLIPTrainer, CleanCLIPTrainer):
+            if variant == ", accumulated" and cls in (RoCLIPTrainer, SafeCLIPTrainer):
                 continue  # the rows come in another order, which pools and splits follow
             assert_state(torch.load(tmp_path / f"{cls.__name__}{variant}.pt"), expected, f"{cls.__name__}{variant}")
         # Of two processes, in one.
@@ -257,6 +264,10 @@ def test_trainers_in_several_processes(tmp_path: Path) -> None:
         "RuntimeError: rank 1 could not embed its share: ValueError: row 9 of the evaluation images, column 'image'",
         "ValueError: row 9 of the evaluation images, column 'image'",
     ]
+    for name, given in suspects().items():
+        expected = state_of(few_steps(PARTrainer, tmp_path / "one", batch=16, **given))
+        for variant in (name, f"{name}, sharded"):
+            assert_state(torch.load(tmp_path / f"{variant}.pt"), expected, variant)
     # A pass ends on both ranks with the shard of 27 rows. CleanCLIP's batches have two views of each.
     assert report["streamed"] == {
         "own shards": [[8, 8, 8, 8, 8]] * WORLD,
@@ -304,6 +315,20 @@ def evaluated() -> list[tuple[Any, int]]:
 def eval_loss(output: Path, data: Any, batch_size: int) -> float:
     trainer = make_trainer(CLIPTrainer, output, eval_dataset=data, per_device_eval_batch_size=batch_size)
     return float(trainer.evaluate()["eval_loss"])
+
+
+def suspects() -> dict[str, dict[str, Any]]:
+    """What PAR compares with, and where: adapters turned off, and every layer."""
+    adapters = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], modules_to_save=["text_projection"])
+    return {"PAR, adapters": {"peft_config": adapters}, "PAR, layers": {"repel_layers": True}}
+
+
+def save_suspects(output: Path, kind: str = "") -> None:
+    for name, given in suspects().items():
+        trainer = few_steps(PARTrainer, output / "suspects", 8, **given)
+        state = state_of(trainer)
+        if trainer.is_world_process_zero():
+            torch.save(state, output / f"{name}{kind}.pt")
 
 
 def without_times(metrics: dict[str, float]) -> dict[str, float]:
@@ -368,6 +393,7 @@ def sharded(output: Path) -> dict[str, Any]:
             state = state_of(trainer)
             if trainer.is_world_process_zero():
                 torch.save(state, output / f"{cls.__name__}, sharded{variant}.pt")
+    save_suspects(output, ", sharded")
     evaluator = ZeroShotEvaluator(digits("test").select(range(21)), CLASS_NAMES, templates=CAPTION_TEMPLATES)
     options: dict[str, Any] = {"num_train_epochs": 4, "evaluators": [evaluator], "eval_strategy": "epoch", **SPLIT}
     pair = train_and_resume(SafeCLIPTrainer, output / "sharded-resumed", step=10, **options)
@@ -410,6 +436,7 @@ def two(output: Path) -> None:
             state = state_of(trainer)
             if main:
                 torch.save(state, output / f"{cls.__name__}{variant}.pt")
+    save_suspects(output)
     measured = make_trainer(CLIPTrainer, output / "measured", rows=32, eval_dataset=digits("test").select(range(9)))
     measured.evaluate()
     measured.train()

@@ -16,7 +16,7 @@ import pytest
 import torch
 from support.training import assert_same_bits, digits, is_whole, make_trainer, train_and_resume
 
-from hf_robust_clip import CleanCLIPTrainer, CLIPTrainer, RoCLIPTrainer, SafeCLIPTrainer
+from hf_robust_clip import CleanCLIPTrainer, CLIPTrainer, PARTrainer, RoCLIPTrainer, SafeCLIPTrainer
 from hf_robust_clip.locking import FolderInUseError
 from hf_robust_clip.trainers.checkpoints import CheckpointError, check_resumed, newest_checkpoint, why_incomplete
 from hf_robust_clip.trainers.trainer import STATE_FILE
@@ -25,6 +25,7 @@ from hf_robust_clip.trainers.trainer import STATE_FILE
 RUNS: dict[type[CLIPTrainer], dict[str, Any]] = {
     CLIPTrainer: {"rows": 32, "num_train_epochs": 3},
     CleanCLIPTrainer: {"rows": 32, "num_train_epochs": 3},
+    PARTrainer: {"rows": 32, "num_train_epochs": 3},
     RoCLIPTrainer: {"rows": 32, "num_train_epochs": 4, "matching": "cross"},
     SafeCLIPTrainer: {"rows": 40, "num_train_epochs": 5, "safe_threshold": 0.5, "safe_growth": 0.1},
 }
@@ -55,6 +56,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
         pytest.param(CLIPTrainer, 4, 2, id="clip-boundary"),
         pytest.param(CleanCLIPTrainer, 3, 2, id="cleanclip-mid-epoch"),
         pytest.param(CleanCLIPTrainer, 8, 0, id="cleanclip-boundary"),
+        pytest.param(PARTrainer, 3, 2, id="par-mid-epoch"),
+        pytest.param(PARTrainer, 8, 0, id="par-boundary"),
         pytest.param(RoCLIPTrainer, 2, 0, id="roclip-pools-not-full"),
         pytest.param(RoCLIPTrainer, 4, 0, id="roclip-boundary-before-matching"),
         pytest.param(RoCLIPTrainer, 6, 2, id="roclip-mid-matching-epoch"),
