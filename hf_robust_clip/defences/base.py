@@ -13,6 +13,7 @@ from torch.utils.data import Sampler
 
 from ..arguments import CLIPTrainingArguments
 from ..batch import Batch, Embeddings
+from ..losses import cross_modal_loss
 from ..methods import Method, Series, Statement
 from ..record import RunRecord
 
@@ -100,6 +101,15 @@ class Defence(nn.Module):
             `dict[str, torch.Tensor]`: Scalars, each the mean over this process's rows.
         """
         raise NotImplementedError(f"{type(self).__name__} defines no forward")
+
+    def contrast(
+        self, image_embeds: torch.Tensor, text_embeds: torch.Tensor, scale: torch.Tensor, batch: Batch
+    ) -> torch.Tensor:
+        """
+        The loss between images and their texts `(B, D)` that the model is trained with (`loss_type`): CLIP's or
+        SigLIP's, a scalar. Where a loss takes them itself, pass it `bias=batch.bias`.
+        """
+        return cross_modal_loss(image_embeds, text_embeds, scale, batch.bias, gather=self.gather)
 
     def note(self, values: Mapping[str, torch.Tensor], where: torch.Tensor | None = None) -> None:
         """Have the means of values logged: scalars, or one a row `(B,)`; `where (B,)` says which rows count."""

@@ -103,4 +103,5 @@ class CleanCLIP(Defence):
             clip_weight=self.clip_weight,
             unimodal_weight=self.unimodal_weight,
             gather=self.gather,
+            bias=batch.bias,
         )

@@ -14,7 +14,7 @@ from ..arguments import check_choice, check_whole
 from ..batch import Batch, Embeddings
 from ..columns import captions_of, naming
 from ..data.rows import column_values, poison_flags
-from ..losses import MATCHINGS, Matching, clip_loss, roclip_loss
+from ..losses import MATCHINGS, Matching, roclip_loss
 from ..methods import ANYTHING, CONSISTENT, FIRST, WORDS, Line, Method, Panel, Series, Statement
 from ..pool import FeaturePool
 from ..record import RunRecord
@@ -198,10 +198,12 @@ class RoCLIP(Defence):
         (pairs,) = views.values()
         if self.is_matching(batch.step) and self.pools.full:
             images, texts = _Lookup(self.pools.image), _Lookup(self.pools.text)
-            terms = roclip_loss(*pairs, scale, images, texts, matching=self.matching, gather=self.gather)
+            terms = roclip_loss(
+                *pairs, scale, images, texts, matching=self.matching, gather=self.gather, bias=batch.bias
+            )
             self._note_matches(pairs, texts, batch.poisoned)
         else:
-            terms = {"clip_loss": clip_loss(*pairs, scale, gather=self.gather)}
+            terms = {"clip_loss": self.contrast(*pairs, scale, batch)}
         self.pools.enqueue(*pairs, batch.rows)
         return terms
 

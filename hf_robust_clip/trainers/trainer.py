@@ -78,6 +78,7 @@ from .checks import (
     load_to_train,
     resolve_image_augmentation,
     resolve_text_augmentation,
+    takes_sigmoid,
     warn_of_half_precision,
 )
 from .evaluating import EvaluatedPairs
@@ -96,7 +97,7 @@ from .runlog import RunLog
 from .schedule import has_phases, phased
 from .scoring import score_pairs
 from .sharding import register_embedding_methods, set_apart_scalars
-from .step import Step, scale_of
+from .step import Step
 from .streaming import StreamedTraining
 from .watch import Watch
 
@@ -109,7 +110,8 @@ _EVALUATION = ("evaluate", "evaluation_loop", "run_evaluators")
 
 class CLIPTrainer(Trainer):
     """
-    Train or fine-tune a dual encoder of images and texts with the loss of CLIP (Radford et al., ICML 2021).
+    Train or fine-tune a dual encoder of images and texts with the loss of CLIP (Radford et al., ICML 2021), or, where
+    it has a `logit_bias`, of SigLIP (Zhai et al., ICCV 2023).
 
     The undefended baseline, and the base of the defences. Against the stock `Trainer` with `return_loss=True` it takes
     raw image-caption datasets, uses the rows of all processes as negatives with exact gradients, clamps `logit_scale`
@@ -130,7 +132,7 @@ class CLIPTrainer(Trainer):
             pairs known to be poisoned.
         eval_dataset (*optional*):
             The same, or a dictionary of such, each of at least 2 rows; gives `eval_loss`, the CLIP loss of its
-            un-augmented pairs, all contrasted with each other.
+            un-augmented pairs, all contrasted with each other; of a `loss_type` that is sigmoid, SigLIP's.
         processing_class (`ProcessorMixin`, *optional*):
             With an image processor and a tokenizer. By default the one saved beside `model`.
         evaluators (callable or sequence of callables):
@@ -197,6 +199,7 @@ class CLIPTrainer(Trainer):
         self.evaluators = evaluator_list(evaluators)
         encoder = load_to_train(model)
         warn_of_half_precision(encoder)
+        sigmoid = takes_sigmoid(encoder, args.loss_type)
         processing_class = load_processor(model, processing_class)
         check_processor(processing_class, "processing_class")
         for evaluator in self.evaluators:
@@ -240,7 +243,9 @@ class CLIPTrainer(Trainer):
         self.defence = defence.to(device)
         normalization = ImageNormalization(collator.preprocess.mean, collator.preprocess.std).to(device)
         augmentation = self.image_augmentation
-        self.step = Step(self.views, text_views, self.defence, augmentation, normalization, device, self._loss)
+        self.step = Step(
+            self.views, text_views, self.defence, augmentation, normalization, device, self._loss, sigmoid
+        )
         folder = Path(str(args.output_dir))
         finite = FiniteCheck(folder, args.process_index, device, lambda: self.unwrapped_model.named_parameters())
         self.watch = Watch(self.accelerator, finite if args.stop_on_non_finite else None)
@@ -630,12 +635,13 @@ class CLIPTrainer(Trainer):
 
     def evaluation_loop(self, dataloader: DataLoader[Any], *args: Any, **kwargs: Any) -> Any:
         """
-        As the Trainer's, with the figures of the evaluators among its metrics. The loss is CLIP's over all rows of the
-        dataset at once, each against all others: the same for every size of batches and number of processes.
+        As the Trainer's, with the figures of the evaluators among its metrics. The loss is that between images and
+        captions (`loss_type`), over all rows of the dataset at once, each against all others: the same for every size
+        of batches and number of processes.
         """
         self._evaluated.clear()
         output: Any = super().evaluation_loop(dataloader, *args, **kwargs)
-        rows, loss = self._evaluated.loss(scale_of(self.unwrapped_model), self.args.world_size)
+        rows, loss = self._evaluated.loss(*self.step.scalars(self.unwrapped_model), self.args.world_size)
         if rows:
             output.metrics[f"{kwargs.get('metric_key_prefix', 'eval')}_loss"] = loss
         prefix, self._evaluators_prefix = self._evaluators_prefix, None
