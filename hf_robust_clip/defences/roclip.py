@@ -172,6 +172,8 @@ class RoCLIP(Defence):
                 "number of optimizer steps that match_every_n_epochs and matching_start_epoch are to count as one"
             )
         self.pool_size, self.matching = pool_size, matching
+        # In a matching step, nothing but these has a gradient.
+        self.needs_gradient = frozenset({"vision"} if matching == "image_to_text" else {"vision", "text"})
         self.match_every_n_epochs, self.matching_start_epoch = match_every_n_epochs, matching_start_epoch
         self.steps_per_matching_epoch = steps_per_matching_epoch
         self.pools = FeaturePools(pool_length(pool_size, rows, "pool_size"), getattr(torch, pool_dtype))

@@ -156,6 +156,7 @@ class SafeCLIP(Defence):
         missing="training ended before the first split.",
     )
     views = ("first", "second")
+    needs_gradient = frozenset({"vision", "text"})
 
     def __init__(
         self,

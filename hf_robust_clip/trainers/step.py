@@ -34,6 +34,7 @@ class Step:
         device (`torch.device`): Whose generator is forked for what is drawn.
         loss (callable): The views' embeddings, the scale and the batch to the loss, a scalar.
         sigmoid (`bool`): Whether images and texts are contrasted with the sigmoid loss, which needs the model's bias.
+        frozen (context manager, *optional*): For forward passes: see [`~trainers.freezing.freezing`].
     """
 
     def __init__(
@@ -46,10 +47,12 @@ class Step:
         device: torch.device,
         loss: Components,
         sigmoid: bool = False,
+        frozen: contextlib.AbstractContextManager[None] | None = None,
     ) -> None:
         self.views, self.text_views, self.defence = tuple(views), tuple(text_views), defence
         self.augmentation, self.normalization = augmentation, normalization
-        self.device, self.loss, self.sigmoid = device, loss, sigmoid
+        self.device, self.loss = device, loss
+        self.sigmoid, self.frozen = sigmoid, frozen or contextlib.nullcontext()
 
     def prepared(self, batch: Batch, training: bool) -> Batch:
         """The batch with its bytes turned into the views that its texts have; of an evaluation, un-augmented."""
@@ -93,7 +96,8 @@ class Step:
 
     def whole(self, model: nn.Module, encoder: Any, batch: Batch) -> torch.Tensor:
         """The loss of a prepared batch."""
-        embeddings = encode_pairs(model, batch.inputs)
+        with self.frozen:
+            embeddings = encode_pairs(model, batch.inputs)
         # DDP waits for a gradient of every parameter that the forward pass used: give a tower that a loss leaves out
         # one of zero. Embeddings are bounded, so zero times their sum is zero.
         unused = 0.0 * (embeddings.image_embeds.sum() + embeddings.text_embeds.sum()) + unused_of(encoder)
@@ -154,7 +158,8 @@ class Step:
         def encoded(chunk: _Chunk, first: bool = False) -> Embeddings:
             with forked_rng(chunk.batch.seed, self.device), autocast():
                 inputs = self._stacked(chunk.batch.inputs, self.views)
-                embeddings = encode_pairs(model, inputs)
+                with self.frozen:
+                    embeddings = encode_pairs(model, inputs)
                 if first:
                     references.append(self.reference(encoder, inputs))
                 return embeddings
@@ -189,7 +194,9 @@ class Step:
                     learned = [value for value in self.scalars(encoder) if value is not None]
                     of_learned = zip(learned, gradients[len(flat) :], strict=True)
                     parts += [*(value * gradient for value, gradient in of_learned), unused_of(encoder)]
-                accelerator.backward(torch.stack([part.reshape(()) for part in parts]).sum())
+                total = torch.stack([part.reshape(()) for part in parts]).sum()
+                if total.requires_grad:  # or all of it is frozen but what the last chunk adds
+                    accelerator.backward(total)
         return loss.detach() / divisor
 
     def _views_of(self, members: Sequence[tuple[Sequence[torch.Tensor], Embeddings | None]]) -> dict[str, Embeddings]:

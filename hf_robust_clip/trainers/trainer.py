@@ -37,7 +37,7 @@ from ..evaluation.running import evaluator_list, run_evaluators
 from ..files import write_text
 from ..kinds import kind
 from ..locking import sole_writer
-from ..models import check_processor, load_processor
+from ..models import SCALARS, check_processor, load_processor
 from ..record import RunRecord
 from ..seeding import derive_seed
 from ..telling import (
@@ -83,6 +83,7 @@ from .checks import (
 )
 from .evaluating import EvaluatedPairs
 from .finite import FiniteCheck
+from .freezing import freezing
 from .hub import check_merged_push, warn_of_failed_pushes
 from .loaders import (
     indexed,
@@ -104,6 +105,7 @@ from .watch import Watch
 logger = logging.get_logger(__name__)
 
 STATE_FILE = "robust_clip_state.safetensors"
+_FIRST_SCALE = "first_logit_scale"
 #: Methods in which a subclass may add metrics, whose names are then not known.
 _EVALUATION = ("evaluate", "evaluation_loop", "run_evaluators")
 
@@ -146,7 +148,7 @@ class CLIPTrainer(Trainer):
         text_augmentation (callable or `str`, *optional*):
             `(caption: str, seed: int) -> str`. A string names a preset. `None`: `args.text_preset`.
         peft_config (`peft.PeftConfig`, *optional*):
-            Trains adapters instead of the whole model, and `logit_scale`, which is saved with them;
+            Trains adapters instead of the whole model, and `logit_scale` and `logit_bias`, saved with them;
             `modules_to_save=["visual_projection", "text_projection"]` adds the projections.
         callbacks, optimizers, optimizer_cls_and_kwargs: As of `transformers.Trainer`. One callback needs no list.
         defence ([`Defence`], *optional*): What gives the loss; `None`: that of this trainer's class, CLIP's here.
@@ -219,6 +221,7 @@ class CLIPTrainer(Trainer):
         if peft_config is not None:
             encoder = add_adapters(encoder, peft_config, args.seed)
         check_adapters(encoder, args)
+        frozen = freezing(encoder, args.freeze, defence)
         if train_dataset is not None:
             check_trained(encoder)
         check_fit(encoder, processing_class, collator, train_dataset)
@@ -239,12 +242,13 @@ class CLIPTrainer(Trainer):
         # Without these the Trainer sees no labels and reports no eval_loss.
         self.can_return_loss = True
         self.label_names = []
+        self._first_logit_scale = encoder.logit_scale.max().item()
         device = self.args.device
         self.defence = defence.to(device)
         normalization = ImageNormalization(collator.preprocess.mean, collator.preprocess.std).to(device)
         augmentation = self.image_augmentation
         self.step = Step(
-            self.views, text_views, self.defence, augmentation, normalization, device, self._loss, sigmoid
+            self.views, text_views, self.defence, augmentation, normalization, device, self._loss, sigmoid, frozen
         )
         folder = Path(str(args.output_dir))
         finite = FiniteCheck(folder, args.process_index, device, lambda: self.unwrapped_model.named_parameters())
@@ -490,7 +494,7 @@ class CLIPTrainer(Trainer):
         logit_scale = self.unwrapped_model.logit_scale
         if logit_scale.requires_grad:
             with torch.no_grad():
-                logit_scale.clamp_(0.0, math.log(self.args.max_logit_scale))
+                logit_scale.clamp_(0.0, max(math.log(self.args.max_logit_scale), self._first_logit_scale))
 
     def on_train_end(self) -> None:
         """Called when training is over."""
@@ -603,8 +607,7 @@ class CLIPTrainer(Trainer):
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """As the Trainer's, without `logit_scale` and `logit_bias`: a temperature has nothing to decay to."""
-        exempt = ("logit_scale", "logit_bias")
-        return [name for name in super().get_decay_parameter_names(model) if not name.endswith(exempt)]
+        return [name for name in super().get_decay_parameter_names(model) if not name.endswith(SCALARS)]
 
     # ---- Evaluation ----
 
@@ -717,6 +720,7 @@ class CLIPTrainer(Trainer):
         state = self.training_state()
         if self.args.should_save:
             metadata = {"trainer": type(self).__name__, "rows": str(self._dataset_length())}
+            metadata[_FIRST_SCALE] = repr(self._first_logit_scale)
             if self._streamed is None:
                 metadata["steps_per_epoch"] = str(self._steps_per_epoch)
             save_file(state, os.path.join(output_dir, STATE_FILE), metadata=metadata)
@@ -735,6 +739,8 @@ class CLIPTrainer(Trainer):
                 saved = file.metadata() or {}
                 check_resumed(str(checkpoint), saved, type(self).__name__, self._dataset_length(), steps)
                 state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            # The trainer may have been given the checkpoint in place of the model that training started from.
+            self._first_logit_scale = max(self._first_logit_scale, float(saved.get(_FIRST_SCALE, 0)))
             self._bad_rows = set(state.pop(BAD_ROWS).tolist())
             self.defence.load_state_dict(state)
             self.defence.to(self.args.device)
@@ -820,6 +826,7 @@ class CLIPTrainer(Trainer):
             augmentations=(self.image_augmentation, self.data_collator.text_augmentation),
             skipped=self.run_log.skipped,
             seconds=self.run_log.seconds,
+            sigmoid=self.step.sigmoid,
         )
 
     def describe_data(self) -> dict[str, Any] | None:
