@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
+import tempfile
 from pathlib import Path
 from typing import Any
 
+import datasets
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
+from PIL import Image
 from safetensors.torch import load_file
 from support.families import siglip
 from support.training import assert_same_bits, digits, make_trainer, training_log
 from transformers import AutoModel, SiglipModel
 
-from hf_robust_clip import CLIPTrainer, Defence, SafeCLIPTrainer
+from hf_robust_clip import CleanCLIPTrainer, CLIPTrainer, Defence, SafeCLIPTrainer, ZeroShotEvaluator
 from hf_robust_clip.batch import encode_pairs
+from hf_robust_clip.data.digits import CLASS_NAMES
 from hf_robust_clip.losses import clip_loss, info_nce, sigmoid_loss
 from hf_robust_clip.trainers.defended import TRAINERS
 
@@ -180,3 +187,54 @@ def test_a_frozen_bias_stays_frozen_beside_adapters(tmp_path: Path, caplog: pyte
     trainer.train()
     assert trainer.model.logit_bias.item() == before
     assert "logit_bias is frozen" in caplog.text and "logit_scale is frozen" not in caplog.text
+
+
+def colored(rows: int, seed: int) -> datasets.Dataset:
+    """Noisy images of eight colors, each with a word."""
+    draw = np.random.default_rng(seed)
+    labels = np.arange(rows) % 8
+    means = np.array(list(itertools.product((40, 215), repeat=3)))[labels][:, None, None]
+    noise = draw.normal(0, 60, (rows, 16, 16, 3)) + draw.normal(0, 40, (rows, 1, 1, 3))
+    images = [Image.fromarray(pixels) for pixels in (means + noise).clip(0, 255).astype(np.uint8)]
+    return datasets.Dataset.from_dict(
+        {"image": images, "caption": [CLASS_NAMES[label] for label in labels], "label": labels.tolist()}
+    )
+
+
+@functools.cache
+def converged() -> dict[str, torch.Tensor]:
+    """The weights of a SigLIP that has learned the words of the colors with its own loss."""
+    model = seeded(10.0, -3.0)
+    with tempfile.TemporaryDirectory() as folder:
+        given: dict[str, Any] = {"train_dataset": colored(128, 0), "per_device_train_batch_size": 16}
+        schedule = {"learning_rate": 5e-3, "lr_scheduler_type": "cosine", "warmup_steps": 10, "num_train_epochs": 12}
+        make_trainer(CLIPTrainer, Path(folder), model=model, **given, **schedule).train()
+    return model.state_dict()
+
+
+@pytest.mark.parametrize("cls, rate", [(CLIPTrainer, None), (CleanCLIPTrainer, None), (CLIPTrainer, 1.0)])
+def test_fine_tuning_at_the_default_rate_keeps_what_a_model_knows(
+    cls: type[CLIPTrainer], rate: float | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Within the standard error of its accuracy on the test images; a rate that does not is warned of."""
+    model = seeded()
+    model.load_state_dict(converged())
+    defaults = cls.args_class(str(tmp_path))
+    given: dict[str, Any] = {"eval_on_start": True, "eval_strategy": "epoch", "num_train_epochs": 1}
+    trainer = make_trainer(
+        cls,
+        tmp_path,
+        model=model,
+        train_dataset=colored(128, 0),
+        evaluators=ZeroShotEvaluator(colored(200, 1), CLASS_NAMES[:8], templates=("{}",)),
+        learning_rate=defaults.learning_rate if rate is None else rate,
+        per_device_train_batch_size=defaults.per_device_train_batch_size,
+        **given,
+    )
+    trainer.train()
+    name = "eval_clean_accuracy"
+    before, after = (entry[name] for entry in trainer.state.log_history if name in entry)
+    assert before > 0.8
+    kept = after >= before - math.sqrt(before * (1 - before) / 200)
+    assert kept == (rate is None)
+    assert ("clean_accuracy fell from" in caplog.text) == (rate is not None)
