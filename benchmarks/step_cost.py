@@ -3,7 +3,7 @@ What a training step costs: a bare PyTorch loop, the stock `Trainer` and the tra
 rows and the same model, taking turns within one process. RoCLIP runs once with steps that all match, in pools of
 21,845 pairs, and once with steps that never do; SafeCLIP's scoring pass runs next to its training.
 
-    python benchmarks/step_cost.py [--json FILE]
+    python benchmarks/step_cost.py [--only NAME ...] [--json FILE]
 
 Only ratios mean anything across machines. Each round trains every contender for some steps, in turn and in a rotating
 order, and gives one ratio a pair; the ratios reported are the medians over rounds.
@@ -48,6 +48,8 @@ RATIOS: dict[str, tuple[str | tuple[str, ...], str]] = {
     "stock_trainer_over_bare_loop": ("stock_trainer", "bare_loop"),
     "clip_over_bare_loop": ("clip", "bare_loop"),
     "clip_over_stock_trainer": ("clip", "stock_trainer"),
+    "clip_vision_frozen_over_clip": ("clip_vision_frozen", "clip"),
+    "clip_text_frozen_over_clip": ("clip_text_frozen", "clip"),
     "cleanclip_over_clip": ("cleanclip", "clip"),
     "roclip_matching_over_plain": ("roclip_matching", "roclip_plain"),
     "safeclip_over_clip": ("safeclip", "clip"),
@@ -125,7 +127,10 @@ def contenders(
         train_dataset=rows,
     )
     ours: dict[str, Any] = {"train_dataset": rows, "processing_class": processor}
-    clip = CLIPTrainer(copy.deepcopy(model), CLIPTrainingArguments(**common), **ours)
+    clip, vision_frozen, text_frozen = (
+        CLIPTrainer(copy.deepcopy(model), CLIPTrainingArguments(**common, freeze=tower), **ours)
+        for tower in ("none", "vision", "text")
+    )
     cleanclip = CleanCLIPTrainer(copy.deepcopy(model), CleanCLIPTrainingArguments(**common), **ours)
     pooled = {"pool_size": POOL_SIZE, "match_every_n_epochs": 1, **common}
     roclip = [
@@ -137,7 +142,7 @@ def contenders(
     )
     augmented = CLIPTrainingArguments(**common, image_preset="strong", text_preset="eda")
     two_views = TwoViews(copy.deepcopy(model), augmented, **ours)
-    for trainer in (stock, clip, two_views, cleanclip, *roclip, safeclip):
+    for trainer in (stock, clip, vision_frozen, text_frozen, two_views, cleanclip, *roclip, safeclip):
         trainer.remove_callback(PrinterCallback)
     features = full_pools(POOL_SIZE, model.config.projection_dim)
     for trainer in (*roclip, safeclip):
@@ -146,6 +151,8 @@ def contenders(
         "bare_loop": bare_loop(copy.deepcopy(model), processor, rows, batch),
         "stock_trainer": stock.train,
         "clip": clip.train,
+        "clip_vision_frozen": vision_frozen.train,
+        "clip_text_frozen": text_frozen.train,
         "clip_two_views": two_views.train,
         "cleanclip": cleanclip.train,
         "roclip_plain": roclip[1].train,
@@ -185,6 +192,7 @@ def measure(runs: dict[str, Callable[[], Any]], rounds: int, steps: int) -> dict
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--json", type=Path, help="file to write the results to")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="contenders to measure (default: all)")
     parser.add_argument("--rounds", type=int, default=8, help="rounds measured (default: 8)")
     parser.add_argument("--steps", type=int, default=6, help="steps of each contender in a round (default: 6)")
     parser.add_argument("--batch", type=int, default=32, help="batch size (default: 32)")
@@ -196,10 +204,14 @@ def main() -> None:
     rows = make_rows(options.batch * options.steps, options.image_size)
     with tempfile.TemporaryDirectory() as output:
         runs = contenders(model, processor, rows, options.batch, output)
+        runs = {name: run for name, run in runs.items() if name in (options.only or runs)}
         seconds = measure(runs, options.rounds, options.steps)
     ratios = {}
     for name, (above, below) in RATIOS.items():
-        rounds = zip(*(seconds[part] for part in ([above] if isinstance(above, str) else above)), strict=True)
+        parts = [above] if isinstance(above, str) else above
+        if not {*parts, below} <= seconds.keys():
+            continue
+        rounds = zip(*(seconds[part] for part in parts), strict=True)
         ratios[name] = statistics.median(sum(a) / b for a, b in zip(rounds, seconds[below], strict=True))
     result = {
         "ratios": ratios,

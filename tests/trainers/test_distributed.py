@@ -252,8 +252,8 @@ def test_trainers_in_several_processes(tmp_path: Path) -> None:
             assert_state(state_of(resumed), expected, f"{cls.__name__}, resumed in one process")
     for name, (cls, given) in OTHERS.items():
         expected = state_of(few_steps(cls, tmp_path / "one", batch=16, **given))
-        for chunks in ("", ", in chunks"):
-            assert_state(torch.load(tmp_path / f"{name}{chunks}.pt"), expected, f"{name}{chunks}")
+        for variant in ("", ", in chunks", *([", sharded in chunks"] if cls is CLIPTrainer else [])):
+            assert_state(torch.load(tmp_path / f"{name}{variant}.pt"), expected, f"{name}{variant}")
     assert 1 / 3 < unpack_mask(torch.load(tmp_path / "SafeCLIPTrainer.pt")["splits.bits"], 80).mean() < 2 / 3
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["resumed_equals_uninterrupted"] == dict.fromkeys(RESUMED, True)
@@ -394,6 +394,14 @@ def sharded(output: Path) -> dict[str, Any]:
             state = state_of(trainer)
             if trainer.is_world_process_zero():
                 torch.save(state, output / f"{cls.__name__}, sharded{variant}.pt")
+    for name, (cls, given) in OTHERS.items():
+        if cls is CLIPTrainer:
+            layer = "SiglipEncoderLayer" if given.get("family") is siglip else "CLIPEncoderLayer"
+            with mock.patch.dict(os.environ, {"FSDP_TRANSFORMER_CLS_TO_WRAP": layer}):
+                trainer = few_steps(cls, output / "sharded", 8, contrastive_chunk_size=3, **given)
+            state = state_of(trainer)
+            if trainer.is_world_process_zero():
+                torch.save(state, output / f"{name}, sharded in chunks.pt")
     evaluator = ZeroShotEvaluator(digits("test").select(range(21)), CLASS_NAMES, templates=CAPTION_TEMPLATES)
     options: dict[str, Any] = {"num_train_epochs": 4, "evaluators": [evaluator], "eval_strategy": "epoch", **SPLIT}
     pair = train_and_resume(SafeCLIPTrainer, output / "sharded-resumed", step=10, **options)
