@@ -50,6 +50,8 @@ RATIOS: dict[str, tuple[str | tuple[str, ...], str]] = {
     "stock_trainer_over_bare_loop": ("stock_trainer", "bare_loop"),
     "clip_over_bare_loop": ("clip", "bare_loop"),
     "clip_over_stock_trainer": ("clip", "stock_trainer"),
+    "clip_vision_frozen_over_clip": ("clip_vision_frozen", "clip"),
+    "clip_text_frozen_over_clip": ("clip_text_frozen", "clip"),
     "cleanclip_over_clip": ("cleanclip", "clip"),
     "par_over_clip": ("par", "clip"),
     "roclip_matching_over_plain": ("roclip_matching", "roclip_plain"),
@@ -128,7 +130,10 @@ def contenders(
         train_dataset=rows,
     )
     ours: dict[str, Any] = {"train_dataset": rows, "processing_class": processor}
-    clip = CLIPTrainer(copy.deepcopy(model), CLIPTrainingArguments(**common), **ours)
+    clip, vision_frozen, text_frozen = (
+        CLIPTrainer(copy.deepcopy(model), CLIPTrainingArguments(**common, freeze=tower), **ours)
+        for tower in ("none", "vision", "text")
+    )
     cleanclip = CleanCLIPTrainer(copy.deepcopy(model), CleanCLIPTrainingArguments(**common), **ours)
     par = PARTrainer(copy.deepcopy(model), PARTrainingArguments(**common), **ours)
     pooled = {"pool_size": POOL_SIZE, "match_every_n_epochs": 1, **common}
@@ -141,7 +146,7 @@ def contenders(
     )
     augmented = CLIPTrainingArguments(**common, image_preset="strong", text_preset="eda")
     two_views = TwoViews(copy.deepcopy(model), augmented, **ours)
-    for trainer in (stock, clip, two_views, cleanclip, par, *roclip, safeclip):
+    for trainer in (stock, clip, vision_frozen, text_frozen, two_views, cleanclip, par, *roclip, safeclip):
         trainer.remove_callback(PrinterCallback)
     features = full_pools(POOL_SIZE, model.config.projection_dim)
     for trainer in (*roclip, safeclip):
@@ -150,6 +155,8 @@ def contenders(
         "bare_loop": bare_loop(copy.deepcopy(model), processor, rows, batch),
         "stock_trainer": stock.train,
         "clip": clip.train,
+        "clip_vision_frozen": vision_frozen.train,
+        "clip_text_frozen": text_frozen.train,
         "clip_two_views": two_views.train,
         "cleanclip": cleanclip.train,
         "par": par.train,

@@ -16,6 +16,10 @@ from .augment.text import TextAugmentation
 from .data.rows import ON_BAD_ROW
 from .wording import listed, shown
 
+#: How images are contrasted with captions.
+LOSS_TYPES = ("auto", "softmax", "sigmoid")
+#: The tower that is not trained.
+FREEZE = ("vision", "text", "none")
 TEXT_PRESETS = ("identity", *TextAugmentation.presets)
 
 
@@ -47,8 +51,14 @@ class CLIPTrainingArguments(TrainingArguments):
         accumulate_negatives (`bool`, defaults to `False`): Whether the rows of all `gradient_accumulation_steps` are
             negatives of each other, as in one batch of that size; encoded in chunks of `contrastive_chunk_size`, or
             of a batch. SafeCLIP's safe batches are contrasted with safe ones, risky with risky ones.
-        max_logit_scale (`float`, defaults to 100): Upper bound of `exp(logit_scale)`, at least 1; the lower is 1. One
-            that is frozen is left as it is.
+        loss_type (`str`, defaults to `"auto"`): How images are contrasted with captions: `"softmax"`, the loss of
+            CLIP; `"sigmoid"`, that of SigLIP, which trains `logit_bias` as well; `"auto"`: sigmoid for a model that
+            has a `logit_bias`, softmax for others. Terms within a modality are InfoNCE either way.
+        freeze (`str`, defaults to `"none"`): A tower that is not trained, `"vision"` or `"text"`: the `vision_model`
+            or `text_model` stays as it is, in evaluation mode, and is encoded without gradient. Its projection, where
+            that is outside of it, the other tower and `logit_scale` are trained.
+        max_logit_scale (`float`, defaults to 100): Upper bound of `exp(logit_scale)`, at least 1; the lower is 1. A
+            model that starts above it is bounded by what it starts with. A scale that is frozen is left as it is.
         merge_adapters (`bool`, defaults to `False`): With `peft_config`: whether `save_model` and `push_to_hub` write
             the whole model with the adapters merged in, which loads without PEFT and without the model that training
             started from, instead of the adapters alone. Checkpoints hold the adapters either way.
@@ -84,6 +94,10 @@ class CLIPTrainingArguments(TrainingArguments):
     accumulate_negatives: bool = field(
         default=False, metadata={"help": "Contrast the rows of all gradient_accumulation_steps with each other."}
     )
+    loss_type: str = field(
+        default="auto", metadata={"help": f"How images are contrasted with captions: {', '.join(LOSS_TYPES)}."}
+    )
+    freeze: str = field(default="none", metadata={"help": f"A tower that is not trained: {', '.join(FREEZE)}."})
     max_logit_scale: float = field(default=100.0, metadata={"help": "Upper bound of exp(logit_scale), at least 1."})
     merge_adapters: bool = field(
         default=False, metadata={"help": "With adapters: save and push the model with them merged in."}
@@ -120,6 +134,8 @@ class CLIPTrainingArguments(TrainingArguments):
             ("image_preset", IMAGE_PRESETS),
             ("text_preset", TEXT_PRESETS),
             ("on_bad_row", ON_BAD_ROW),
+            ("loss_type", LOSS_TYPES),
+            ("freeze", FREEZE),
         ):
             check_choice(self, name, accepted)
         if self.max_logit_scale < 1:

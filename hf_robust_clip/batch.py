@@ -43,6 +43,8 @@ class Batch:
         rows (`torch.Tensor` of shape `(B,)`, int64, *optional*): The pairs' numbers in the dataset, on the host. A
             stream has none.
         poisoned (`torch.Tensor` of shape `(B,)`, bool, *optional*): The column of that name.
+        bias (`torch.Tensor`, *optional*): The model's `logit_bias`, a scalar, float32, with its gradient, where images
+            and texts are contrasted with the sigmoid loss.
     """
 
     inputs: dict[str, torch.Tensor]
@@ -50,6 +52,7 @@ class Batch:
     step: int = 0
     rows: torch.Tensor | None = None
     poisoned: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
 
     @property
     def device(self) -> torch.device:

@@ -1,10 +1,11 @@
 """
-The losses of CLIP and of the defences, as pure functions of embeddings.
+The losses of CLIP, of SigLIP and of the defences, as pure functions of embeddings.
 
 Every function takes L2-normalised embeddings `(B, D)` whose rows with the same index belong together, and the
 multiplicative `scale`, `exp(model.logit_scale)`, a scalar tensor or float. Those of the defences return a dictionary
 of named scalar terms, weights already applied, whose sum is the loss. Compute them in float32 or better.
-Of large batches the logits are never there all at once.
+Of large batches the logits are never there all at once. With a `bias`, terms between images and texts are SigLIP's
+([`sigmoid_loss`]) in place of CLIP's; terms within a modality are InfoNCE either way.
 
 With `gather=True` the keys are gathered from all ranks, gradients included, so that every other rank's rows are
 negatives too; each rank's loss is the mean over its own rows, and DDP's average over ranks makes the gradients those
@@ -13,6 +14,7 @@ of one process with the whole batch.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import torch
@@ -62,45 +64,116 @@ def info_nce(
         first = rank() * keys.shape[0]
         keys = gather_features(keys)
     if reduction == "mean" and queries.shape[0] * keys.shape[0] > _MAX_LOGITS:
-        loss: torch.Tensor = _BlockwiseInfoNCE.apply(queries, keys, torch.as_tensor(scale, device=keys.device), first)
-        return loss
+        return _blockwise(_softmax, queries, keys, scale, 0.0, first)
     logits = scale * queries @ keys.T  # (B, world_size * B)
     targets = torch.arange(first, first + queries.shape[0], device=logits.device)
     return F.cross_entropy(logits, targets, reduction=reduction)
 
 
-class _BlockwiseInfoNCE(torch.autograd.Function):
+def sigmoid_loss(
+    image_embeds: torch.Tensor,
+    text_embeds: torch.Tensor,
+    scale: torch.Tensor | float,
+    bias: torch.Tensor | float,
+    gather: bool = False,
+) -> torch.Tensor:
     """
-    [`info_nce`] without all of its logits at once: a block of queries at a time, and its gradients with it, so that
-    nothing is computed twice.
+    The pairwise sigmoid loss of SigLIP (Zhai et al., ICCV 2023, arXiv 2303.15343, equation 1): for each image the sum,
+    over all texts, of `-log sigmoid(y_ij (scale * image_i . text_j + bias))`, where y is 1 for its own text and -1 for
+    the others; the mean over images. It is a sum over texts: with more of them it is larger.
+
+    Args:
+        image_embeds (`torch.Tensor` of shape `(B, D)`): L2-normalised.
+        text_embeds (`torch.Tensor` of shape `(B, D)`): L2-normalised.
+        scale (`torch.Tensor` or `float`): `exp(model.logit_scale)`.
+        bias (`torch.Tensor` or `float`): `model.logit_bias`.
+        gather (`bool`): Whether to use the texts of all ranks. Every rank must have the same B.
+
+    Returns:
+        `torch.Tensor`: Scalar.
+    """
+    first = 0
+    if gather:
+        first = rank() * text_embeds.shape[0]
+        text_embeds = gather_features(text_embeds)
+    if image_embeds.shape[0] * text_embeds.shape[0] > _MAX_LOGITS:
+        return _blockwise(_sigmoid, image_embeds, text_embeds, scale, bias, first)
+    logits = scale * image_embeds @ text_embeds.T + bias  # (B, world_size * B)
+    targets = torch.arange(first, first + image_embeds.shape[0], device=logits.device)[:, None]
+    against = logits.scatter(1, targets, -logits.gather(1, targets))  # -y * logits
+    return -F.logsigmoid(-against).sum() / image_embeds.shape[0]
+
+
+def _softmax(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The summed losses of rows of logits `(b, N)` whose targets are `(b, 1)`, and the gradient, in their place."""
+    normalizers = logits.logsumexp(dim=1, keepdim=True)
+    loss = (normalizers - logits.gather(1, targets)).sum()
+    gradient = logits.sub_(normalizers).exp_()
+    return loss, gradient.scatter_add_(1, targets, gradient.new_full(targets.shape, -1))
+
+
+def _sigmoid(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """As [`_softmax`], of the pairwise loss."""
+    against = logits.scatter_(1, targets, -logits.gather(1, targets))
+    loss = -F.logsigmoid(-against).sum()
+    gradient = against.sigmoid_()
+    return loss, gradient.scatter_(1, targets, -gradient.gather(1, targets))
+
+
+def _blockwise(
+    of_rows: Any,
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    scale: torch.Tensor | float,
+    bias: torch.Tensor | float,
+    first: int,
+) -> torch.Tensor:
+    scalars = (torch.as_tensor(value, device=keys.device) for value in (scale, bias))
+    loss: torch.Tensor = _Blockwise.apply(queries, keys, *scalars, first, of_rows)
+    return loss
+
+
+class _Blockwise(torch.autograd.Function):
+    """
+    [`info_nce`] or [`sigmoid_loss`] without all of their logits at once: a block of queries at a time, and its
+    gradients with it, so that nothing is computed twice.
     """
 
     @staticmethod
-    def forward(ctx: Any, queries: torch.Tensor, keys: torch.Tensor, scale: torch.Tensor, first: int) -> torch.Tensor:
+    def forward(
+        ctx: Any,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        scale: torch.Tensor,
+        bias: torch.Tensor,
+        first: int,
+        of_rows: Any,
+    ) -> torch.Tensor:
         rows, differentiate = queries.shape[0], any(ctx.needs_input_grad)
-        loss = queries.new_zeros(())
+        loss, of_bias = queries.new_zeros(()), queries.new_zeros(())
         of_queries, of_keys = torch.empty_like(queries), torch.zeros_like(keys)
         block = max(1, _MAX_LOGITS // keys.shape[0])
         for start in range(0, rows, block):
             part = queries[start : start + block]
-            logits = scale * part @ keys.T  # (block, N)
+            logits = scale * part @ keys.T + bias  # (block, N)
             targets = torch.arange(first + start, first + start + part.shape[0], device=keys.device)[:, None]
-            normalizers = logits.logsumexp(dim=1, keepdim=True)
-            loss += (normalizers - logits.gather(1, targets)).sum() / rows
+            of_block, of_logits = of_rows(logits, targets)
+            loss += of_block / rows
             if differentiate:
-                of_logits = logits.sub_(normalizers).exp_().div_(rows)  # softmax
-                of_logits.scatter_add_(1, targets, of_logits.new_full(targets.shape, -1 / rows))
+                of_logits /= rows
                 of_queries[start : start + block] = of_logits @ keys
                 of_keys.addmm_(of_logits.T, part)
+                of_bias += of_logits.sum()
         if differentiate:
             of_scale = (of_queries * queries).sum().to(scale.dtype).reshape(scale.shape)
-            ctx.save_for_backward(of_queries.mul_(scale), of_keys.mul_(scale), of_scale)
+            of_bias = of_bias.to(bias.dtype).reshape(bias.shape)
+            ctx.save_for_backward(of_queries.mul_(scale), of_keys.mul_(scale), of_scale, of_bias)
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return (*(grad_outputs[0] * gradient for gradient in ctx.saved_tensors), None)
+        return (*(grad_outputs[0] * gradient for gradient in ctx.saved_tensors), None, None)
 
 
 def clip_loss(
@@ -125,6 +198,19 @@ def clip_loss(
     )
 
 
+def cross_modal_loss(
+    image_embeds: torch.Tensor,
+    text_embeds: torch.Tensor,
+    scale: torch.Tensor | float,
+    bias: torch.Tensor | float | None = None,
+    gather: bool = False,
+) -> torch.Tensor:
+    """[`sigmoid_loss`] with a bias, [`clip_loss`] without: what a model is trained with between images and texts."""
+    if bias is None:
+        return clip_loss(image_embeds, text_embeds, scale, gather=gather)
+    return sigmoid_loss(image_embeds, text_embeds, scale, bias, gather=gather)
+
+
 def cleanclip_loss(
     image_embeds: torch.Tensor,
     text_embeds: torch.Tensor,
@@ -134,6 +220,7 @@ def cleanclip_loss(
     clip_weight: float = 1.0,
     unimodal_weight: float = 1.0,
     gather: bool = False,
+    bias: torch.Tensor | float | None = None,
 ) -> dict[str, torch.Tensor]:
     """
     CleanCLIP (Bansal et al., ICCV 2023, arXiv 2303.03323, equation 3): the CLIP loss, plus a loss within each
@@ -148,12 +235,14 @@ def cleanclip_loss(
         clip_weight (`float`): The paper's lambda 1.
         unimodal_weight (`float`): The paper's lambda 2.
         gather (`bool`): Whether to use the negatives of all ranks.
+        bias (`torch.Tensor` or `float`, *optional*): Of a model trained with [`sigmoid_loss`], which then takes the
+            place of the CLIP loss. That is ours: the paper has CLIP.
 
     Returns:
         `dict[str, torch.Tensor]`: `clip_loss`, `unimodal_image_loss`, `unimodal_text_loss`.
     """
     return {
-        "clip_loss": clip_weight * clip_loss(image_embeds, text_embeds, scale, gather=gather),
+        "clip_loss": clip_weight * cross_modal_loss(image_embeds, text_embeds, scale, bias, gather),
         "unimodal_image_loss": 0.5 * unimodal_weight * info_nce(image_embeds, image_embeds_2, scale, gather=gather),
         "unimodal_text_loss": 0.5 * unimodal_weight * info_nce(text_embeds, text_embeds_2, scale, gather=gather),
     }
@@ -228,6 +317,7 @@ def roclip_loss(
     text_pool: NearestNeighbours | torch.Tensor | None,
     matching: Matching = "cross",
     gather: bool = False,
+    bias: torch.Tensor | float | None = None,
 ) -> dict[str, torch.Tensor]:
     """
     RoCLIP's matching step (Yang, Gao, Mirzasoleiman, NeurIPS 2023, arXiv 2303.06854, section 4): a pair is broken up
@@ -245,6 +335,8 @@ def roclip_loss(
             `"unimodal"`: an image with the caption nearest to its own caption, a caption with the image nearest to
             its own image, both averaged (first preprint).
         gather (`bool`): Whether to use the matches of all ranks as negatives.
+        bias (`torch.Tensor` or `float`, *optional*): Of a model that is trained with [`sigmoid_loss`], which matches
+            then have in place of InfoNCE. That is ours: the paper has CLIP.
 
     Returns:
         `dict[str, torch.Tensor]`: `image_match_loss` and, unless `matching="image_to_text"`, `text_match_loss`.
@@ -257,12 +349,12 @@ def roclip_loss(
     text_queries = text_embeds if matching == "unimodal" else image_embeds
     text_matches = _nearest(text_pool, text_queries, "text_pool")  # (B, D)
     if matching == "image_to_text":
-        return {"image_match_loss": clip_loss(image_embeds, text_matches, scale, gather=gather)}
+        return {"image_match_loss": cross_modal_loss(image_embeds, text_matches, scale, bias, gather)}
     image_queries = image_embeds if matching == "unimodal" else text_embeds
     image_matches = _nearest(image_pool, image_queries, "image_pool")  # (B, D)
     return {
-        "image_match_loss": 0.5 * clip_loss(image_embeds, text_matches, scale, gather=gather),
-        "text_match_loss": 0.5 * clip_loss(image_matches, text_embeds, scale, gather=gather),
+        "image_match_loss": 0.5 * cross_modal_loss(image_embeds, text_matches, scale, bias, gather),
+        "text_match_loss": 0.5 * cross_modal_loss(image_matches, text_embeds, scale, bias, gather),
     }
 
 
@@ -307,6 +399,7 @@ def safeclip_cross_loss(
     text_embeds_2: torch.Tensor,
     scale: torch.Tensor | float,
     gather: bool = False,
+    bias: torch.Tensor | float | None = None,
 ) -> dict[str, torch.Tensor]:
     """
     SafeCLIP's loss for safe pairs (arXiv 2310.05862, section 4.3): CLIP across two augmented views, each first view
@@ -317,13 +410,16 @@ def safeclip_cross_loss(
         image_embeds_2, text_embeds_2 (`torch.Tensor` of shape `(B, D)`): Second views, L2-normalised.
         scale (`torch.Tensor` or `float`): `exp(model.logit_scale)`.
         gather (`bool`): Whether to use the negatives of all ranks.
+        bias (`torch.Tensor` or `float`, *optional*): Of a model trained with [`sigmoid_loss`], which then takes the
+            place of InfoNCE in both terms. That is ours: the paper has InfoNCE.
 
     Returns:
         `dict[str, torch.Tensor]`: `image_to_text_loss`, `text_to_image_loss`.
     """
+    one_way = info_nce if bias is None else partial(sigmoid_loss, bias=bias)
     return {
-        "image_to_text_loss": 0.5 * info_nce(image_embeds, text_embeds_2, scale, gather=gather),
-        "text_to_image_loss": 0.5 * info_nce(text_embeds, image_embeds_2, scale, gather=gather),
+        "image_to_text_loss": 0.5 * one_way(image_embeds, text_embeds_2, scale, gather=gather),
+        "text_to_image_loss": 0.5 * one_way(text_embeds, image_embeds_2, scale, gather=gather),
     }
 
 

@@ -23,6 +23,8 @@ from .wording import listed, said, shortened
 
 logger = logging.get_logger(__name__)
 
+#: The parameters of a dual encoder that belong to its loss; SigLIP alone has a bias.
+SCALARS = ("logit_scale", "logit_bias")
 #: Text towers whose positions start behind the padding token's number.
 _OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "altclip_text_model")
 
@@ -81,6 +83,11 @@ def check_dual_encoder(model: Any) -> None:
                 f"model must be a dual encoder of images and texts with a logit_scale, such as CLIPModel; "
                 f"{type(model).__name__} has no {attribute}"
             )
+
+
+def scalars_of(model: Any) -> dict[str, nn.Parameter]:
+    """Those of `SCALARS` that a dual encoder has, by name."""
+    return {name: value for name in SCALARS if (value := getattr(model, name, None)) is not None}
 
 
 def unwrapped(model: Any) -> Any:

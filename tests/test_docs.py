@@ -16,6 +16,7 @@ import datasets
 import pytest
 from bench.marked import table_marks
 from pages import PAGES as TABLES
+from support.families import processor_for, siglip
 from support.stand_in import HubStandIn, run_script
 from transformers import CLIPModel, CLIPProcessor
 
@@ -108,6 +109,9 @@ def folder(
     for name in ("openai/clip-vit-base-patch32", "cleaned", "your-untrained-clip"):
         tiny_model(0).save_pretrained(folder / name)
         processor.save_pretrained(folder / name)
+    sigmoid = siglip()
+    sigmoid.save_pretrained(folder / "google/siglip-base-patch16-224")
+    processor_for(sigmoid).save_pretrained(folder / "google/siglip-base-patch16-224")
     return folder
 
 

@@ -1,6 +1,8 @@
 """The losses agree with those of the papers' released code, and have the properties that their docstrings promise."""
 
+import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +10,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from support.families import siglip
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hf_robust_clip import losses
+from hf_robust_clip.batch import encode_pairs
 from hf_robust_clip.losses import (
     MATCHINGS,
     cleanclip_loss,
@@ -21,6 +25,7 @@ from hf_robust_clip.losses import (
     roclip_loss,
     safeclip_cross_loss,
     safeclip_unimodal_loss,
+    sigmoid_loss,
     squared_distances,
 )
 
@@ -63,13 +68,23 @@ OTHERS: dict[str, Callable[[Batch], torch.Tensor | dict[str, torch.Tensor]]] = {
         for matching in ("cross", "unimodal")
     },
     "par": lambda b: par_loss(*_embeds(b), _scale(b)),
+    "sigmoid": lambda b: sigmoid_loss(b["I"], b["T"], _scale(b), b["bias"]),
+    "cleanclip_sigmoid": lambda b: cleanclip_loss(*_embeds(b), _scale(b), bias=b["bias"]),
+    "safeclip_cross_sigmoid": lambda b: safeclip_cross_loss(*_embeds(b), _scale(b), bias=b["bias"]),
+    **{
+        f"roclip_{matching}_sigmoid": lambda b, matching=matching: roclip_loss(
+            b["I"], b["T"], _scale(b), b["pool_image"], b["pool_text"], matching=matching, bias=b["bias"]
+        )
+        for matching in MATCHINGS
+    },
 }
 EVERY = LOSSES | OTHERS
 
 
 def golden_batch(dtype: torch.dtype = torch.float64) -> Batch:
     names = (*VIEWS, "pool_image", "pool_text", "ls")
-    return {name: torch.tensor(GOLDEN[f"in/{name}"], dtype=dtype, requires_grad=True) for name in names}
+    batch = {name: torch.tensor(GOLDEN[f"in/{name}"], dtype=dtype, requires_grad=True) for name in names}
+    return {**batch, "bias": torch.tensor([-3.0], dtype=dtype, requires_grad=True)}
 
 
 def total(terms: torch.Tensor | dict[str, torch.Tensor]) -> torch.Tensor:
@@ -149,29 +164,32 @@ class Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("limit", [1, 40])  # a query at a time, or a few
-@pytest.mark.parametrize("case", LOSSES)
+@pytest.mark.parametrize("case", EVERY)
 def test_large_batches_have_the_same_gradients_without_all_logits(
     case: str, limit: int, monkeypatch: pytest.MonkeyPatch
 ):
     whole, blockwise = golden_batch(), golden_batch()
-    plain = total(LOSSES[case](whole))
+    plain = total(EVERY[case](whole))
     plain.backward()
     monkeypatch.setattr(losses, "_MAX_LOGITS", limit)
-    loss = total(LOSSES[case](blockwise))
+    loss = total(EVERY[case](blockwise))
     loss.backward()
     torch.testing.assert_close(loss, plain, rtol=1e-12, atol=0)
-    for name in (*VIEWS, "ls"):
+    for name in (*VIEWS, "ls", "bias"):
         gradient, expected = blockwise[name].grad, whole[name].grad
         assert (gradient is None) == (expected is None)
         if expected is not None:
             torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-12)
 
 
-def test_large_batches_never_have_all_of_their_logits(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("loss", [clip_loss, partial(sigmoid_loss, bias=-10.0)])
+def test_large_batches_never_have_all_of_their_logits(
+    loss: Callable[..., torch.Tensor], monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(losses, "_MAX_LOGITS", 1000)
     sides = [F.normalize(torch.randn(200, 4), dim=1).requires_grad_() for _ in range(2)]
     with Largest() as largest:
-        clip_loss(*sides, 20.0).backward()
+        loss(*sides, 20.0).backward()
     assert largest.elements == 1000
 
 
@@ -210,6 +228,37 @@ def test_info_nce_against_its_definition():
     torch.testing.assert_close(info_nce(batch["I"], batch["T"], scale), expected, rtol=1e-12, atol=0)
 
 
+def test_sigmoid_loss_against_its_definition():
+    batch = {name: value.detach() for name, value in golden_batch().items()}
+    loss = 0.0
+    for i, image in enumerate(batch["I"]):
+        for j, text in enumerate(batch["T"]):
+            logit = (batch["ls"].exp() * image @ text + batch["bias"]).item()
+            loss += math.log1p(math.exp(-logit if i == j else logit)) / 16
+    assert sigmoid_loss(batch["I"], batch["T"], batch["ls"].exp(), batch["bias"]).item() == pytest.approx(loss, 1e-12)
+
+
+def test_sigmoid_loss_is_that_of_transformers():
+    """Value and gradients of images, texts, scale and bias, at the scale and the bias of released models."""
+    torch.manual_seed(0)
+    found, expected = siglip(), siglip()
+    expected.load_state_dict(found.state_dict())
+    inputs = {"pixel_values": torch.randn(12, 3, 16, 16), "input_ids": torch.randint(0, 700, (12, 16))}
+    for model in (found, expected):
+        with torch.no_grad():
+            model.logit_scale.fill_(math.log(117.3))
+            model.logit_bias.fill_(-12.9)
+    loss = sigmoid_loss(*encode_pairs(found, inputs), found.logit_scale.exp(), found.logit_bias)
+    theirs = expected(**inputs, return_loss=True).loss
+    torch.testing.assert_close(loss, theirs, rtol=1e-6, atol=0)
+    loss.backward()
+    theirs.backward()
+    for (name, one), two in zip(found.named_parameters(), expected.parameters(), strict=True):
+        assert one.grad is not None and two.grad is not None, name
+        assert (one.grad - two.grad).norm() <= 1e-6 * max(two.grad.norm(), theirs), name
+    assert found.logit_bias.grad and found.logit_scale.grad
+
+
 def test_clip_loss_is_symmetric_and_the_mean_of_both_directions():
     b = golden_batch()
     loss = clip_loss(b["I"], b["T"], _scale(b))
@@ -229,6 +278,7 @@ def test_the_loss_is_finite_at_the_largest_scale():
     embeds = torch.eye(4)
     for image, text in ((embeds, embeds), (embeds, -embeds), (embeds, embeds.flip(0))):
         assert torch.isfinite(clip_loss(image, text, 100.0))
+        assert torch.isfinite(sigmoid_loss(image, text, 100.0, -10.0))
 
 
 def test_cleanclip_weights():
@@ -323,6 +373,7 @@ def test_a_pool_that_is_needed_and_missing_is_named(missing: str, matching):
 
 GATHERED: dict[str, Callable[[Batch], torch.Tensor | dict[str, torch.Tensor]]] = {
     "info_nce": lambda b: info_nce(b["I"], b["T"], _scale(b), gather=True),
+    "sigmoid": lambda b: sigmoid_loss(b["I"], b["T"], _scale(b), b["bias"], gather=True),
     "clip": lambda b: clip_loss(b["I"], b["T"], _scale(b), gather=True),
     "cleanclip": lambda b: cleanclip_loss(*_embeds(b), _scale(b), gather=True),
     "par": lambda b: par_loss(*_embeds(b), _scale(b), gather=True),
@@ -344,9 +395,10 @@ def test_gathering_in_one_process_changes_nothing(case: str):
 def test_gradients_are_those_of_finite_differences(case: str):
     base = golden_batch()
     small = {name: value.detach()[:4] if name in VIEWS else value.detach() for name, value in base.items()}
-    inputs = [small[name].clone().requires_grad_() for name in (*VIEWS, "ls")]
+    names = (*VIEWS, "ls", "bias")
+    inputs = [small[name].clone().requires_grad_() for name in names]
 
     def loss(*values: torch.Tensor) -> torch.Tensor:
-        return total(OTHERS[case]({**small, **dict(zip((*VIEWS, "ls"), values, strict=True))}))
+        return total(OTHERS[case]({**small, **dict(zip(names, values, strict=True))}))
 
     assert torch.autograd.gradcheck(loss, inputs, fast_mode=True)

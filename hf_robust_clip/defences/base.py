@@ -14,6 +14,7 @@ from torch.utils.data import Sampler
 
 from ..arguments import CLIPTrainingArguments
 from ..batch import Batch, Embeddings
+from ..losses import cross_modal_loss
 from ..methods import Method, Series, Statement
 from ..record import RunRecord
 
@@ -51,6 +52,8 @@ class Defence(nn.Module):
             name an augmentation of its own.
         text_views (`tuple[str, ...]`, *optional*): Those of them with captions of their own; the others share the
             captions of the first, which are encoded once. `None`: all.
+        needs_gradient (`frozenset[str]`): Of `"vision"` and `"text"`, the towers that it trains by terms of its own:
+            they are not to be frozen (`freeze`).
         epoch (`int`): The current one, from 0. The trainer sets it.
         gather (`bool`): Whether the rows of all processes are negatives (`gather_across_devices`). The trainer sets
             it; hand it to the losses.
@@ -64,6 +67,7 @@ class Defence(nn.Module):
     series: ClassVar[Series | None] = None
     views: tuple[str, ...] = ("original",)
     text_views: tuple[str, ...] | None = None
+    needs_gradient: frozenset[str] = frozenset()
     epoch: int = 0
     gather: bool = True
     #: Takes what [`note`] is given; the trainer sets it.
@@ -101,6 +105,15 @@ class Defence(nn.Module):
             `dict[str, torch.Tensor]`: Scalars, each the mean over this process's rows.
         """
         raise NotImplementedError(f"{type(self).__name__} defines no forward")
+
+    def contrast(
+        self, image_embeds: torch.Tensor, text_embeds: torch.Tensor, scale: torch.Tensor, batch: Batch
+    ) -> torch.Tensor:
+        """
+        The loss between images and their texts `(B, D)` that the model is trained with (`loss_type`): CLIP's or
+        SigLIP's, a scalar. Where a loss takes them itself, pass it `bias=batch.bias`.
+        """
+        return cross_modal_loss(image_embeds, text_embeds, scale, batch.bias, gather=self.gather)
 
     def note(self, values: Mapping[str, torch.Tensor], where: torch.Tensor | None = None) -> None:
         """Have the means of values logged: scalars, or one a row `(B,)`; `where (B,)` says which rows count."""

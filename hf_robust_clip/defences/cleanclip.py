@@ -94,6 +94,7 @@ class CleanCLIP(Defence):
     def __init__(self, clip_weight: float = 1.0, unimodal_weight: float = 1.0) -> None:
         super().__init__()
         self.clip_weight, self.unimodal_weight = clip_weight, unimodal_weight
+        self.needs_gradient = frozenset({"vision", "text"} if unimodal_weight else ())
 
     def forward(self, views: dict[str, Embeddings], scale: torch.Tensor, batch: Batch) -> dict[str, torch.Tensor]:
         return cleanclip_loss(
@@ -103,4 +104,5 @@ class CleanCLIP(Defence):
             clip_weight=self.clip_weight,
             unimodal_weight=self.unimodal_weight,
             gather=self.gather,
+            bias=batch.bias,
         )

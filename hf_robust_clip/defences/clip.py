@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 from ..batch import Batch, Embeddings
-from ..losses import clip_loss
 from ..methods import Method
 from .base import Defence
 
@@ -33,4 +32,4 @@ class CLIP(Defence):
 
     def forward(self, views: dict[str, Embeddings], scale: torch.Tensor, batch: Batch) -> dict[str, torch.Tensor]:
         (view,) = views.values()
-        return {"clip_loss": clip_loss(*view, scale, gather=self.gather)}
+        return {"clip_loss": self.contrast(*view, scale, batch)}

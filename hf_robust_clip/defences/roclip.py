@@ -14,7 +14,7 @@ from ..arguments import check_choice, check_whole
 from ..batch import Batch, Embeddings
 from ..columns import captions_of, naming
 from ..data.rows import column_values, poison_flags
-from ..losses import MATCHINGS, Matching, clip_loss, roclip_loss
+from ..losses import MATCHINGS, Matching, roclip_loss
 from ..methods import ANYTHING, CONSISTENT, FIRST, WORDS, Line, Method, Panel, Series, Statement
 from ..pool import FeaturePool
 from ..record import RunRecord
@@ -172,6 +172,8 @@ class RoCLIP(Defence):
                 "number of optimizer steps that match_every_n_epochs and matching_start_epoch are to count as one"
             )
         self.pool_size, self.matching = pool_size, matching
+        # In a matching step, nothing but these has a gradient.
+        self.needs_gradient = frozenset({"vision"} if matching == "image_to_text" else {"vision", "text"})
         self.match_every_n_epochs, self.matching_start_epoch = match_every_n_epochs, matching_start_epoch
         self.steps_per_matching_epoch = steps_per_matching_epoch
         self.pools = FeaturePools(pool_length(pool_size, rows, "pool_size"), getattr(torch, pool_dtype))
@@ -198,10 +200,12 @@ class RoCLIP(Defence):
         (pairs,) = views.values()
         if self.is_matching(batch.step) and self.pools.full:
             images, texts = _Lookup(self.pools.image), _Lookup(self.pools.text)
-            terms = roclip_loss(*pairs, scale, images, texts, matching=self.matching, gather=self.gather)
+            terms = roclip_loss(
+                *pairs, scale, images, texts, matching=self.matching, gather=self.gather, bias=batch.bias
+            )
             self._note_matches(pairs, texts, batch.poisoned)
         else:
-            terms = {"clip_loss": clip_loss(*pairs, scale, gather=self.gather)}
+            terms = {"clip_loss": self.contrast(*pairs, scale, batch)}
         self.pools.enqueue(*pairs, batch.rows)
         return terms
 

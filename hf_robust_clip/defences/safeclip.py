@@ -14,7 +14,7 @@ from ..arguments import check_choice, check_whole
 from ..batch import Batch, Embeddings
 from ..data.sampling import RoutedBatchSampler
 from ..distributed import world_size
-from ..losses import clip_loss, safeclip_cross_loss, safeclip_unimodal_loss
+from ..losses import safeclip_cross_loss, safeclip_unimodal_loss
 from ..methods import ANYTHING, CONSISTENT, FIRST, WORDS, Line, Method, Panel, Series, Statement
 from ..record import RunRecord, Split
 from ..wording import shown
@@ -156,6 +156,7 @@ class SafeCLIP(Defence):
         missing="training ended before the first split.",
     )
     views = ("first", "second")
+    needs_gradient = frozenset({"vision", "text"})
 
     def __init__(
         self,
@@ -200,9 +201,9 @@ class SafeCLIP(Defence):
     def forward(self, views: dict[str, Embeddings], scale: torch.Tensor, batch: Batch) -> dict[str, torch.Tensor]:
         first, second = views["first"], views["second"]
         if self.kind(batch):
-            terms = safeclip_cross_loss(*first, *second, scale, gather=self.gather)
+            terms = safeclip_cross_loss(*first, *second, scale, gather=self.gather, bias=batch.bias)
         elif self.warmup_unimodal_epochs <= self.epoch < self.first_split_epoch:
-            terms = {"clip_loss": clip_loss(*first, scale, gather=self.gather)}
+            terms = {"clip_loss": self.contrast(*first, scale, batch)}
         else:
             pools = self.pools if self.pools is not None and self.pools.full else None
             images, texts = (pools.image, pools.text) if pools is not None else (None, None)

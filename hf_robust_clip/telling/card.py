@@ -35,6 +35,8 @@ _PLUMBING = (
     "gather_across_devices",
     "contrastive_chunk_size",
     "accumulate_negatives",
+    "loss_type",
+    "freeze",
     "max_logit_scale",
     "merge_adapters",
     "stop_on_non_finite",

@@ -22,10 +22,15 @@ def statements(facts: Facts) -> list[Statement]:
 
 
 def notes(record: RunRecord) -> Iterator[Statement]:
-    """What the defence of a run finds in its record, and what is wrong with the loss."""
+    """What the defence of a run finds in its record, which loss it had, what was frozen, and what is wrong."""
     defence = defence_of(record)
     if defence is not None:
         yield from defence.findings(record)
+    if record.defence.get("loss_type") == "sigmoid":
+        rest = " contrasted images and captions, wherever the method has the loss of CLIP between them."
+        yield Statement("result", "SigLIP's sigmoid loss", rest)
+    if (tower := record.defence.get("freeze", "none")) != "none":
+        yield Statement("gap", f"The {tower} tower was frozen", ": what it knows, a backdoor included, is as it was.")
     broken = sum(1 for entry in record.log if entry.numbers.get("loss") is None)
     if broken:
         yield Statement(

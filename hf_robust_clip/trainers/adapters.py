@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 
-from ..models import check_weights, has_adapters
+from ..models import SCALARS, check_weights, has_adapters, scalars_of
 from ..seeding import forked_rng
 from ..weight_names import PEFT_PREFIX
 from ..wording import said, shown
@@ -29,8 +29,8 @@ ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetens
 
 def add_adapters(model: Any, peft_config: Any, seed: int) -> Any:
     """
-    Wrap a dual encoder in adapters. `logit_scale` is trained beside them if it was trainable before; PEFT alone would
-    freeze it, and takes modules only in `modules_to_save`.
+    Wrap a dual encoder in adapters. `logit_scale` and `logit_bias` are trained beside them if they were trainable
+    before; PEFT alone would freeze them, and takes modules only in `modules_to_save`.
 
     Args:
         model (`PreTrainedModel`): The dual encoder.
@@ -47,13 +47,13 @@ def add_adapters(model: Any, peft_config: Any, seed: int) -> Any:
     """
     from peft import get_peft_model
 
-    trained = model.logit_scale.requires_grad
+    trained = {name: value.requires_grad for name, value in scalars_of(model).items()}
     modules = {name.rpartition(".")[2] for name, _ in model.named_modules()}
     for name in getattr(peft_config, "modules_to_save", None) or ():
         if name.rpartition(".")[2] not in modules:
             raise ValueError(
                 f"peft_config has {shown(name)} in modules_to_save, but {type(model).__name__} has no such module"
-                + (": logit_scale is trained and saved without it" if name == "logit_scale" else "")
+                + (f": {name} is trained and saved without it" if name in SCALARS else "")
             )
     # The Trainer sets the seed later, too late for the adapters' first weights.
     with forked_rng(seed, torch.device("cpu")):
@@ -63,14 +63,16 @@ def add_adapters(model: Any, peft_config: Any, seed: int) -> Any:
             raise ValueError(
                 f"peft_config={type(peft_config).__name__} does not go with {type(model).__name__}: {said(error, 400)}"
             ) from error
-    adapted.logit_scale.requires_grad_(trained)
+    for name, value in scalars_of(adapted).items():
+        value.requires_grad_(trained[name])
     return adapted
 
 
 def check_adapters(model: Any, args: CLIPTrainingArguments) -> None:
-    """`ValueError` for `merge_adapters` where it cannot work; a warning where `logit_scale` is not trained."""
-    if has_adapters(model) and not model.logit_scale.requires_grad:
-        logger.warning("logit_scale is frozen beside the adapters: it keeps its value.")
+    """`ValueError` for `merge_adapters` where it cannot work; a warning of a scale or bias that is not trained."""
+    for name, value in scalars_of(model).items() if has_adapters(model) else ():
+        if not value.requires_grad:
+            logger.warning(f"{name} is frozen beside the adapters: it keeps its value.")
     if args.push_to_hub:
         warn_of_local_base(model, args)
     if not args.merge_adapters:
@@ -110,7 +112,7 @@ def check_adapter_file(model: Any, folder: str | os.PathLike[str]) -> None:
         return
     with safe_open(path, framework="pt") as file:
         there = {name.removeprefix(PEFT_PREFIX) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    own = {name.removeprefix(PEFT_PREFIX) for name in get_peft_model_state_dict(model)} | {"logit_scale"}
+    own = {name.removeprefix(PEFT_PREFIX) for name in get_peft_model_state_dict(model)} | set(scalars_of(model))
     check_weights(model, {"missing_keys": own - there, "unexpected_keys": there - own}, str(folder))
 
 
@@ -127,7 +129,8 @@ def remove_adapter_files(folder: str | os.PathLike[str]) -> None:
 
 def complete_adapter_file(model: Any, folder: str | os.PathLike[str], state: dict[str, Any] | None = None) -> None:
     """
-    Add `logit_scale` to the adapters in a folder, under the name from which PEFT and transformers load it.
+    Add `logit_scale` and `logit_bias` to the adapters in a folder, under the names from which PEFT and transformers
+    load them.
 
     Args:
         model (`peft.PeftModel`): Whose adapters are there.
@@ -137,7 +140,8 @@ def complete_adapter_file(model: Any, folder: str | os.PathLike[str], state: dic
     path = Path(folder, ADAPTER_WEIGHTS)
     if not path.is_file():
         return
-    name = f"{PEFT_PREFIX}logit_scale"
-    value = (state or {}).get(name, model.logit_scale)
-    weights = {**load_file(path), name: value.detach().cpu().contiguous().clone()}
+    weights = load_file(path)
+    for name, value in scalars_of(model).items():
+        value = (state or {}).get(f"{PEFT_PREFIX}{name}", value)
+        weights[f"{PEFT_PREFIX}{name}"] = value.detach().cpu().contiguous().clone()
     save_file(weights, path, metadata={"format": "pt"})

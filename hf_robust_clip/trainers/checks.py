@@ -232,6 +232,17 @@ def load_to_train(model: Any) -> Any:
     return encoder
 
 
+def takes_sigmoid(model: Any, loss_type: str) -> bool:
+    """Whether a model is trained with the sigmoid loss; `ValueError` if it is to be and has no bias."""
+    has_bias = getattr(model, "logit_bias", None) is not None
+    if loss_type == "sigmoid" and not has_bias:
+        raise ValueError(
+            f"loss_type='sigmoid' needs a model with a logit_bias, such as SigLIP, and {type(model).__name__} has "
+            "none: accepted are 'auto' and 'softmax'"
+        )
+    return has_bias and loss_type != "softmax"
+
+
 def check_trained(model: nn.Module) -> None:
     """`ValueError` for a model of which no parameter is trained, or none of its adapters."""
     layers: list[Any] = [part for part in model.modules() if isinstance(part, BaseTunerLayer)]

@@ -1,4 +1,4 @@
-"""The loss of an evaluation: CLIP's over all rows at once, whatever the batches and the number of processes."""
+"""The loss of an evaluation: over all rows at once, whatever the batches and the number of processes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from accelerate.utils import gather_object
 
 from ..batch import Embeddings
-from ..losses import clip_loss
+from ..losses import cross_modal_loss
 from .checks import ONE_ROW
 
 
@@ -29,13 +29,14 @@ class EvaluatedPairs:
         self._batches.clear()
 
     @torch.no_grad()
-    def loss(self, scale: torch.Tensor, world_size: int) -> tuple[int, float]:
+    def loss(self, scale: torch.Tensor, bias: torch.Tensor | None, world_size: int) -> tuple[int, float]:
         """
         How many rows were evaluated on all ranks, and their loss, each contrasted with all others; they are forgotten
         then. Call it on all ranks.
 
         Args:
             scale (`torch.Tensor`): `exp(logit_scale)`, on the device to compute on.
+            bias (`torch.Tensor`, *optional*): `logit_bias`, of the sigmoid loss.
             world_size (`int`): The number of processes.
 
         Raises:
@@ -53,4 +54,4 @@ class EvaluatedPairs:
             images, texts = images[kept], texts[kept]
         if len(images) < 2:
             raise ValueError(ONE_ROW.format("eval_dataset"))
-        return len(images), float(clip_loss(images.to(scale.device), texts.to(scale.device), scale))
+        return len(images), float(cross_modal_loss(images.to(scale.device), texts.to(scale.device), scale, bias))

@@ -46,6 +46,7 @@ def record_of(
     augmentations: tuple[Any, Any],
     skipped: Skipped | None,
     seconds: float,
+    sigmoid: bool,
 ) -> RunRecord:
     """
     The run as far as it has come.
@@ -62,10 +63,13 @@ def record_of(
         augmentations: Of images, and of captions.
         skipped: The rows that were passed over.
         seconds: Time spent in training.
+        sigmoid: Whether images and captions were contrasted with the sigmoid loss, whoever decided it.
     """
     defaults = {item.name: _default(item) for item in dataclasses.fields(args) if item.init}
     own = [item.name for item in own_fields(type(args)) if not item.name.startswith(_OUTCOME_FREE)]
     values = {name: jsonable(getattr(args, name)) for name in defaults}
+    if sigmoid:
+        values["loss_type"] = "sigmoid"
     settings = {
         name: value
         for name, value in values.items()

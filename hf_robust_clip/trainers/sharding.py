@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from ..models import SCALARS
 from ..wording import shown
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def set_apart_scalars(model: Any, accelerator: Accelerator) -> None:
     spared = [
         parameter
         for name, parameter in model.named_parameters()
-        if parameter.dim() == 0 or name.rpartition(".")[2] in ("logit_scale", "logit_bias")
+        if parameter.dim() == 0 or name.rpartition(".")[2] in SCALARS
     ]
     for parameter in spared:
         parameter.data = parameter.data.to(accelerator.device)

@@ -34,6 +34,8 @@ class Step:
         device (`torch.device`): Whose generator is forked for what is drawn.
         loss (callable): The views' embeddings, the scale and the batch to the loss, a scalar.
         autocast (callable): The context of a forward pass of a model that accelerate has not wrapped.
+        sigmoid (`bool`): Whether images and texts are contrasted with the sigmoid loss, which needs the model's bias.
+        frozen (context manager, *optional*): For forward passes: see [`~trainers.freezing.freezing`].
     """
 
     def __init__(
@@ -45,11 +47,14 @@ class Step:
         normalization: nn.Module,
         device: torch.device,
         loss: Components,
+        sigmoid: bool = False,
+        frozen: contextlib.AbstractContextManager[None] | None = None,
         autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
     ) -> None:
         self.views, self.text_views, self.defence = tuple(views), tuple(text_views), defence
         self.augmentation, self.normalization = augmentation, normalization
         self.device, self.loss, self.autocast = device, loss, autocast
+        self.sigmoid, self.frozen = sigmoid, frozen or contextlib.nullcontext()
 
     def prepared(self, batch: Batch, training: bool) -> Batch:
         """The batch with its bytes turned into the views that its texts have; of an evaluation, un-augmented."""
@@ -93,7 +98,8 @@ class Step:
 
     def whole(self, model: nn.Module, encoder: Any, batch: Batch) -> torch.Tensor:
         """The loss of a prepared batch."""
-        embeddings = encode_pairs(model, batch.inputs)
+        with self.frozen:
+            embeddings = encode_pairs(model, batch.inputs)
         # DDP waits for a gradient of every parameter that the forward pass used: give a tower that a loss leaves out
         # one of zero. Embeddings are bounded, so zero times their sum is zero.
         unused = 0.0 * (embeddings.image_embeds.sum() + embeddings.text_embeds.sum()) + unused_of(encoder)
@@ -101,7 +107,12 @@ class Step:
         reference = self.reference(encoder, batch.inputs)
         if reference is not None:
             views[REFERENCE] = reference
-        return self.loss(views, scale_of(encoder), batch) + unused
+        scale, bias = self.scalars(encoder)
+        return self.loss(views, scale, replace(batch, bias=bias)) + unused
+
+    def scalars(self, encoder: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`exp(logit_scale)` and, where the loss takes it, `logit_bias` of a dual encoder, float32, with gradients."""
+        return encoder.logit_scale.float().exp(), encoder.logit_bias.float() if self.sigmoid else None
 
     @torch.no_grad()
     def reference(self, encoder: Any, inputs: dict[str, torch.Tensor]) -> Embeddings | None:
@@ -150,7 +161,8 @@ class Step:
         def encoded(chunk: _Chunk, first: bool = False) -> Embeddings:
             with forked_rng(chunk.batch.seed, self.device), autocast():
                 inputs = self._stacked(chunk.batch.inputs, self.views)
-                embeddings = encode_pairs(model, inputs)
+                with self.frozen:
+                    embeddings = encode_pairs(model, inputs)
                 if first:
                     references.append(self.reference(encoder, inputs))
                 return embeddings
@@ -158,7 +170,9 @@ class Step:
         with torch.no_grad():
             found = [encoded(chunk, first=True) for chunk in chunks]
         leaves = [[side.requires_grad_() for side in embeddings] for embeddings in found]  # (V*b, D)
-        scale = scale_of(encoder).detach().requires_grad_()
+        scale, bias = self.scalars(encoder)
+        scale, bias = scale.detach().requires_grad_(), None if bias is None else bias.detach().requires_grad_()
+        scalars = [scale] if bias is None else [scale, bias]
         rows = sum(rows_of(batch.inputs, views) for batch in batches)
         with autocast():
             loss = torch.zeros((), device=scale.device)
@@ -169,12 +183,10 @@ class Step:
                     if chunk.number in group
                 ]
                 share = sum(rows_of(batches[number].inputs, views) for number in group) / rows
-                together = joined([batches[number] for number in group])
+                together = replace(joined([batches[number] for number in group]), bias=bias)
                 loss = loss + share * self.loss(self._views_of(members), scale, together)
         flat = [side for sides in leaves for side in sides]
-        *gradients, of_scale = torch.autograd.grad(
-            loss / divisor, [*flat, scale], allow_unused=True, materialize_grads=True
-        )
+        gradients = torch.autograd.grad(loss / divisor, [*flat, *scalars], allow_unused=True, materialize_grads=True)
         for number, chunk in enumerate(chunks):
             last = number == len(chunks) - 1
             # Ranks meet once a step: in the last chunk's backward pass, if at all.
@@ -182,8 +194,12 @@ class Step:
                 pairs = zip(encoded(chunk), gradients[2 * number : 2 * number + 2], strict=True)
                 parts = [(side * gradient).sum() for side, gradient in pairs]
                 if last:
-                    parts += [scale_of(encoder) * of_scale, unused_of(encoder)]
-                accelerator.backward(torch.stack([part.reshape(()) for part in parts]).sum())
+                    learned = [value for value in self.scalars(encoder) if value is not None]
+                    of_learned = zip(learned, gradients[len(flat) :], strict=True)
+                    parts += [*(value * gradient for value, gradient in of_learned), unused_of(encoder)]
+                total = torch.stack([part.reshape(()) for part in parts]).sum()
+                if total.requires_grad:  # or all of it is frozen but what the last chunk adds
+                    accelerator.backward(total)
         return loss.detach() / divisor
 
     def _views_of(self, members: Sequence[tuple[Sequence[torch.Tensor], Embeddings | None]]) -> dict[str, Embeddings]:
@@ -203,14 +219,8 @@ class _Chunk(NamedTuple):
     batch: Batch
 
 
-def scale_of(encoder: Any) -> torch.Tensor:
-    """`exp(logit_scale)` of a dual encoder, a scalar, float32, with its gradient."""
-    scale: torch.Tensor = encoder.logit_scale.float().exp()
-    return scale
-
-
 def unused_of(encoder: Any) -> torch.Tensor:
-    """Zero, with a gradient of zero for the parameters of a dual encoder that no loss here uses: SigLIP's bias."""
+    """Zero, with a gradient of zero for the bias of a dual encoder, which a loss may leave out."""
     bias = getattr(encoder, "logit_bias", None)
     return torch.zeros((), device=encoder.logit_scale.device) if bias is None else 0.0 * bias.float().sum()
 

@@ -37,7 +37,7 @@ from ..evaluation.running import evaluator_list, run_evaluators
 from ..files import write_text
 from ..kinds import kind
 from ..locking import sole_writer
-from ..models import check_processor, has_adapters, load_processor
+from ..models import SCALARS, check_processor, has_adapters, load_processor
 from ..record import RunRecord
 from ..seeding import derive_seed
 from ..telling import (
@@ -78,10 +78,12 @@ from .checks import (
     load_to_train,
     resolve_image_augmentation,
     resolve_text_augmentation,
+    takes_sigmoid,
     warn_of_half_precision,
 )
 from .evaluating import EvaluatedPairs
 from .finite import FiniteCheck
+from .freezing import freezing
 from .hub import check_merged_push, warn_of_failed_pushes
 from .loaders import (
     indexed,
@@ -96,20 +98,22 @@ from .runlog import RunLog
 from .schedule import has_phases, has_rates, phased
 from .scoring import score_pairs
 from .sharding import register_embedding_methods, set_apart_scalars
-from .step import Step, scale_of
+from .step import Step
 from .streaming import StreamedTraining
 from .watch import Watch
 
 logger = logging.get_logger(__name__)
 
 STATE_FILE = "robust_clip_state.safetensors"
+_FIRST_SCALE = "first_logit_scale"
 #: Methods in which a subclass may add metrics, whose names are then not known.
 _EVALUATION = ("evaluate", "evaluation_loop", "run_evaluators")
 
 
 class CLIPTrainer(Trainer):
     """
-    Train or fine-tune a dual encoder of images and texts with the loss of CLIP (Radford et al., ICML 2021).
+    Train or fine-tune a dual encoder of images and texts with the loss of CLIP (Radford et al., ICML 2021), or, where
+    it has a `logit_bias`, of SigLIP (Zhai et al., ICCV 2023).
 
     The undefended baseline, and the base of the defences. Against the stock `Trainer` with `return_loss=True` it takes
     raw image-caption datasets, uses the rows of all processes as negatives with exact gradients, clamps `logit_scale`
@@ -130,7 +134,7 @@ class CLIPTrainer(Trainer):
             pairs known to be poisoned.
         eval_dataset (*optional*):
             The same, or a dictionary of such, each of at least 2 rows; gives `eval_loss`, the CLIP loss of its
-            un-augmented pairs, all contrasted with each other.
+            un-augmented pairs, all contrasted with each other; of a `loss_type` that is sigmoid, SigLIP's.
         processing_class (`ProcessorMixin`, *optional*):
             With an image processor and a tokenizer. By default the one saved beside `model`.
         evaluators (callable or sequence of callables):
@@ -144,7 +148,7 @@ class CLIPTrainer(Trainer):
         text_augmentation (callable or `str`, *optional*):
             `(caption: str, seed: int) -> str`. A string names a preset. `None`: `args.text_preset`.
         peft_config (`peft.PeftConfig`, *optional*):
-            Trains adapters instead of the whole model, and `logit_scale`, which is saved with them;
+            Trains adapters instead of the whole model, and `logit_scale` and `logit_bias`, saved with them;
             `modules_to_save=["visual_projection", "text_projection"]` adds the projections.
         callbacks, optimizers, optimizer_cls_and_kwargs: As of `transformers.Trainer`. One callback needs no list.
         defence ([`Defence`], *optional*): What gives the loss; `None`: that of this trainer's class, CLIP's here.
@@ -197,6 +201,7 @@ class CLIPTrainer(Trainer):
         self.evaluators = evaluator_list(evaluators)
         encoder = load_to_train(model)
         warn_of_half_precision(encoder)
+        sigmoid = takes_sigmoid(encoder, args.loss_type)
         processing_class = load_processor(model, processing_class)
         check_processor(processing_class, "processing_class")
         for evaluator in self.evaluators:
@@ -216,6 +221,7 @@ class CLIPTrainer(Trainer):
         if peft_config is not None:
             encoder = add_adapters(encoder, peft_config, args.seed)
         check_adapters(encoder, args)
+        frozen = freezing(encoder, args.freeze, defence)
         if train_dataset is not None:
             check_trained(encoder)
         check_fit(encoder, processing_class, collator, train_dataset)
@@ -236,6 +242,7 @@ class CLIPTrainer(Trainer):
         # Without these the Trainer sees no labels and reports no eval_loss.
         self.can_return_loss = True
         self.label_names = []
+        self._first_logit_scale = encoder.logit_scale.max().item()
         device = self.args.device
         self.defence = defence.to(device)
         normalization = ImageNormalization(collator.preprocess.mean, collator.preprocess.std).to(device)
@@ -248,6 +255,8 @@ class CLIPTrainer(Trainer):
             normalization,
             device,
             self._loss,
+            sigmoid,
+            frozen,
             self.accelerator.autocast,
         )
         folder = Path(str(args.output_dir))
@@ -494,7 +503,7 @@ class CLIPTrainer(Trainer):
         logit_scale = self.unwrapped_model.logit_scale
         if logit_scale.requires_grad:
             with torch.no_grad():
-                logit_scale.clamp_(0.0, math.log(self.args.max_logit_scale))
+                logit_scale.clamp_(0.0, max(math.log(self.args.max_logit_scale), self._first_logit_scale))
 
     def on_train_end(self) -> None:
         """Called when training is over."""
@@ -607,8 +616,7 @@ class CLIPTrainer(Trainer):
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """As the Trainer's, without `logit_scale` and `logit_bias`: a temperature has nothing to decay to."""
-        exempt = ("logit_scale", "logit_bias")
-        return [name for name in super().get_decay_parameter_names(model) if not name.endswith(exempt)]
+        return [name for name in super().get_decay_parameter_names(model) if not name.endswith(SCALARS)]
 
     # ---- Evaluation ----
 
@@ -639,12 +647,13 @@ class CLIPTrainer(Trainer):
 
     def evaluation_loop(self, dataloader: DataLoader[Any], *args: Any, **kwargs: Any) -> Any:
         """
-        As the Trainer's, with the figures of the evaluators among its metrics. The loss is CLIP's over all rows of the
-        dataset at once, each against all others: the same for every size of batches and number of processes.
+        As the Trainer's, with the figures of the evaluators among its metrics. The loss is that between images and
+        captions (`loss_type`), over all rows of the dataset at once, each against all others: the same for every size
+        of batches and number of processes.
         """
         self._evaluated.clear()
         output: Any = super().evaluation_loop(dataloader, *args, **kwargs)
-        rows, loss = self._evaluated.loss(scale_of(self.unwrapped_model), self.args.world_size)
+        rows, loss = self._evaluated.loss(*self.step.scalars(self.unwrapped_model), self.args.world_size)
         if rows:
             output.metrics[f"{kwargs.get('metric_key_prefix', 'eval')}_loss"] = loss
         prefix, self._evaluators_prefix = self._evaluators_prefix, None
@@ -720,6 +729,7 @@ class CLIPTrainer(Trainer):
         state = self.training_state()
         if self.args.should_save:
             metadata = {"trainer": type(self).__name__, "rows": str(self._dataset_length())}
+            metadata[_FIRST_SCALE] = repr(self._first_logit_scale)
             if self._streamed is None:
                 metadata["steps_per_epoch"] = str(self._steps_per_epoch)
             save_file(state, os.path.join(output_dir, STATE_FILE), metadata=metadata)
@@ -738,6 +748,8 @@ class CLIPTrainer(Trainer):
                 saved = file.metadata() or {}
                 check_resumed(str(checkpoint), saved, type(self).__name__, self._dataset_length(), steps)
                 state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            # The trainer may have been given the checkpoint in place of the model that training started from.
+            self._first_logit_scale = max(self._first_logit_scale, float(saved.get(_FIRST_SCALE, 0)))
             self._bad_rows = set(state.pop(BAD_ROWS).tolist())
             self.defence.load_state_dict(state)
             self.defence.to(self.args.device)
@@ -823,6 +835,7 @@ class CLIPTrainer(Trainer):
             augmentations=(self.image_augmentation, self.data_collator.text_augmentation),
             skipped=self.run_log.skipped,
             seconds=self.run_log.seconds,
+            sigmoid=self.step.sigmoid,
         )
 
     def describe_data(self) -> dict[str, Any] | None:

@@ -48,7 +48,7 @@ class Watch:
     ) -> torch.Tensor:
         """
         Take in a batch: the terms of its loss, the embeddings of its views (those of the first are measured) and the
-        logit scale.
+        logit scale, whose bias the batch has.
 
         Returns:
             `torch.Tensor`: The loss, a scalar.
@@ -58,6 +58,8 @@ class Watch:
         pairs = next(iter(views.values()))
         similarities = pairs.similarities.detach()  # (B,)
         seen = {"logit_scale": scale.squeeze(), "pair_similarity": similarities}
+        if batch.bias is not None:
+            seen["logit_bias"] = batch.bias.squeeze()
         self.means.add({**terms, **seen, **self.collapse.measure(pairs)})
         if batch.poisoned is not None:
             self.means.add({"clean_pair_similarity": similarities}, ~batch.poisoned)

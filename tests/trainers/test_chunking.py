@@ -30,7 +30,7 @@ from hf_robust_clip import (
 from hf_robust_clip.batch import Embeddings, cut, encode_pairs, split_views
 from hf_robust_clip.data.digits import digit_processor
 from hf_robust_clip.seeding import derive_seed, forked_rng
-from hf_robust_clip.trainers.step import Step, _of_a_kind, scale_of
+from hf_robust_clip.trainers.step import Step, _of_a_kind
 
 ALL = pytest.mark.parametrize("cls", SHORT)
 #: Steps so small that all of them are taken at the same weights.
@@ -223,7 +223,7 @@ def test_what_is_drawn_for_a_chunk_is_drawn_again_alike(tmp_path: Path, monkeypa
             view: Embeddings(*(torch.cat([chunk[view][side] for chunk in members]) for side in (0, 1)))
             for view in step.views
         }
-        loss = step.loss(views, scale_of(encoder), batch) / divisor
+        loss = step.loss(views, step.scalars(encoder)[0], batch) / divisor
         accelerator.backward(loss)
         return loss.detach()
 
@@ -257,7 +257,8 @@ def test_half_precision_and_gradient_checkpointing(bf16: bool, tmp_path: Path) -
     assert_same_gradients(found, expected, 0.03 if bf16 else 1e-6)
 
 
-def test_frozen_towers_and_an_unused_bias(tmp_path: Path) -> None:
+@pytest.mark.parametrize("loss_type", ["softmax", "sigmoid"])
+def test_frozen_towers_and_a_bias(loss_type: str, tmp_path: Path) -> None:
     def model() -> Any:
         torch.manual_seed(0)
         size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -272,10 +273,11 @@ def test_frozen_towers_and_an_unused_bias(tmp_path: Path) -> None:
         made.logit_scale.requires_grad_(False)
         return made
 
-    expected, _ = run(CLIPTrainer, tmp_path, model=model())
-    found, trainer = run(CLIPTrainer, tmp_path, model=model(), contrastive_chunk_size=5)
+    given = {"loss_type": loss_type}
+    expected, _ = run(CLIPTrainer, tmp_path, model=model(), **given)
+    found, trainer = run(CLIPTrainer, tmp_path, model=model(), **given, contrastive_chunk_size=5)
     assert_same_gradients(found, expected)
-    assert trainer.model.logit_bias.grad is None or not trainer.model.logit_bias.grad.any()
+    assert bool(trainer.model.logit_bias.any()) == (loss_type == "sigmoid")  # from 0
 
 
 def test_one_chunk_after_the_other_is_held(tmp_path: Path) -> None:

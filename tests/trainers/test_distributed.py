@@ -8,7 +8,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -19,6 +19,7 @@ import yaml
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, gather_object
 from peft import LoraConfig
+from support.families import siglip
 from support.training import (
     assert_same_bits,
     broken,
@@ -57,6 +58,7 @@ from hf_robust_clip.losses import (
     roclip_loss,
     safeclip_cross_loss,
     safeclip_unimodal_loss,
+    sigmoid_loss,
 )
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -96,6 +98,12 @@ VARIANTS: dict[str, tuple[int, dict[str, Any]]] = {
         {"gradient_accumulation_steps": 2, "accumulate_negatives": True, "contrastive_chunk_size": 3},
     ),
 }
+#: SigLIP, whose loss is the sigmoid one, and a tower that is not trained: in two processes as in one.
+OTHERS: dict[str, tuple[type[CLIPTrainer], dict[str, Any]]] = {
+    **{f"SigLIP, {cls.__name__}": (cls, {"family": siglip}) for cls in TRAINERS},
+    **{f"{tower} frozen": (CLIPTrainer, {"freeze": tower}) for tower in ("vision", "text")},
+    "vision frozen, SigLIP": (CLIPTrainer, {"freeze": "vision", "family": siglip}),
+}
 #: With the weights divided among the processes.
 SHARDED: dict[str, dict[str, Any]] = {"": {}, ", in chunks": {"contrastive_chunk_size": 3}}
 #: From which of these steps others go on: in a matching epoch, and in the second split.
@@ -110,7 +118,9 @@ RESUMED: dict[str, tuple[type[CLIPTrainer], int, dict[str, Any]]] = {
 }
 
 
-def losses_of(embeds: list[torch.Tensor], scale: torch.Tensor, pools: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+def losses_of(
+    embeds: list[torch.Tensor], scale: torch.Tensor, bias: torch.Tensor, pools: list[torch.Tensor]
+) -> dict[str, torch.Tensor]:
     """Every loss of the package on the same embeddings, with negatives from all ranks."""
     first, second = embeds[:2], embeds[2:]
     terms = {
@@ -122,9 +132,13 @@ def losses_of(embeds: list[torch.Tensor], scale: torch.Tensor, pools: list[torch
         "roclip_unimodal": roclip_loss(*first, scale, *pools, matching="unimodal", gather=True),
         "safeclip_unimodal": safeclip_unimodal_loss(*first, *second, scale, *pools, gather=True),
         "safeclip_cross": safeclip_cross_loss(*first, *second, scale, gather=True),
+        "cleanclip_sigmoid": cleanclip_loss(*first, *second, scale, gather=True, bias=bias),
+        "roclip_sigmoid": roclip_loss(*first, scale, *pools, matching="cross", gather=True, bias=bias),
+        "safeclip_cross_sigmoid": safeclip_cross_loss(*first, *second, scale, gather=True, bias=bias),
     }
     summed = {name: torch.stack(list(parts.values())).sum() for name, parts in terms.items()}
-    return {"clip": clip_loss(*first, scale, gather=True), **summed}
+    sigmoid = sigmoid_loss(*first, scale, bias, gather=True)
+    return {"clip": clip_loss(*first, scale, gather=True), "sigmoid": sigmoid, **summed}
 
 
 def example() -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
@@ -136,15 +150,16 @@ def example() -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
 
 
 def gradients(rows: slice) -> dict[str, list[torch.Tensor]]:
-    """The gradients of a shared tower and of the log scale, for each loss on these rows of the batch."""
+    """The gradients of a shared tower, of the log scale and of the bias, for each loss on these rows of the batch."""
     inputs, pools, start = example()
     grads = {}
-    for name in losses_of(inputs, torch.tensor(1.0), pools):
+    for name in losses_of(inputs, torch.tensor(1.0), torch.tensor(0.0), pools):
         weight = start.clone().requires_grad_()
         log_scale = torch.tensor(1.5, dtype=torch.float64, requires_grad=True)
         embeds = [torch.nn.functional.normalize(part[rows] @ weight, dim=1) for part in inputs]
-        losses_of(embeds, log_scale.exp(), pools)[name].backward()
-        grads[name] = [weight.grad, log_scale.grad]
+        bias = torch.tensor([-2.0], dtype=torch.float64, requires_grad=True)
+        losses_of(embeds, log_scale.exp(), bias, pools)[name].backward()
+        grads[name] = [leaf.grad for leaf in (weight, log_scale, bias) if leaf.grad is not None]
     return grads
 
 
@@ -179,9 +194,15 @@ def launch(mode: str, output: Path, processes: int = WORLD, **environment: str) 
 
 
 def few_steps(
-    cls: type[CLIPTrainer], output: Path, batch: int, checkpoint: Path | None = None, **overrides: Any
+    cls: type[CLIPTrainer],
+    output: Path,
+    batch: int,
+    checkpoint: Path | None = None,
+    family: Callable[[], Any] = small_model,
+    **overrides: Any,
 ) -> CLIPTrainer:
     """After steps of plain SGD without augmentation of images; captions are keyed by row."""
+    torch.manual_seed(0)
     trainer = make_trainer(
         cls,
         output,
@@ -192,6 +213,7 @@ def few_steps(
         weight_decay=0.0,
         image_augmentation="identity",
         optimizer_cls_and_kwargs=(torch.optim.SGD, {"lr": TRAINERS[cls]["learning_rate"]}),
+        model=family(),
         **TRAINERS[cls],
         **overrides,
     )
@@ -235,6 +257,10 @@ def test_trainers_in_several_processes(tmp_path: Path) -> None:
             checkpoint = tmp_path / "two" / cls.__name__ / f"checkpoint-{CHECKPOINTS[cls]}"
             resumed = few_steps(cls, tmp_path / "resumed", batch=16, checkpoint=checkpoint)
             assert_state(state_of(resumed), expected, f"{cls.__name__}, resumed in one process")
+    for name, (cls, given) in OTHERS.items():
+        expected = state_of(few_steps(cls, tmp_path / "one", batch=16, **given))
+        for variant in ("", ", in chunks", *([", sharded in chunks"] if cls is CLIPTrainer else [])):
+            assert_state(torch.load(tmp_path / f"{name}{variant}.pt"), expected, f"{name}{variant}")
     assert 1 / 3 < unpack_mask(torch.load(tmp_path / "SafeCLIPTrainer.pt")["splits.bits"], 80).mean() < 2 / 3
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["resumed_equals_uninterrupted"] == dict.fromkeys(RESUMED, True)
@@ -394,6 +420,14 @@ def sharded(output: Path) -> dict[str, Any]:
             if trainer.is_world_process_zero():
                 torch.save(state, output / f"{cls.__name__}, sharded{variant}.pt")
     save_suspects(output, ", sharded")
+    for name, (cls, given) in OTHERS.items():
+        if cls is CLIPTrainer:
+            layer = "SiglipEncoderLayer" if given.get("family") is siglip else "CLIPEncoderLayer"
+            with mock.patch.dict(os.environ, {"FSDP_TRANSFORMER_CLS_TO_WRAP": layer}):
+                trainer = few_steps(cls, output / "sharded", 8, contrastive_chunk_size=3, **given)
+            state = state_of(trainer)
+            if trainer.is_world_process_zero():
+                torch.save(state, output / f"{name}, sharded in chunks.pt")
     evaluator = ZeroShotEvaluator(digits("test").select(range(21)), CLASS_NAMES, templates=CAPTION_TEMPLATES)
     options: dict[str, Any] = {"num_train_epochs": 4, "evaluators": [evaluator], "eval_strategy": "epoch", **SPLIT}
     pair = train_and_resume(SafeCLIPTrainer, output / "sharded-resumed", step=10, **options)
@@ -437,6 +471,13 @@ def two(output: Path) -> None:
             if main:
                 torch.save(state, output / f"{cls.__name__}{variant}.pt")
     save_suspects(output)
+    for name, (cls, given) in OTHERS.items():
+        for chunks, size in (("", None), (", in chunks", 3)):
+            options = {**given, "contrastive_chunk_size": size, "ddp_find_unused_parameters": False}
+            trainer = few_steps(cls, output / "others", 8, **options)
+            assert ranks_agree(trainer), name
+            if main:
+                torch.save(state_of(trainer), output / f"{name}{chunks}.pt")
     measured = make_trainer(CLIPTrainer, output / "measured", rows=32, eval_dataset=digits("test").select(range(9)))
     measured.evaluate()
     measured.train()
