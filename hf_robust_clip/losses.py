@@ -1,5 +1,5 @@
 """
-The losses of CLIP and of the three defences, as pure functions of embeddings.
+The losses of CLIP and of the defences, as pure functions of embeddings.
 
 Every function takes L2-normalised embeddings `(B, D)` whose rows with the same index belong together, and the
 multiplicative `scale`, `exp(model.logit_scale)`, a scalar tensor or float. Those of the defences return a dictionary
@@ -157,6 +157,51 @@ def cleanclip_loss(
         "unimodal_image_loss": 0.5 * unimodal_weight * info_nce(image_embeds, image_embeds_2, scale, gather=gather),
         "unimodal_text_loss": 0.5 * unimodal_weight * info_nce(text_embeds, text_embeds_2, scale, gather=gather),
     }
+
+
+def unbind_loss(
+    image_embeds: torch.Tensor,
+    text_embeds: torch.Tensor,
+    image_perturbed: torch.Tensor,
+    text_augmented: torch.Tensor | None,
+    scale: torch.Tensor | float,
+    perturbed_weight: float = 1.0,
+    unimodal_weight: float = 0.0,
+    gather: bool = False,
+) -> dict[str, torch.Tensor]:
+    """
+    Unbind: the CLIP loss, the same of perturbed images and the captions as they are, and CleanCLIP's terms within each
+    modality.
+
+    Args:
+        image_embeds, text_embeds (`torch.Tensor` of shape `(B, D)`): Of the un-augmented pairs.
+        image_perturbed (`torch.Tensor` of shape `(B, D)`): Of the perturbed images.
+        text_augmented (`torch.Tensor` of shape `(B, D)`, *optional*): Of the augmented captions, which the last term
+            needs.
+        scale (`torch.Tensor` or `float`): `exp(model.logit_scale)`.
+        perturbed_weight (`float`): Of the CLIP loss of perturbed images.
+        unimodal_weight (`float`): Of the terms within modalities; 0: without them.
+        gather (`bool`): Whether to use the negatives of all ranks.
+
+    Returns:
+        `dict[str, torch.Tensor]`: `clip_loss`, `perturbed_clip_loss`, and with a `unimodal_weight`
+        `unimodal_image_loss` and `unimodal_text_loss`.
+    """
+    terms = {
+        "clip_loss": clip_loss(image_embeds, text_embeds, scale, gather=gather),
+        "perturbed_clip_loss": perturbed_weight * clip_loss(image_perturbed, text_embeds, scale, gather=gather),
+    }
+    if unimodal_weight:
+        if text_augmented is None:
+            raise ValueError(
+                f"text_augmented is None, but unimodal_weight={shown(unimodal_weight)} compares captions with "
+                "augmented ones; accepted are their embeddings"
+            )
+        images = info_nce(image_embeds, image_perturbed, scale, gather=gather)
+        terms["unimodal_image_loss"] = 0.5 * unimodal_weight * images
+        texts = info_nce(text_embeds, text_augmented, scale, gather=gather)
+        terms["unimodal_text_loss"] = 0.5 * unimodal_weight * texts
+    return terms
 
 
 def roclip_loss(

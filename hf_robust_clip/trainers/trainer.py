@@ -212,6 +212,11 @@ class CLIPTrainer(Trainer):
         views = tuple(self.views or defence.views)
         self.views = ("augmented",) if views == (ORIGINAL,) and augments else views
         text_views = tuple(defence.text_views or self.views)
+        if text_augmentation is not None and text_views == (ORIGINAL,):
+            raise ValueError(
+                f"text_augmentation, or text_preset={shown(args.text_preset)}, would change nothing: "
+                f"{type(defence).__name__} as it is takes captions un-augmented; accepted is 'identity'"
+            )
         collator = training_collator(data_collator, processing_class, encoder, args, text_views, text_augmentation)
         if peft_config is not None:
             encoder = add_adapters(encoder, peft_config, args.seed)
