@@ -152,7 +152,7 @@ def train(model: Model, before: Model | None, material: Material, work: Path) ->
             PoisonSpec(
                 trigger_from_dict(trigger).reseeded(model.seed),
                 target,
-                RATE,
+                rate=RATE,
                 seed=model.seed,
                 image_size=16,
                 templates=material.templates,

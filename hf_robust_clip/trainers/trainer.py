@@ -833,7 +833,7 @@ class CLIPTrainer(Trainer):
     def pictures(self) -> RunPictures:
         """What a report shows of the model as it is. All ranks share the work: call it on all of them."""
         embedder = self.make_embedder()
-        return pictures_of(self.evaluators, embedder, self._matches(embedder))
+        return pictures_of(self.evaluators, embedder, self._matches(embedder), self.defence.pictures())
 
     def _matches(self, embedder: Embedder) -> list[MatchedPair]:
         """What training pairs are matched with, where the defence matches."""
