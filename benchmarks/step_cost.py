@@ -4,6 +4,7 @@ rows and the same model, taking turns within one process. RoCLIP runs once with 
 21,845 pairs, and once with steps that never do; SafeCLIP's scoring pass runs next to its training.
 
     python benchmarks/step_cost.py [--json FILE]
+    python benchmarks/step_cost.py --contenders clip unbind --cpu-time
 
 Only ratios mean anything across machines. Each round trains every contender for some steps, in turn and in a rotating
 order, and gives one ratio a pair; the ratios reported are the medians over rounds.
@@ -40,6 +41,8 @@ from hf_robust_clip import (
     RoCLIPTrainingArguments,
     SafeCLIPTrainer,
     SafeCLIPTrainingArguments,
+    UnbindTrainer,
+    UnbindTrainingArguments,
 )
 from hf_robust_clip.losses import clip_loss
 
@@ -49,6 +52,8 @@ RATIOS: dict[str, tuple[str | tuple[str, ...], str]] = {
     "clip_over_bare_loop": ("clip", "bare_loop"),
     "clip_over_stock_trainer": ("clip", "stock_trainer"),
     "cleanclip_over_clip": ("cleanclip", "clip"),
+    "unbind_over_clip": ("unbind", "clip"),
+    "unbind_without_adversary_over_clip": ("unbind_random", "clip"),
     "roclip_matching_over_plain": ("roclip_matching", "roclip_plain"),
     "safeclip_over_clip": ("safeclip", "clip"),
     "safeclip_scoring_over_epoch": ("safeclip_scoring", "safeclip"),
@@ -127,6 +132,10 @@ def contenders(
     ours: dict[str, Any] = {"train_dataset": rows, "processing_class": processor}
     clip = CLIPTrainer(copy.deepcopy(model), CLIPTrainingArguments(**common), **ours)
     cleanclip = CleanCLIPTrainer(copy.deepcopy(model), CleanCLIPTrainingArguments(**common), **ours)
+    unbind, random = (
+        UnbindTrainer(copy.deepcopy(model), UnbindTrainingArguments(**common, adversary=adversary), **ours)
+        for adversary in ("universal", "none")
+    )
     pooled = {"pool_size": POOL_SIZE, "match_every_n_epochs": 1, **common}
     roclip = [
         RoCLIPTrainer(copy.deepcopy(model), RoCLIPTrainingArguments(**pooled, matching_start_epoch=start), **ours)
@@ -137,7 +146,7 @@ def contenders(
     )
     augmented = CLIPTrainingArguments(**common, image_preset="strong", text_preset="eda")
     two_views = TwoViews(copy.deepcopy(model), augmented, **ours)
-    for trainer in (stock, clip, two_views, cleanclip, *roclip, safeclip):
+    for trainer in (stock, clip, two_views, cleanclip, unbind, random, *roclip, safeclip):
         trainer.remove_callback(PrinterCallback)
     features = full_pools(POOL_SIZE, model.config.projection_dim)
     for trainer in (*roclip, safeclip):
@@ -148,6 +157,8 @@ def contenders(
         "clip": clip.train,
         "clip_two_views": two_views.train,
         "cleanclip": cleanclip.train,
+        "unbind": unbind.train,
+        "unbind_random": random.train,
         "roclip_plain": roclip[1].train,
         "roclip_matching": roclip[0].train,
         "safeclip": safeclip.train,
@@ -164,7 +175,9 @@ class TwoViews(CLIPTrainer):
         return {f"{name}_loss": 0.5 * clip_loss(*views[name], scale, gather=True) for name in self.views}
 
 
-def measure(runs: dict[str, Callable[[], Any]], rounds: int, steps: int) -> dict[str, list[float]]:
+def measure(
+    runs: dict[str, Callable[[], Any]], rounds: int, steps: int, clock: Callable[[], float]
+) -> dict[str, list[float]]:
     """Seconds a batch of every contender in every round."""
     names = list(runs)
     seconds: dict[str, list[float]] = {name: [] for name in names}
@@ -175,9 +188,9 @@ def measure(runs: dict[str, Callable[[], Any]], rounds: int, steps: int) -> dict
     for number in range(rounds):
         shift = number % len(names)
         for name in names[shift:] + names[:shift]:
-            start = time.perf_counter()
+            start = clock()
             runs[name]()
-            seconds[name].append((time.perf_counter() - start) / batches[name])
+            seconds[name].append((clock() - start) / batches[name])
         print(f"round {number + 1}/{rounds}: " + ", ".join(f"{n} {seconds[n][-1] * 1e3:.0f} ms" for n in names))
     return seconds
 
@@ -189,6 +202,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6, help="steps of each contender in a round (default: 6)")
     parser.add_argument("--batch", type=int, default=32, help="batch size (default: 32)")
     parser.add_argument("--image-size", type=int, default=64, help="side of the images in pixels (default: 64)")
+    parser.add_argument("--contenders", nargs="+", metavar="NAME", help="those that run (default: all)")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="count what the CPUs did for it: for a machine that has other work"
+    )
     options = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
     datasets.disable_progress_bars()
@@ -196,10 +213,15 @@ def main() -> None:
     rows = make_rows(options.batch * options.steps, options.image_size)
     with tempfile.TemporaryDirectory() as output:
         runs = contenders(model, processor, rows, options.batch, output)
-        seconds = measure(runs, options.rounds, options.steps)
+        runs = {name: runs[name] for name in options.contenders or runs}
+        clock = time.process_time if options.cpu_time else time.perf_counter
+        seconds = measure(runs, options.rounds, options.steps, clock)
     ratios = {}
     for name, (above, below) in RATIOS.items():
-        rounds = zip(*(seconds[part] for part in ([above] if isinstance(above, str) else above)), strict=True)
+        parts = [above] if isinstance(above, str) else above
+        if not {*parts, below} <= seconds.keys():
+            continue
+        rounds = zip(*(seconds[part] for part in parts), strict=True)
         ratios[name] = statistics.median(sum(a) / b for a, b in zip(rounds, seconds[below], strict=True))
     result = {
         "ratios": ratios,

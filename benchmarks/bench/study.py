@@ -24,7 +24,7 @@ class Row:
 
     Args:
         title (`str`): What the table calls it.
-        trainer (`str`): `clip`, `cleanclip`, `roclip` or `safeclip`.
+        trainer (`str`): One of the defences that ship.
         start (`str`, *optional*): The row whose model it starts from, on clean pairs; `None`: from an untrained model,
             or that of the study, on poisoned pairs.
         control (`str`, *optional*): The row that differs from it in the method alone: its settings are this row's too,
@@ -41,12 +41,13 @@ ROWS: dict[str, Row] = {
     "undefended": Row("undefended", "clip"),
     "plain": Row("plain fine-tuning", "clip", start="undefended"),
     "cleanclip": Row("CleanCLIP", "cleanclip", start="undefended", control="plain"),
+    "unbind": Row("Unbind", "unbind", start="undefended", control="plain"),
     "augmentation": Row("augmentation alone", "clip"),
     "roclip": Row("RoCLIP", "roclip", control="augmentation"),
     "safeclip": Row("SafeCLIP", "safeclip", control="augmentation"),
     "rebound": Row("plain fine-tuning after CleanCLIP", "clip", start="cleanclip", control="plain"),
 }
-#: The rows of the table; the last one above belongs to a check of its own.
+#: The rows of the table; a study can name others of those above.
 GRID = ("undefended", "plain", "cleanclip", "augmentation", "roclip", "safeclip")
 PHASES = ("all", "pretraining", "finetuning")
 MEASURES = ("zero_shot", "attack", "linear_probe", "retrieval")
