@@ -42,6 +42,8 @@ from hf_robust_clip import (
     RoCLIPTrainingArguments,
     SafeCLIPTrainer,
     SafeCLIPTrainingArguments,
+    UnbindTrainer,
+    UnbindTrainingArguments,
 )
 from hf_robust_clip.losses import clip_loss
 
@@ -54,6 +56,8 @@ RATIOS: dict[str, tuple[str | tuple[str, ...], str]] = {
     "clip_text_frozen_over_clip": ("clip_text_frozen", "clip"),
     "cleanclip_over_clip": ("cleanclip", "clip"),
     "par_over_clip": ("par", "clip"),
+    "unbind_over_clip": ("unbind", "clip"),
+    "unbind_without_adversary_over_clip": ("unbind_random", "clip"),
     "roclip_matching_over_plain": ("roclip_matching", "roclip_plain"),
     "safeclip_over_clip": ("safeclip", "clip"),
     "safeclip_scoring_over_epoch": ("safeclip_scoring", "safeclip"),
@@ -136,6 +140,10 @@ def contenders(
     )
     cleanclip = CleanCLIPTrainer(copy.deepcopy(model), CleanCLIPTrainingArguments(**common), **ours)
     par = PARTrainer(copy.deepcopy(model), PARTrainingArguments(**common), **ours)
+    unbind, random = (
+        UnbindTrainer(copy.deepcopy(model), UnbindTrainingArguments(**common, adversary=adversary), **ours)
+        for adversary in ("universal", "none")
+    )
     pooled = {"pool_size": POOL_SIZE, "match_every_n_epochs": 1, **common}
     roclip = [
         RoCLIPTrainer(copy.deepcopy(model), RoCLIPTrainingArguments(**pooled, matching_start_epoch=start), **ours)
@@ -146,7 +154,10 @@ def contenders(
     )
     augmented = CLIPTrainingArguments(**common, image_preset="strong", text_preset="eda")
     two_views = TwoViews(copy.deepcopy(model), augmented, **ours)
-    for trainer in (stock, clip, vision_frozen, text_frozen, two_views, cleanclip, par, *roclip, safeclip):
+    for trainer in (
+        *(stock, clip, vision_frozen, text_frozen, two_views, cleanclip, par, unbind, random),
+        *(*roclip, safeclip),
+    ):
         trainer.remove_callback(PrinterCallback)
     features = full_pools(POOL_SIZE, model.config.projection_dim)
     for trainer in (*roclip, safeclip):
@@ -160,6 +171,8 @@ def contenders(
         "clip_two_views": two_views.train,
         "cleanclip": cleanclip.train,
         "par": par.train,
+        "unbind": unbind.train,
+        "unbind_random": random.train,
         "roclip_plain": roclip[1].train,
         "roclip_matching": roclip[0].train,
         "safeclip": safeclip.train,

@@ -77,6 +77,7 @@ if TYPE_CHECKING:
     from .defences.par import PARTrainingArguments as PARTrainingArguments
     from .defences.roclip import RoCLIPTrainingArguments as RoCLIPTrainingArguments
     from .defences.safeclip import SafeCLIPTrainingArguments as SafeCLIPTrainingArguments
+    from .defences.unbind import UnbindTrainingArguments as UnbindTrainingArguments
     from .evaluation.attack_success import AttackSuccessEvaluator as AttackSuccessEvaluator
     from .evaluation.base import Evaluator as Evaluator
     from .evaluation.linear_probe import LinearProbeEvaluator as LinearProbeEvaluator
@@ -91,6 +92,7 @@ if TYPE_CHECKING:
     from .trainers.defended import PARTrainer as PARTrainer
     from .trainers.defended import RoCLIPTrainer as RoCLIPTrainer
     from .trainers.defended import SafeCLIPTrainer as SafeCLIPTrainer
+    from .trainers.defended import UnbindTrainer as UnbindTrainer
     from .trainers.trainer import CLIPTrainer as CLIPTrainer
 else:
 

@@ -256,6 +256,7 @@ def par_loss(
     scale: torch.Tensor | float,
     threshold: float = 2.15,
     gather: bool = False,
+    bias: torch.Tensor | float | None = None,
 ) -> dict[str, torch.Tensor]:
     """
     PAR, Perturb and Recover (Singh, Croce, Hein, arXiv 2412.00727): the CLIP loss, less half the mean squared distance
@@ -270,6 +271,8 @@ def par_loss(
         scale (`torch.Tensor` or `float`): `exp(model.logit_scale)`.
         threshold (`float`): The paper's tau, in [0, 4]: see [`repulsion`].
         gather (`bool`): Whether to use the negatives, and the distances, of all ranks.
+        bias (`torch.Tensor` or `float`, *optional*): Of a model trained with [`sigmoid_loss`], which then takes the
+            place of the CLIP loss. That is ours: the paper has CLIP.
 
     Returns:
         `dict[str, torch.Tensor]`: `clip_loss`, `image_repulsion_loss`, `text_repulsion_loss`; the last two are 0 above
@@ -280,7 +283,7 @@ def par_loss(
     image_term, text_term = repulsion(distances, threshold, gather=gather)
     images, texts = (F.normalize(side, dim=-1) for side in (image_embeds, text_embeds))
     return {
-        "clip_loss": clip_loss(images, texts, scale, gather=gather),
+        "clip_loss": cross_modal_loss(images, texts, scale, bias, gather),
         "image_repulsion_loss": image_term,
         "text_repulsion_loss": text_term,
     }
@@ -307,6 +310,54 @@ def repulsion(distances: torch.Tensor, threshold: float, gather: bool = False) -
     if gather:
         means = gather_features(means[None]).mean(dim=0)
     return -0.5 * torch.where(means <= threshold, distances, torch.zeros_like(distances))
+
+
+def unbind_loss(
+    image_embeds: torch.Tensor,
+    text_embeds: torch.Tensor,
+    image_perturbed: torch.Tensor,
+    text_augmented: torch.Tensor | None,
+    scale: torch.Tensor | float,
+    perturbed_weight: float = 1.0,
+    unimodal_weight: float = 0.0,
+    gather: bool = False,
+    bias: torch.Tensor | float | None = None,
+) -> dict[str, torch.Tensor]:
+    """
+    Unbind: the CLIP loss, the same of perturbed images and the captions as they are, and CleanCLIP's terms within each
+    modality.
+
+    Args:
+        image_embeds, text_embeds (`torch.Tensor` of shape `(B, D)`): Of the un-augmented pairs.
+        image_perturbed (`torch.Tensor` of shape `(B, D)`): Of the perturbed images.
+        text_augmented (`torch.Tensor` of shape `(B, D)`, *optional*): Of the augmented captions, which the last term
+            needs.
+        scale (`torch.Tensor` or `float`): `exp(model.logit_scale)`.
+        perturbed_weight (`float`): Of the CLIP loss of perturbed images.
+        unimodal_weight (`float`): Of the terms within modalities; 0: without them.
+        gather (`bool`): Whether to use the negatives of all ranks.
+        bias (`torch.Tensor` or `float`, *optional*): Of a model trained with [`sigmoid_loss`], which then takes the
+            place of the CLIP loss.
+
+    Returns:
+        `dict[str, torch.Tensor]`: `clip_loss`, `perturbed_clip_loss`, and with a `unimodal_weight`
+        `unimodal_image_loss` and `unimodal_text_loss`.
+    """
+    terms = {
+        "clip_loss": cross_modal_loss(image_embeds, text_embeds, scale, bias, gather),
+        "perturbed_clip_loss": perturbed_weight * cross_modal_loss(image_perturbed, text_embeds, scale, bias, gather),
+    }
+    if unimodal_weight:
+        if text_augmented is None:
+            raise ValueError(
+                f"text_augmented is None, but unimodal_weight={shown(unimodal_weight)} compares captions with "
+                "augmented ones; accepted are their embeddings"
+            )
+        images = info_nce(image_embeds, image_perturbed, scale, gather=gather)
+        terms["unimodal_image_loss"] = 0.5 * unimodal_weight * images
+        texts = info_nce(text_embeds, text_augmented, scale, gather=gather)
+        terms["unimodal_text_loss"] = 0.5 * unimodal_weight * texts
+    return terms
 
 
 def roclip_loss(

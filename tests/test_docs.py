@@ -61,6 +61,7 @@ def small(arguments, epochs):
 CLIPSmallArguments = small(hf_robust_clip.CLIPTrainingArguments, 2)
 CleanCLIPSmallArguments = small(hf_robust_clip.CleanCLIPTrainingArguments, 2)
 PARSmallArguments = small(hf_robust_clip.PARTrainingArguments, 2)
+UnbindSmallArguments = small(hf_robust_clip.UnbindTrainingArguments, 2)
 RoCLIPSmallArguments = small(hf_robust_clip.RoCLIPTrainingArguments, 4)
 SafeCLIPSmallArguments = small(hf_robust_clip.SafeCLIPTrainingArguments, 8)
 """
@@ -208,7 +209,14 @@ def test_reference_has_every_public_name(site: Path) -> None:
 
 @pytest.mark.parametrize(
     "page, name",
-    [("cleanclip", "CleanCLIP"), ("par", "PAR"), ("roclip", "RoCLIP"), ("safeclip", "SafeCLIP"), ("api", "CLIP")],
+    [
+        ("cleanclip", "CleanCLIP"),
+        ("par", "PAR"),
+        ("unbind", "Unbind"),
+        ("roclip", "RoCLIP"),
+        ("safeclip", "SafeCLIP"),
+        ("api", "CLIP"),
+    ],
 )
 def test_every_argument_is_on_its_page(page: str, name: str, site: Path) -> None:
     text = (site / f"{page}.html").read_text()

@@ -23,12 +23,13 @@ ROWS: dict[str, Row] = {
     "plain": Row("plain fine-tuning", "clip", start="undefended"),
     "cleanclip": Row("CleanCLIP", "cleanclip", start="undefended", control="plain"),
     "par": Row("PAR", "par", start="undefended", control="plain"),
+    "unbind": Row("Unbind", "unbind", start="undefended", control="plain"),
     "augmentation": Row("augmentation alone", "clip"),
     "roclip": Row("RoCLIP", "roclip", control="augmentation"),
     "safeclip": Row("SafeCLIP", "safeclip", control="augmentation"),
     "rebound": Row("plain fine-tuning after CleanCLIP", "clip", start="cleanclip", control="plain"),
 }
-#: The rows of the table where a study names none.
+#: The rows of the table; a study can name others of those above.
 GRID = ("undefended", "plain", "cleanclip", "augmentation", "roclip", "safeclip")
 PHASES = ("all", "pretraining", "finetuning")
 MEASURES = ("zero_shot", "attack", "linear_probe", "retrieval")

@@ -15,6 +15,7 @@ LINES = {
     "clip": ("CLIP", "the loss of CLIP, undefended: the baseline"),
     "cleanclip": ("CleanCLIP", "fine-tune on clean pairs, to remove a backdoor from a model (CleanCLIP)"),
     "par": ("PAR", "fine-tune on clean pairs, away from the suspect model (PAR, Perturb and Recover)"),
+    "unbind": ("Unbind", "fine-tune on clean pairs under universal perturbations, to remove a backdoor (Unbind)"),
     "roclip": ("RoCLIP", "pre-train on pairs that may be poisoned, against pools of other captions (RoCLIP)"),
     "safeclip": ("SafeCLIP", "pre-train on pairs that may be poisoned, on those that look safe (SafeCLIP)"),
 }

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 from torch.utils.data import Sampler
 
@@ -205,6 +206,10 @@ class Defence(nn.Module):
 
     def logged(self, logs: dict[str, float]) -> None:
         """Called with what is about to be logged of training, which it may add to."""
+
+    def pictures(self) -> dict[str, Image.Image]:
+        """What a report shows of it, each under its name."""
+        return {}
 
     def notes(self) -> dict[str, Any]:
         """What card and report need to know of it, ready for JSON."""

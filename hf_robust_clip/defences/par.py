@@ -207,7 +207,9 @@ class PAR(Defence):
     def forward(self, views: dict[str, Embeddings], scale: torch.Tensor, batch: Batch) -> dict[str, torch.Tensor]:
         reference = views[REFERENCE]
         (pairs,) = (view for name, view in views.items() if name != REFERENCE)
-        terms = par_loss(*pairs, *reference, scale, threshold=self.repel_threshold, gather=self.gather)
+        terms = par_loss(
+            *pairs, *reference, scale, threshold=self.repel_threshold, gather=self.gather, bias=batch.bias
+        )
         for name, sides in zip(("image_distance", "text_distance"), zip(pairs, reference, strict=True), strict=True):
             self.note({name: squared_distances(*sides).detach()})
         if self.repel_layers:

@@ -64,11 +64,12 @@ class AttackPictures(NamedTuple):
 class RunPictures(NamedTuple):
     """
     What a report shows that takes the model and the data, not the record alone: attacks by the name of their success
-    rate, and a few training pairs with their matches, if the defence matches.
+    rate, a few training pairs with their matches, if the defence matches, and the defence's own pictures by name.
     """
 
     attacks: Mapping[str, AttackPictures] = {}
     matches: Sequence[MatchedPair] = ()
+    own: Mapping[str, Image.Image] = {}
 
 
 class Control(NamedTuple):
@@ -249,6 +250,7 @@ def _defence(record: RunRecord, pictures: RunPictures | None) -> dict[str, Any]:
         "series_alt": series_text(series) if series else "",
         "splits_plot": themed(partial(draw_splits, splits)) if splits else None,
         "poisons_known": any(any(split.histogram.poisoned) for split in splits),
+        "own_pictures": {} if pictures is None else {name: picture(image) for name, image in pictures.own.items()},
         "matching": record.defence.get("matching"),
         "matches": [] if pictures is None else _matches(pictures.matches, targets),
         "no_matches": _why_missing(

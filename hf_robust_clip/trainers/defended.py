@@ -14,6 +14,7 @@ from ..defences.pools import FeaturePools
 from ..defences.roclip import RoCLIP, RoCLIPTrainingArguments
 from ..defences.safeclip import SafeCLIP, SafeCLIPTrainingArguments
 from ..defences.split import SplitHistory
+from ..defences.unbind import Unbind, UnbindTrainingArguments
 from ..evaluation.embedding import Embedder
 from ..telling import MatchedPair
 from .pictures import matched_pairs
@@ -75,6 +76,36 @@ class PARTrainer(CLIPTrainer):
     defence_class = PAR
     args_class = PARTrainingArguments
     args: PARTrainingArguments
+
+
+class UnbindTrainer(CLIPTrainer):
+    """
+    Fine-tune a suspected CLIP on clean pairs so that a backdoor loses its hold: images under a small pool of universal
+    perturbations, each the same for all images that it is dealt, keep their captions. A trigger is such a
+    perturbation. The pool learns against the model, by the gradients that each step has anyway; with
+    `adversary="none"` it is drawn anew instead. It is this package's own; docs/unbind.md says what was measured of it.
+
+    It needs pairs that are clean: a few poisons left among them undo it. Triggers that are far from every family of
+    perturbations are not covered. Measure, with [`AttackSuccessEvaluator`], and do not resume the optimizer of the
+    poisoned checkpoint: pass its weights.
+
+    Logged beside the loss terms: `perturbed_similarity` (cosine of an image and its perturbed copy),
+    `perturbed_pair_similarity` (of the copy and the caption) and `perturbed_weight`. A report shows the pool.
+
+    Args:
+        model (`str` or `PreTrainedModel`): A Hub id, a folder, or a dual encoder.
+        args ([`UnbindTrainingArguments`]): `preset="photos"` for photos.
+        image_augmentation, text_augmentation: `None`: the presets of `args`, without augmentation by default. Images
+            are augmented before they are perturbed; captions only with a `unimodal_weight`.
+        Others: As of [`CLIPTrainer`].
+
+    Raises:
+        `ValueError`: As of [`CLIPTrainer`]; and for an augmentation of captions without a `unimodal_weight`.
+    """
+
+    defence_class = Unbind
+    args_class = UnbindTrainingArguments
+    args: UnbindTrainingArguments
 
 
 class RoCLIPTrainer(CLIPTrainer):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import datasets
@@ -26,7 +26,9 @@ EMBEDDED = 800
 SHOWN_IMAGES, SHOWN_PAIRS = 5, 4
 
 
-def pictures_of(evaluators: Iterable[Any], embedder: Embedder, matches: list[MatchedPair]) -> RunPictures:
+def pictures_of(
+    evaluators: Iterable[Any], embedder: Embedder, matches: list[MatchedPair], own: Mapping[str, Image.Image]
+) -> RunPictures:
     """
     Make a report's pictures with the model as it is. Call it on all ranks: they share the work.
 
@@ -34,6 +36,7 @@ def pictures_of(evaluators: Iterable[Any], embedder: Embedder, matches: list[Mat
         evaluators (iterable of [`Evaluator`]): The [`AttackSuccessEvaluator`]s give the triggers and the test images.
         embedder ([`~evaluation.embedding.Embedder`]): Of the model.
         matches (`list[MatchedPair]`): Of [`matched_pairs`], for a run that matches.
+        own (mapping of `str` to `PIL.Image.Image`): The defence's own.
 
     Returns:
         [`RunPictures`]: The same on every rank.
@@ -56,7 +59,7 @@ def pictures_of(evaluators: Iterable[Any], embedder: Embedder, matches: list[Mat
         )
         for evaluator in evaluators
     }
-    return RunPictures(attacks, matches)
+    return RunPictures(attacks, matches, own)
 
 
 def matched_pairs(

@@ -217,6 +217,11 @@ class CLIPTrainer(Trainer):
         views = tuple(self.views or defence.views)
         self.views = ("augmented",) if views == (ORIGINAL,) and augments else views
         text_views = tuple(defence.text_views or self.views)
+        if text_augmentation is not None and text_views == (ORIGINAL,):
+            raise ValueError(
+                f"text_augmentation, or text_preset={shown(args.text_preset)}, would change nothing: "
+                f"{type(defence).__name__} as it is takes captions un-augmented; accepted is 'identity'"
+            )
         collator = training_collator(data_collator, processing_class, encoder, args, text_views, text_augmentation)
         if peft_config is not None:
             encoder = add_adapters(encoder, peft_config, args.seed)
@@ -850,7 +855,7 @@ class CLIPTrainer(Trainer):
     def pictures(self) -> RunPictures:
         """What a report shows of the model as it is. All ranks share the work: call it on all of them."""
         embedder = self.make_embedder()
-        return pictures_of(self.evaluators, embedder, self._matches(embedder))
+        return pictures_of(self.evaluators, embedder, self._matches(embedder), self.defence.pictures())
 
     def _matches(self, embedder: Embedder) -> list[MatchedPair]:
         """What training pairs are matched with, where the defence matches."""

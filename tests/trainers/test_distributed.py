@@ -44,6 +44,7 @@ from hf_robust_clip import (
     RoCLIPTrainer,
     SafeCLIPTrainer,
     TextQueryEvaluator,
+    UnbindTrainer,
     ZeroShotEvaluator,
 )
 from hf_robust_clip.data.digits import CAPTION_TEMPLATES, CLASS_NAMES, digit_processor
@@ -71,6 +72,8 @@ TRAINERS: dict[type[CLIPTrainer], dict[str, Any]] = {
     CLIPTrainer: {"rows": WORLD * 8, "max_steps": 1, "learning_rate": 1.0},
     CleanCLIPTrainer: {"rows": WORLD * 8, "max_steps": 1, "learning_rate": 1.0},
     PARTrainer: {"rows": WORLD * 8 * 3, "max_steps": 3, "learning_rate": 0.01, "paper_schedule": False},
+    # One perturbation: which image has which is drawn by a process for its own batch.
+    UnbindTrainer: {"rows": WORLD * 8 * 3, "max_steps": 3, "learning_rate": 0.01, "families": "warp=1", "redraw": 0.0},
     RoCLIPTrainer: {
         "rows": WORLD * 8 * 3,
         "max_steps": 3,
@@ -106,13 +109,14 @@ OTHERS: dict[str, tuple[type[CLIPTrainer], dict[str, Any]]] = {
 }
 #: With the weights divided among the processes.
 SHARDED: dict[str, dict[str, Any]] = {"": {}, ", in chunks": {"contrastive_chunk_size": 3}}
-#: From which of these steps others go on: in a matching epoch, and in the second split.
-CHECKPOINTS = {RoCLIPTrainer: 2, SafeCLIPTrainer: 6}
+#: From which of these steps others go on: with a pool that has moved, in a matching epoch, and in the second split.
+CHECKPOINTS = {UnbindTrainer: 2, RoCLIPTrainer: 2, SafeCLIPTrainer: 6}
 #: In two batches of 8 a step: RoCLIP's second epoch matches, SafeCLIP's third and fourth are split.
 RESUMED: dict[str, tuple[type[CLIPTrainer], int, dict[str, Any]]] = {
     "CLIPTrainer": (CLIPTrainer, 3, {"num_train_epochs": 2}),
     "CleanCLIPTrainer, 2 workers": (CleanCLIPTrainer, 3, {"num_train_epochs": 2, "dataloader_num_workers": 2}),
     "PARTrainer": (PARTrainer, 3, {"num_train_epochs": 2}),
+    "UnbindTrainer": (UnbindTrainer, 3, {"num_train_epochs": 2}),
     "RoCLIPTrainer": (RoCLIPTrainer, 6, {"num_train_epochs": 2}),
     "SafeCLIPTrainer": (SafeCLIPTrainer, 10, {"num_train_epochs": 4, **SPLIT}),
 }
