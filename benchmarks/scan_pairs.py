@@ -18,15 +18,13 @@ from typing import Any
 
 import numpy as np
 from bench.attack import plant
-from bench.cell import ROWS
 from bench.material import load_material, start_model
 from bench.output import write_result
 from bench.study import load_study
 from scipy.stats import rankdata
 from transformers import set_seed
 
-from hf_robust_clip import scan_pairs
-from hf_robust_clip.cli.rows import row_trainer
+from hf_robust_clip import CLIPTrainer, CLIPTrainingArguments, scan_pairs
 from hf_robust_clip.columns import captions_of
 from hf_robust_clip.data.images import ImagePreprocessor
 from hf_robust_clip.evaluation.embedding import Embedder
@@ -56,16 +54,13 @@ def scanned(study: Any, attack: str, seed: int, data: Path | None, epochs: tuple
     pairs = planted.pairs if attack != "clean" else material.pairs
     columns = {"image_column": study.image_column, "caption_column": study.caption_column}
     settings: dict[str, Any] = {**study.arguments["all"], **study.arguments["pretraining"], **columns}
-    settings |= {"save_strategy": "epoch"}
     folder = Path(tempfile.mkdtemp())
     set_seed(seed)
-    trainer = row_trainer(
-        ROWS["undefended"].trainer,
-        folder,
-        seed,
-        settings,
-        None,
-        model=model,
+    trainer = CLIPTrainer(
+        model,
+        CLIPTrainingArguments(
+            str(folder), seed=seed, save_strategy="epoch", report_to="none", disable_tqdm=True, **settings
+        ),
         train_dataset=pairs,
         processing_class=processor,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +115,16 @@ class PairScan:
         columns = {"suspect": self.scores["suspect"][:], "suspect_why": self.scores["why"][:]}
         return datasets.concatenate_datasets([dataset, datasets.Dataset.from_dict(columns)], axis=1)
 
+    @property
+    def disagreeing(self) -> list[Copies]:
+        """The duplicates that are suspect: at least three pairs whose captions share less than half of their words."""
+        return [found for found in self.duplicates if is_suspect(found)]
+
+    def described(self) -> dict[str, Any]:
+        """Groups and duplicates, ready for JSON."""
+        groups = [asdict(group) for group in self.groups]
+        return {"known": self.known, "groups": groups, "duplicates": [asdict(found) for found in self.duplicates]}
+
     def _check_rows(self, dataset: Any) -> None:
         if len(dataset) != len(self.scores):
             raise ValueError(f"dataset has {len(dataset)} rows, but {len(self.scores)} were scanned")
@@ -220,6 +230,11 @@ def scan_pairs(
     return PairScan(_scores(group_votes, local, distance, duplicates), groups, duplicates, known)
 
 
+def is_suspect(copies: Copies) -> bool:
+    """Whether an image occurs so often, with captions that disagree so much, that it may be a targeted poison."""
+    return len(copies.rows) >= LEAST_COPIES and copies.disagreement >= LEAST_DISAGREEMENT
+
+
 def _sampled_words(dataset: Any, caption_column: str, sample: NDArray[np.int64]) -> list[set[str]]:
     picked = dataset.select(sample.tolist()) if hasattr(dataset, "select") else [dataset[int(row)] for row in sample]
     return [words for _, block in captions_in_blocks(picked, caption_column, _BLOCK) for words in block]
@@ -294,7 +309,7 @@ def _scores(
     suspicion = np.zeros(len(group))
     for found in duplicates:
         copies[list(found.rows)] = len(found.rows)
-        if len(found.rows) >= LEAST_COPIES and found.disagreement >= LEAST_DISAGREEMENT:
+        if is_suspect(found):
             suspicion[list(found.rows)] = found.suspicion
     middle = np.median(group)
     cut = middle + DEVIATIONS * np.median(np.abs(group - middle))
