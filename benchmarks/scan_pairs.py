@@ -45,15 +45,20 @@ def ranking(scores: np.ndarray, poisoned: np.ndarray) -> dict[str, float]:
     return {"auroc": round(float(area), 4), **{name: round(value, 4) for name, value in found.items()}}
 
 
-def scanned(study: Any, attack: str, seed: int, data: Path | None, epochs: tuple[int, ...]) -> dict[str, Any]:
+def scanned(
+    study: Any, attack: str, rate: float | None, seed: int, data: Path | None, epochs: list[int], learning_rate: float
+) -> dict[str, Any]:
     """Train on poisoned pairs, scan, and compare with what is poisoned."""
     material = load_material(study, data, seed)
     model, processor = start_model(study, material, seed)
     poisoning = study.attacks[attack] if attack != "clean" else {**next(iter(study.attacks.values()))}
+    if rate is not None:
+        poisoning = {**poisoning, "rate": rate}
     planted = plant(study, poisoning, material, ImagePreprocessor(processor.image_processor).image_size, seed)
     pairs = planted.pairs if attack != "clean" else material.pairs
     columns = {"image_column": study.image_column, "caption_column": study.caption_column}
     settings: dict[str, Any] = {**study.arguments["all"], **study.arguments["pretraining"], **columns}
+    settings["learning_rate"] = learning_rate
     folder = Path(tempfile.mkdtemp())
     set_seed(seed)
     trainer = CLIPTrainer(
@@ -78,6 +83,7 @@ def scanned(study: Any, attack: str, seed: int, data: Path | None, epochs: tuple
     result: dict[str, Any] = {
         "study": study.name,
         "attack": attack,
+        "rate": rate,
         "seed": seed,
         "pairs": len(pairs),
         "success": metrics.get(planted.success) if attack != "clean" else None,
@@ -115,6 +121,8 @@ def main() -> None:
     parser.add_argument("--study", default="digits")
     parser.add_argument("--data", type=Path)
     parser.add_argument("--attacks", nargs="+")
+    parser.add_argument("--rate", type=float, help="Share of the pairs that is poisoned; the study's by default.")
+    parser.add_argument("--learning-rate", type=float, default=0.001)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--epochs", type=int, nargs="+", default=[2, 4, 8, 12], help="Whose checkpoints are scanned.")
     parser.add_argument("--json", type=Path, help="Results; those that are there are not measured again.")
@@ -125,9 +133,10 @@ def main() -> None:
         done = json.loads(args.json.read_text())["results"]
     for attack in args.attacks or [*study.attacks, "clean"]:
         for seed in args.seeds:
-            if any((one["study"], one["attack"], one["seed"]) == (study.name, attack, seed) for one in done):
+            asked = (study.name, attack, args.rate, seed)
+            if any((one["study"], one["attack"], one["rate"], one["seed"]) == asked for one in done):
                 continue
-            done.append(scanned(study, attack, seed, args.data, tuple(args.epochs)))
+            done.append(scanned(study, attack, args.rate, seed, args.data, args.epochs, args.learning_rate))
             print(json.dumps(done[-1]), flush=True)
             content = {"epochs": args.epochs, "results": done}
             write_result(args.json, content, ("torch", "transformers", "scikit-learn", "datasets"))

@@ -22,8 +22,8 @@ def add_parser(commands: Any) -> None:
         required=("models", "data", "output_dir"),
         help="score which pairs of a dataset are suspect, without knowing the attack",
         description="Score the pairs of a dataset under a model that was trained on them, or under several "
-        "checkpoints of one training. FOLDER gets scores.parquet, groups.json and report.html; with --drop also kept/, the pairs "
-        "that stay, which `train --train-data FOLDER/kept` takes.",
+        "checkpoints of one training. FOLDER gets scores.parquet, groups.json and report.html; with --drop also "
+        "kept/, the pairs that stay, which `train --train-data FOLDER/kept` takes.",
     )
     add = parser.add_argument
     add("models", nargs="*", metavar="MODEL", help="model that was trained on DATA, or checkpoints of it, in order")
