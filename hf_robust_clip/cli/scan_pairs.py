@@ -10,7 +10,7 @@ from ..locking import sole_writer
 from .flags import add_columns, check_source, check_whole, spelled
 from .output import UsageError, check_apart, output_folder, say, usage_errors, write_json
 
-SCORES, GROUPS, REPORT, KEPT = "scores.parquet", "groups.json", "report.html", "kept"
+SCORES, GROUPS, REPORT, KEPT, CLEANED = "scores.parquet", "groups.json", "report.html", "kept", "cleaned"
 #: Groups that are printed.
 _PRINTED = 5
 
@@ -32,6 +32,14 @@ def add_parser(commands: Any) -> None:
     add_columns(parser)
     add(*spelled("--output-dir"), type=Path, metavar="FOLDER", help="new folder for what is found")
     add("--drop", type=float, metavar="SHARE", help="share of the pairs, the most suspect, that kept/ leaves out")
+    add(
+        "--verify",
+        action="store_true",
+        help="clean the last model with CleanCLIP on the least suspect half of the pairs, ask it for a second "
+        "opinion, and leave it in cleaned/",
+    )
+    add("--verify-epochs", type=int, default=4, metavar="N", help="epochs of that cleaning (default: %(default)s)")
+    add("--verify-learning-rate", type=float, default=1e-5, metavar="RATE", help="its rate (default: %(default)s)")
     add(*spelled("--batch-size"), type=int, default=64, metavar="N", help="pairs embedded at a time (default: 64)")
     add(*spelled("--num-workers"), type=int, default=0, metavar="N", help="processes that decode (default: this one)")
     add("--seed", type=int, default=0, help="of the sample and the references (default: %(default)s)")
@@ -52,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
         say(args.parser.dump(args).rstrip())
         return 0
     lock = sole_writer(args.output_dir, "--output-dir", "a scan")
-    with output_folder(args.output_dir, lock, files=(SCORES, GROUPS, REPORT), folders=(KEPT,)):
+    with output_folder(args.output_dir, lock, files=(SCORES, GROUPS, REPORT), folders=(KEPT, CLEANED)):
         return _scan(args)
 
 
@@ -78,6 +86,8 @@ def _scan(args: argparse.Namespace) -> int:
                 num_workers=args.num_workers,
                 seed=args.seed,
             )
+        if args.verify:
+            scan = _verified(args, scan, dataset, *loaded[-1])
         scan.scores.to_parquet(str(args.output_dir / SCORES))
         write_json(args.output_dir / GROUPS, scan.described())
         page = render_pair_scan(scan, dataset, args.image_column, args.caption_column)
@@ -88,9 +98,39 @@ def _scan(args: argparse.Namespace) -> int:
     suspect = sum(scan.scores["suspect"])
     say(f"{len(dataset)} pairs under {len(loaded)} model(s); {suspect} are above the default cut-off.")
     for group in scan.groups[:_PRINTED]:
-        say(f"  group {group.word!r}: {len(group.members)} pairs, weight {group.weight:.2f}")
+        verdict = {None: "", True: ", confirmed", False: ", natural"}[group.confirmed]
+        say(f"  group {group.word!r}: {len(group.members)} pairs, weight {group.weight:.2f}{verdict}")
     say(f"  images that occur several times with captions that disagree: {len(scan.disagreeing)}")
     if kept is not None:
         say(f"{len(kept)} pairs stay: {args.output_dir / KEPT}")
     say(f"Look at the groups: {args.output_dir / REPORT}")
     return 0
+
+
+def _verified(args: argparse.Namespace, scan: Any, dataset: Any, model: Any, processor: Any) -> Any:
+    """The scan with the opinion of the model after CleanCLIP on the pairs that it trusts, which stays in CLEANED."""
+    from ..trainers.defended import CleanCLIPTrainer
+
+    columns = {"image_column": args.image_column, "caption_column": args.caption_column}
+    trusted = scan.trusted(dataset)
+    say(f"Cleaning the last model on the {len(trusted)} least suspect pairs")
+    folder = str(args.output_dir / CLEANED)
+    trainer = CleanCLIPTrainer(
+        model,
+        CleanCLIPTrainer.args_class(
+            folder,
+            num_train_epochs=args.verify_epochs,
+            learning_rate=args.verify_learning_rate,
+            per_device_train_batch_size=min(args.batch_size, len(trusted)),
+            seed=args.seed,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            **columns,
+        ),
+        train_dataset=trusted,
+        processing_class=processor,
+    )
+    trainer.train()
+    trainer.save_model()
+    return scan.verified(dataset, trainer.unwrapped_model, processor, **columns, batch_size=args.batch_size)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,9 @@ _BLOCK = 8192
 DEVIATIONS = 6.0
 #: Rows with the image of a suspect set of copies, and the least disagreement of their captions.
 LEAST_COPIES, LEAST_DISAGREEMENT = 3, 0.5
+#: Mean rank of a group's members under a cleaned model from which on it is confirmed. Poisoned groups had 0.74 to 0.97
+#: where it was chosen, natural ones 0.41 to 0.57.
+CONFIRMED = 0.65
 #: Pairs among which a pair's own caption is looked for, to see whether the model knows the pairs.
 _CHOICES = 256
 _TRIED = 16  # times
@@ -53,6 +56,8 @@ class PairGroup:
         checkpoint (`int`): The number of the model, from 0.
         members (`tuple[int, ...]`): Rows inside that have the word, the farthest out first.
         others (`tuple[int, ...]`): Rows outside that have it: what the members are to be compared with.
+        cleaned_rank (`float`, *optional*): The mean rank of the members by their distance under a cleaned model, as a
+            share of the pairs, after [`PairScan.verified`]. Of a natural group it is about a half.
     """
 
     word: str
@@ -63,6 +68,12 @@ class PairGroup:
     checkpoint: int
     members: tuple[int, ...]
     others: tuple[int, ...]
+    cleaned_rank: float | None = None
+
+    @property
+    def confirmed(self) -> bool | None:
+        """Whether a cleaned model no longer puts its images and captions together; `None` before [`verified`]."""
+        return None if self.cleaned_rank is None else self.cleaned_rank >= CONFIRMED
 
 
 @dataclass(frozen=True)
@@ -71,11 +82,12 @@ class PairScan:
     What [`scan_pairs`] found. It accuses nobody: look at the groups.
 
     Args:
-        scores (`datasets.Dataset`): A row for each pair, in order, with `group` (votes of the groups over all models,
-            from 0), `k_distance`, `slof`, `dao` of the pooled features and `projected_slof` of the embeddings under
-            the last model, `pair_distance` (1 less the cosine of image and caption there), `copies` (pairs with the
-            same image, itself included), `suspect` (whether the default cut-off takes it), `why` (which part says so:
-            `"group"`, `"copies"`, or `""`) and `rank` (1 is the most suspect over all parts).
+        scores (`datasets.Dataset`): A row for each pair, in order. `group`: votes of the groups over all models, from
+            0. `k_distance`, `slof`, `dao` of the pooled features and `projected_slof` of the embeddings, under the last
+            model. `pair_distance`: 1 less the cosine of image and caption there. `copies`: pairs with the same image,
+            itself included. `distrust`: the worst of three ranks as a share of the pairs, by votes, by SLOF and by
+            `pair_distance`, each at its worst model. `suspect`: whether the default cut-off takes it, and `why`:
+            `"group"`, `"copies"` or `""`. `rank`: 1 is the most suspect over all parts.
         groups (`list[PairGroup]`): The heaviest first, one for each word and checkpoint.
         duplicates (`list[Copies]`): Pairs with one image, the most suspect first.
         known (`float`): How often the last model finds a pair's caption among 256, in [0, 1]. Near 1/256 it has not
@@ -114,6 +126,61 @@ class PairScan:
         self._check_rows(dataset)
         columns = {"suspect": self.scores["suspect"][:], "suspect_why": self.scores["why"][:]}
         return datasets.concatenate_datasets([dataset, datasets.Dataset.from_dict(columns)], axis=1)
+
+    def trusted(self, dataset: Any, share: float = 0.5) -> Any:
+        """
+        The least distrusted share of the pairs: too blunt to accuse the others, and good to clean a model on.
+
+        Args:
+            dataset (`datasets.Dataset`): That was scanned.
+            share (`float`, defaults to 0.5): Of the pairs, in (0, 1].
+
+        Raises:
+            `ValueError`: If `share` is not such a share, or the dataset has another number of rows.
+        """
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
+            raise ValueError(f"share must be a share of the pairs in (0, 1], but is {shown(share)}")
+        self._check_rows(dataset)
+        order = np.argsort(np.asarray(self.scores["distrust"]), kind="stable")
+        return dataset.select(np.sort(order[: max(1, round(share * len(order)))]).tolist())
+
+    def verified(
+        self,
+        dataset: Any,
+        model: Any,
+        processor: Any = None,
+        image_column: str = "image",
+        caption_column: str = "caption",
+        batch_size: int = 64,
+        num_workers: int = 0,
+    ) -> PairScan:
+        """
+        The scan with a second opinion: that of a model that was cleaned on the [`trusted`] pairs. Poisons are what it
+        no longer puts together.
+
+        Args:
+            dataset (`datasets.Dataset`): That was scanned.
+            model: The last of the scanned models after a cleaning run on the trusted pairs.
+            processor, image_column, caption_column, batch_size, num_workers: As of [`scan_pairs`].
+
+        Returns:
+            [`PairScan`]: With the column `cleaned_distance` (1 less the cosine of image and caption under that model),
+                and `cleaned_rank` of each group.
+        """
+        self._check_rows(dataset)
+        processor = load_processor(model, processor, "processor")
+        columns = (image_column, caption_column)
+        with tempfile.TemporaryDirectory() as folder:
+            encoder = load_dual_encoder(model)
+            features, _ = read_features(encoder, processor, dataset, *columns, Path(folder), batch_size, num_workers)
+            distance = _distances(features)
+        ranks = rankdata(distance) / len(distance)
+        groups = [
+            replace(group, cleaned_rank=float(ranks[list(group.members)].mean())) if group.members else group
+            for group in self.groups
+        ]
+        scores = self.scores.add_column("cleaned_distance", distance)
+        return replace(self, scores=scores, groups=groups)
 
     @property
     def disagreeing(self) -> list[Copies]:
@@ -180,7 +247,7 @@ def scan_pairs(
     check_processor(processor, "processor")
     columns = (image_column, caption_column)
     sample = np.sort(np.random.default_rng(seed).permutation(len(dataset))[:SAMPLE])
-    group_votes = np.zeros(len(dataset), dtype=np.float32)
+    group_votes, worst = np.zeros(len(dataset), dtype=np.float32), np.zeros(len(dataset), dtype=np.float32)
     found: list[tuple[int, Direction, NDArray[np.int64], NDArray[np.int64]]] = []
     with tempfile.TemporaryDirectory(dir=cache_dir) as folder:
         for number, model in enumerate(listed):
@@ -204,9 +271,10 @@ def scan_pairs(
             for group in strongest:
                 inside = np.array([row for _, row in sorted(members[group.word])], dtype=np.int64)
                 found.append((number, group, inside, np.array(others[group.word], dtype=np.int64)))
-        local = _local(features, sample, seed)
+            local, distance = _local(features, sample, seed), _distances(features)
+            for values in (local["slof"], distance):
+                np.maximum(worst, rankdata(values) / len(values), out=worst)
         known = _known(features, sample, seed)
-        distance = _distances(features)
     duplicates = _duplicates(prints, dataset, *columns)
     if known < _KNOWN / _CHOICES:
         logger.warning(
@@ -227,7 +295,8 @@ def scan_pairs(
         )
         for number, group, inside, outside in sorted(found, key=lambda entry: -entry[1].weight)
     ]
-    return PairScan(_scores(group_votes, local, distance, duplicates), groups, duplicates, known)
+    np.maximum(worst, rankdata(group_votes) / len(worst), out=worst)
+    return PairScan(_scores(group_votes, local, distance, worst, duplicates), groups, duplicates, known)
 
 
 def is_suspect(copies: Copies) -> bool:
@@ -303,6 +372,7 @@ def _scores(
     group: NDArray[np.float32],
     local: dict[str, NDArray[np.float32]],
     distance: NDArray[np.float32],
+    distrust: NDArray[np.float32],
     duplicates: Sequence[Copies],
 ) -> datasets.Dataset:
     copies = np.ones(len(group), dtype=np.int64)
@@ -329,6 +399,7 @@ def _scores(
             "projected_slof": local["projected_slof"],
             "pair_distance": distance,
             "copies": copies,
+            "distrust": distrust,
             "suspect": by_group | by_copies,
             "why": why.tolist(),
             "rank": rank,

@@ -65,6 +65,24 @@ def test_a_share_that_is_not_one_is_refused(scan: PairScan, pairs: datasets.Data
         scan.keep(pairs, drop)
 
 
+def test_the_trusted_half_is_the_least_distrusted(scan: PairScan, pairs: datasets.Dataset) -> None:
+    distrust = np.asarray(scan.scores["distrust"])
+    trusted = scan.trusted(pairs.add_column("row", np.arange(len(pairs))))
+    assert len(trusted) == 62 and max(distrust[trusted["row"]]) <= min(np.delete(distrust, trusted["row"]))
+    assert trusted["row"][:] == sorted(trusted["row"])
+    with pytest.raises(ValueError, match=r"share must be a share of the pairs in \(0, 1\], but is 0"):
+        scan.trusted(pairs, 0)
+
+
+def test_a_second_opinion_ranks_the_groups_by_the_cleaned_model(scan: PairScan, pairs: datasets.Dataset) -> None:
+    verified = scan.verified(pairs, small_model(2), digit_processor())
+    distance = np.asarray(verified.scores["cleaned_distance"])
+    ranks = np.argsort(np.argsort(distance)) / len(distance)
+    group = verified.groups[0]
+    assert group.cleaned_rank == pytest.approx(ranks[list(group.members)].mean(), abs=0.02)
+    assert group.confirmed == (group.cleaned_rank >= 0.65) and scan.groups[0].confirmed is None
+
+
 def test_flag_adds_what_is_suspect_and_why(scan: PairScan, pairs: datasets.Dataset) -> None:
     flagged = scan.flag(pairs)
     assert flagged.column_names == [*pairs.column_names, "suspect", "suspect_why"]
@@ -118,8 +136,12 @@ def test_the_command_writes_what_it_says(pairs: datasets.Dataset, tmp_path: Path
     digit_processor().save_pretrained(tmp_path / "model")
     pairs.to_parquet(tmp_path / "pairs.parquet")
     command = ["scan-pairs", str(tmp_path / "model"), "--data", str(tmp_path / "pairs.parquet")]
-    assert main([*command, "--output-dir", str(tmp_path / "out"), "--drop", "0.1"]) == 0
+    verify = ["--verify", "--verify-epochs", "1"]
+    assert main([*command, "--output-dir", str(tmp_path / "out"), "--drop", "0.1", *verify]) == 0
     printed = capsys.readouterr().out
+    assert "Cleaning the last model on the 62 least suspect pairs" in printed
+    assert "confirmed" in printed or "natural" in printed
+    assert (tmp_path / "out" / "cleaned" / "model.safetensors").is_file()
     assert "124 pairs under 1 model(s)" in printed and "112 pairs stay" in printed
     scores = datasets.Dataset.from_parquet(str(tmp_path / "out" / "scores.parquet"))
     assert len(scores) == 124
