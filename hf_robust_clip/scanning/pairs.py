@@ -83,7 +83,7 @@ class PairScan:
 
     Args:
         scores (`datasets.Dataset`): A row for each pair, in order. `group`: votes of the groups over all models, from
-            0. `k_distance`, `slof`, `dao` of the pooled features and `projected_slof` of the embeddings, under the last
+            0. `k_distance`, `slof`, `dao` of the pooled features and `projected_slof` of the embeddings, of the last
             model. `pair_distance`: 1 less the cosine of image and caption there. `copies`: pairs with the same image,
             itself included. `distrust`: the worst of three ranks as a share of the pairs, by votes, by SLOF and by
             `pair_distance`, each at its worst model. `suspect`: whether the default cut-off takes it, and `why`:
