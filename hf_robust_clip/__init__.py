@@ -25,6 +25,7 @@ _PUBLIC = {
     "FeaturePool": "pool",
     "ImageAugmentation": "augment.images",
     "LinearProbeEvaluator": "evaluation.linear_probe",
+    "PairScan": "scanning.pairs",
     "PairSimilarityCallback": "callbacks",
     "PatchTrigger": "attacks.triggers",
     "PoisonSpec": "attacks.spec",
@@ -45,6 +46,7 @@ _PUBLIC = {
     "poison_stream": "attacks.streaming",
     "prepare_dataset": "data.preparing",
     "replay_manifest": "attacks.poisoning",
+    "scan_pairs": "scanning.pairs",
     "targeted_specs": "attacks.spec",
 }
 
@@ -87,6 +89,8 @@ if TYPE_CHECKING:
     from .evaluation.zero_shot import ZeroShotEvaluator as ZeroShotEvaluator
     from .mixture import fit_similarity_mixture as fit_similarity_mixture
     from .pool import FeaturePool as FeaturePool
+    from .scanning.pairs import PairScan as PairScan
+    from .scanning.pairs import scan_pairs as scan_pairs
     from .trainers.checkpoints import newest_checkpoint as newest_checkpoint
     from .trainers.defended import CleanCLIPTrainer as CleanCLIPTrainer
     from .trainers.defended import PARTrainer as PARTrainer

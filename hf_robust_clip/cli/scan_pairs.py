@@ -1,0 +1,136 @@
+"""`hf-robust-clip scan-pairs`: which pairs of a dataset are suspect, under models that were trained on them."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from ..locking import sole_writer
+from .flags import add_columns, check_source, check_whole, spelled
+from .output import UsageError, check_apart, output_folder, say, usage_errors, write_json
+
+SCORES, GROUPS, REPORT, KEPT, CLEANED = "scores.parquet", "groups.json", "report.html", "kept", "cleaned"
+#: Groups that are printed.
+_PRINTED = 5
+
+
+def add_parser(commands: Any) -> None:
+    """Add the sub-command to those of `hf-robust-clip`."""
+    parser = commands.add_parser(
+        "scan-pairs",
+        required=("models", "data", "output_dir"),
+        help="score which pairs of a dataset are suspect, without knowing the attack",
+        description="Score the pairs of a dataset under a model that was trained on them, or under several "
+        "checkpoints of one training. FOLDER gets scores.parquet, groups.json and report.html; with --drop also "
+        "kept/, the pairs that stay, which `train --train-data FOLDER/kept` takes.",
+    )
+    add = parser.add_argument
+    add("models", nargs="*", metavar="MODEL", help="model that was trained on DATA, or checkpoints of it, in order")
+    add("--data", metavar="DATA", help="pairs: a Parquet, CSV, JSON or Arrow file, a folder, or a dataset on the Hub")
+    add("--split", default="train", help="split of DATA, where it has several (default: %(default)s)")
+    add_columns(parser)
+    add(*spelled("--output-dir"), type=Path, metavar="FOLDER", help="new folder for what is found")
+    add("--drop", type=float, metavar="SHARE", help="share of the pairs, the most suspect, that kept/ leaves out")
+    add(
+        "--verify",
+        action="store_true",
+        help="clean the last model with CleanCLIP on the least suspect half of the pairs, ask it for a second "
+        "opinion, and leave it in cleaned/",
+    )
+    add("--verify-epochs", type=int, default=4, metavar="N", help="epochs of that cleaning (default: %(default)s)")
+    add("--verify-learning-rate", type=float, default=1e-5, metavar="RATE", help="its rate (default: %(default)s)")
+    add(*spelled("--batch-size"), type=int, default=64, metavar="N", help="pairs embedded at a time (default: 64)")
+    add(*spelled("--num-workers"), type=int, default=0, metavar="N", help="processes that decode (default: this one)")
+    add("--seed", type=int, default=0, help="of the sample and the references (default: %(default)s)")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the sub-command as its arguments say."""
+    check_source("--data", args.data)
+    check_whole("--batch-size", args.batch_size, 1)
+    check_whole("--num-workers", args.num_workers, 0)
+    if args.drop is not None and not 0 < args.drop < 1:
+        raise UsageError(f"--drop: {args.drop} is not a share of the pairs between 0 and 1, such as 0.1")
+    for model in args.models:
+        check_source("MODEL", model)
+    check_apart(args.data, args.output_dir)
+    if args.dry_run:
+        say(args.parser.dump(args).rstrip())
+        return 0
+    lock = sole_writer(args.output_dir, "--output-dir", "a scan")
+    with output_folder(args.output_dir, lock, files=(SCORES, GROUPS, REPORT), folders=(KEPT, CLEANED)):
+        return _scan(args)
+
+
+def _scan(args: argparse.Namespace) -> int:
+    # These import torch and datasets, which takes seconds.
+    from ..files import write_text
+    from ..scanning.pairs import scan_pairs
+    from ..telling.scan_page import render_pair_scan
+    from .measuring import load_data, load_model
+    from .progress import quiet_libraries
+
+    with quiet_libraries():
+        dataset = load_data("--data", args.data, args.split, args.image_column)
+        loaded = [load_model("MODEL", name) for name in args.models]
+        with usage_errors():
+            scan = scan_pairs(
+                [model for model, _ in loaded],
+                loaded[0][1],
+                dataset,
+                image_column=args.image_column,
+                caption_column=args.caption_column,
+                batch_size=args.batch_size,
+                num_workers=args.num_workers,
+                seed=args.seed,
+            )
+        if args.verify:
+            scan = _verified(args, scan, dataset, *loaded[-1])
+        scan.scores.to_parquet(str(args.output_dir / SCORES))
+        write_json(args.output_dir / GROUPS, scan.described())
+        page = render_pair_scan(scan, dataset, args.image_column, args.caption_column)
+        write_text(args.output_dir / REPORT, page)
+        kept = scan.keep(dataset, args.drop) if args.drop is not None else None
+        if kept is not None:
+            kept.save_to_disk(str(args.output_dir / KEPT))
+    suspect = sum(scan.scores["suspect"])
+    say(f"{len(dataset)} pairs under {len(loaded)} model(s); {suspect} are above the default cut-off.")
+    for group in scan.groups[:_PRINTED]:
+        verdict = {None: "", True: ", confirmed", False: ", natural"}[group.confirmed]
+        say(f"  group {group.word!r}: {len(group.members)} pairs, weight {group.weight:.2f}{verdict}")
+    say(f"  images that occur several times with captions that disagree: {len(scan.disagreeing)}")
+    if kept is not None:
+        say(f"{len(kept)} pairs stay: {args.output_dir / KEPT}")
+    say(f"Look at the groups: {args.output_dir / REPORT}")
+    return 0
+
+
+def _verified(args: argparse.Namespace, scan: Any, dataset: Any, model: Any, processor: Any) -> Any:
+    """The scan with the opinion of the model after CleanCLIP on the pairs that it trusts, which stays in CLEANED."""
+    from ..trainers.defended import CleanCLIPTrainer
+
+    columns = {"image_column": args.image_column, "caption_column": args.caption_column}
+    trusted = scan.trusted(dataset)
+    say(f"Cleaning the last model on the {len(trusted)} least suspect pairs")
+    folder = str(args.output_dir / CLEANED)
+    trainer = CleanCLIPTrainer(
+        model,
+        CleanCLIPTrainer.args_class(
+            folder,
+            num_train_epochs=args.verify_epochs,
+            learning_rate=args.verify_learning_rate,
+            per_device_train_batch_size=min(args.batch_size, len(trusted)),
+            seed=args.seed,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            **columns,
+        ),
+        train_dataset=trusted,
+        processing_class=processor,
+    )
+    trainer.train()
+    trainer.save_model()
+    return scan.verified(dataset, trainer.unwrapped_model, processor, **columns, batch_size=args.batch_size)

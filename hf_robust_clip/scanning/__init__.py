@@ -1,0 +1,1 @@
+"""Finding what nobody named: suspect pairs of a dataset, and suspect models."""

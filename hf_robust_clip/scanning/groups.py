@@ -1,0 +1,187 @@
+"""Groups: directions of the features whose far end shares a caption word that most other pairs with it lack."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.sparse import csr_matrix
+from sklearn.decomposition import FastICA
+from sklearn.exceptions import ConvergenceWarning
+
+Array = NDArray[np.float64]
+
+#: Independent components that are looked for, and the least variance of a component against the first.
+COMPONENTS = (16, 32)
+LEAST_VARIANCE = 1e-4
+#: Share of the rows at the far end of a component whose words are counted, and their least number.
+FAR_SHARE, FAR_ROWS = 0.005, 16
+#: Power of a group's weight in a row's vote, and what a row gets of it that lacks the group's word.
+POWER, WITHOUT_WORD = 4, 0.5
+#: Most that a row's place along a group's direction counts, in units of the group's threshold.
+MOST = 1.5
+
+_WORD = re.compile(r"[a-z]+")
+
+
+def words_of(captions: Iterable[str]) -> set[str]:
+    """The words of a pair's captions: letters alone, in lower case."""
+    return set(_WORD.findall(" ".join(captions).lower()))
+
+
+@dataclass(frozen=True)
+class Direction:
+    """
+    A group: the rows `x` of pooled features for which `x @ direction + offset` is above `threshold`.
+
+    Args:
+        word (`str`): What its far end shares.
+        weight (`float`): At most 1: all of its rows have the word, and nearly all rows with the word lie elsewhere.
+        coherence (`float`): Share of its rows with the word, in [0, 1].
+        closure (`float`): Share of the pairs with the word that are inside, in [0, 1].
+        base (`float`): Share of all pairs with the word, in [0, 1].
+        direction (`(D,)` float64), offset (`float`): To the place of a row along it, in standard deviations.
+        threshold (`float`): Half of the mean place of the far end.
+    """
+
+    word: str
+    weight: float
+    coherence: float
+    closure: float
+    base: float
+    direction: Array
+    offset: float
+    threshold: float
+
+    def places(self, features: NDArray[np.floating]) -> Array:
+        """Where rows of features `(N, D)` are along it `(N,)`."""
+        return np.asarray(features, dtype=np.float64) @ self.direction + self.offset
+
+
+class Words:
+    """
+    Which of some rows have which words.
+
+    Args:
+        rows (sequence of sets of `str`): The words of each row.
+    """
+
+    def __init__(self, rows: Sequence[set[str]]) -> None:
+        counts = Counter(word for words in rows for word in words)
+        # A word of one pair is nobody's group.
+        self.vocabulary = sorted(word for word, count in counts.items() if count > 1)
+        numbers = {word: number for number, word in enumerate(self.vocabulary)}
+        places = [(row, numbers[word]) for row, words in enumerate(rows) for word in words if word in numbers]
+        pairs = np.array(places, dtype=np.int64).reshape(-1, 2)
+        shape = (len(rows), len(self.vocabulary))
+        self.matrix = csr_matrix((np.ones(len(pairs), dtype=np.float32), (pairs[:, 0], pairs[:, 1])), shape=shape)
+        self.base: Array = np.asarray(self.matrix.sum(axis=0), dtype=np.float64).ravel() / max(1, len(rows))
+
+    def commonest(self, rows: NDArray[np.intp]) -> int | None:
+        """The number of the word whose share among some rows is least to be expected; `None` where none is raised."""
+        share = np.asarray(self.matrix[rows].sum(axis=0), dtype=np.float64).ravel() / len(rows)
+        lift = len(rows) * (_divergence(share, self.base) + _divergence(1 - share, 1 - self.base))
+        lift[share <= self.base] = 0.0
+        if not len(lift) or lift.max() <= 0:
+            return None
+        return int(lift.argmax())
+
+    def have(self, word: int) -> NDArray[np.bool_]:
+        """Which rows have a word `(N,)`."""
+        return np.asarray(self.matrix[:, [word]].todense()).ravel() > 0
+
+
+def find_groups(
+    features: NDArray[np.floating], words: Words, components: Sequence[int] = COMPONENTS, seed: int = 0
+) -> list[Direction]:
+    """
+    The groups in a sample of pairs, the heaviest first.
+
+    Features are whitened to their leading components and turned into independent ones (FastICA). Both ends of each
+    are looked at: the word that the far end shares, how many inside have it, and how many with it are inside.
+
+    Args:
+        features (`(N, D)` floats): Pooled outputs of a vision tower, L2-normalised.
+        words ([`Words`]): Of the same rows.
+        components (sequence of `int`): How many independent components, several times anew.
+        seed (`int`): Of the decomposition's start.
+
+    Returns:
+        `list[Direction]`: Two for each component, without those in which no word is raised.
+    """
+    values = np.asarray(features, dtype=np.float64)
+    mean = values.mean(axis=0)
+    variances, axes = np.linalg.eigh((values - mean).T @ (values - mean) / len(values))
+    variances, axes = variances[::-1], axes[:, ::-1]
+    usable = int((variances > LEAST_VARIANCE * max(variances[0], np.finfo(np.float64).tiny)).sum())
+    found = []
+    for count in sorted({min(count, usable) for count in components}):
+        if count < 2:
+            continue
+        whitening = axes[:, :count] / np.sqrt(variances[:count])  # (D, n)
+        ica = FastICA(whiten=False, fun="logcosh", max_iter=100, tol=1e-3, random_state=seed)
+        with warnings.catch_warnings():
+            # A component that has not settled is one direction more to look along.
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            ica.fit((values - mean) @ whitening)
+        directions = whitening @ np.asarray(ica.components_).T  # (D, n)
+        places = (values - mean) @ directions
+        directions = directions / places.std(axis=0)
+        for column in range(count):
+            for sign in (1.0, -1.0):
+                direction = sign * directions[:, column]
+                group = _group(values, direction, float(-mean @ direction), words)
+                if group is not None:
+                    found.append(group)
+    return sorted(found, key=lambda group: -group.weight)
+
+
+def votes(groups: Sequence[Direction], features: NDArray[np.floating], rows: Sequence[set[str]]) -> Array:
+    """
+    How much the groups of one checkpoint speak against each row: the most of any.
+
+    Args:
+        groups (sequence of [`Direction`]): Of [`find_groups`].
+        features (`(N, D)` floats): Of the rows.
+        rows (sequence of sets of `str`): The words of each row.
+
+    Returns:
+        `(N,)` float64: In [0, 1.5].
+    """
+    total = np.zeros(len(features))
+    kept = [group for group in groups if group.weight > 0]
+    if not kept:
+        return total
+    # One product for all of them.
+    places = np.asarray(features, dtype=np.float64) @ np.stack([group.direction for group in kept], axis=1)
+    for group, column in zip(kept, places.T, strict=True):
+        has = np.fromiter((group.word in words for words in rows), dtype=bool, count=len(rows))
+        share = np.clip((column + group.offset) / group.threshold, 0.0, MOST) * np.where(has, 1.0, WITHOUT_WORD)
+        np.maximum(total, group.weight**POWER * share, out=total)
+    return total
+
+
+def _group(values: Array, direction: Array, offset: float, words: Words) -> Direction | None:
+    places = values @ direction + offset
+    far = np.argsort(-places, kind="stable")[: max(FAR_ROWS, int(FAR_SHARE * len(values)))]
+    threshold = float(places[far].mean()) / 2
+    word = words.commonest(far)
+    if word is None or threshold <= 0:
+        return None
+    inside, has, base = places > threshold, words.have(word), float(words.base[word])
+    coherence, closure = float(has[inside].mean()), float(inside[has].mean())
+    weight = (coherence - base) / max(1 - base, np.finfo(np.float64).eps) * (1 - closure)
+    return Direction(
+        words.vocabulary[word], weight, coherence, closure, base, np.asarray(direction), offset, threshold
+    )
+
+
+def _divergence(share: Array, base: Array) -> Array:
+    """`share * log(share / base)`, 0 where there is nothing."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(share > 0, share * np.log(share / np.maximum(base, 1e-12)), 0.0)

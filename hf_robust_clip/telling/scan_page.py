@@ -1,0 +1,94 @@
+"""The page of a scan of pairs: groups with their pictures, what each score finds most suspect, duplicates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from ..columns import captions_of
+from ..data.rows import IndexedDataset, decode_row
+from ..scanning.pairs import PairScan
+from ..wording import shortened
+from .html import picture, templates
+from .page import check_report_extra
+from .plots import grid, themed
+
+#: Groups and duplicates that are shown, members of each and pairs next to them, the most suspect by each score.
+GROUPS, COPIES, MEMBERS, FIRST = 12, 12, 12, 12
+#: Pixels of the longer side of a picture, and characters of a caption.
+_SIDE, _CAPTION = 96, 120
+#: Scores with a histogram and a list, and what they are called.
+SCORES = {
+    "group": "votes of the groups",
+    "slof": "local outlier factor (SLOF) of the pooled features",
+    "dao": "dimensionality-aware outlier score (DAO)",
+    "k_distance": "distance to the 16th neighbor",
+    "pair_distance": "distance of image and caption",
+}
+
+
+def render_pair_scan(
+    scan: PairScan, dataset: Any, image_column: str = "image", caption_column: str = "caption"
+) -> str:
+    """
+    The page of a scan as HTML, in one file that loads nothing.
+
+    Args:
+        scan ([`PairScan`]): Of [`scan_pairs`].
+        dataset (map-style dataset), image_column, caption_column (`str`): The pairs that were scanned.
+
+    Raises:
+        `ModuleNotFoundError`: Without the extra `report`.
+    """
+    check_report_extra()
+    rows = IndexedDataset(dataset, image_column, caption_column)
+
+    def shown(numbers: Iterable[int]) -> list[dict[str, Any]]:
+        pairs = []
+        for number in numbers:
+            row = decode_row(rows[int(number)], image_column, caption_column)
+            image = row[image_column].convert("RGB")
+            image.thumbnail((_SIDE, _SIDE))
+            caption = shortened(" | ".join(captions_of(row[caption_column])), _CAPTION)
+            pairs.append({"row": int(number), "image": picture(image), "caption": caption})
+        return pairs
+
+    groups = [
+        {"group": group, "members": shown(group.members[:MEMBERS]), "others": shown(_spread(group.others, MEMBERS))}
+        for group in scan.groups[:GROUPS]
+    ]
+    duplicates = [{"copies": found, "pairs": shown(found.rows[:MEMBERS])} for found in scan.duplicates[:COPIES]]
+    values = {name: np.asarray(scan.scores[name], dtype=float) for name in SCORES}
+    firsts = [
+        {"name": name, "label": label, "pairs": shown(np.argsort(-values[name], kind="stable")[:FIRST])}
+        for name, label in SCORES.items()
+    ]
+    environment = templates(autoescape=True)
+    return environment.get_template("pair_scan.html.j2").render(
+        pairs=len(scan.scores),
+        suspect=int(np.sum(scan.scores["suspect"])),
+        known=scan.known,
+        groups=groups,
+        duplicates=duplicates,
+        disagreeing=len(scan.disagreeing),
+        firsts=firsts,
+        histograms=themed(lambda _: _draw_histograms(values)),
+    )
+
+
+def _spread(rows: tuple[int, ...], most: int) -> list[int]:
+    """At most so many rows, evenly spaced."""
+    if len(rows) <= most:
+        return list(rows)
+    return [rows[place] for place in np.linspace(0, len(rows) - 1, most).astype(int)]
+
+
+def _draw_histograms(values: dict[str, np.ndarray]) -> Any:
+    figure, axes = grid(len(values), 0.0, 2.2)
+    for axis, (name, scores) in zip(axes.flat, values.items(), strict=False):
+        axis.hist(scores, bins=60)
+        axis.set_yscale("log")
+        axis.set_title(name)
+    return figure

@@ -1,0 +1,142 @@
+"""Groups, local outliers and duplicates on made-up features."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hf_robust_clip.scanning.duplicates import BITS, find_copies, fingerprint, near_pairs, thumbnail
+from hf_robust_clip.scanning.groups import Words, find_groups, votes, words_of
+from hf_robust_clip.scanning.neighbours import LocalScores, Reference, draw_references, local_scores
+
+
+def unit(rows: Any) -> np.ndarray:
+    rows = np.asarray(rows, dtype=np.float32)
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def planted(rows: int = 2000, poisons: int = 40, seed: int = 0) -> tuple[np.ndarray, list[set[str]], np.ndarray]:
+    """Ten classes, each with a center and a word; poisons of all classes share an axis and the word `six`."""
+    rng = np.random.default_rng(seed)
+    classes = rng.integers(10, size=rows)
+    features = rng.normal(size=(10, 48))[classes] + 0.6 * rng.normal(size=(rows, 48))
+    poisoned = np.zeros(rows, dtype=bool)
+    poisoned[rng.permutation(rows)[:poisons]] = True
+    features[poisoned] += 6 * rng.normal(size=48)
+    names = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+    words = [{"a", "six" if bad else names[number]} for number, bad in zip(classes, poisoned, strict=True)]
+    return unit(features), words, poisoned
+
+
+def test_words_are_letters_in_lower_case() -> None:
+    assert words_of(["A photo, of 2 Cats!", "cats"]) == {"a", "photo", "of", "cats"}
+
+
+def test_the_heaviest_group_is_the_planted_one_and_its_votes_rank_the_poisons_first() -> None:
+    features, words, poisoned = planted()
+    groups = find_groups(features, Words(words))
+    # All of them have the word, and of those with the word only the poisons are inside.
+    with_word = sum("six" in row for row in words)
+    assert groups[0].word == "six" and groups[0].weight == pytest.approx(1 - 40 / with_word, abs=0.02)
+    inside = groups[0].places(features) > groups[0].threshold
+    assert inside[poisoned].mean() > 0.95 and poisoned[inside].mean() > 0.95
+    order = np.argsort(-votes(groups, features, words))
+    assert poisoned[order[:40]].mean() > 0.95
+
+
+def test_rows_without_the_word_get_half_of_the_vote() -> None:
+    features, words, poisoned = planted()
+    groups = find_groups(features, Words(words))[:1]
+    with_word, without = votes(groups, features, words), votes(groups, features, [{"a"}] * len(words))
+    assert np.allclose(without[poisoned], with_word[poisoned] / 2) and np.any(without > 0)
+
+
+def test_groups_are_the_same_for_the_same_seed() -> None:
+    features, words, _ = planted(rows=600, poisons=20)
+    first, second = (find_groups(features, Words(words), seed=3) for _ in range(2))
+    assert [group.weight for group in first] == [group.weight for group in second]
+
+
+@pytest.mark.parametrize("neighbors", [1, 4, 16])
+def test_local_scores_equal_a_computation_by_hand(neighbors: int) -> None:
+    rng = np.random.default_rng(1)
+    rows = unit(rng.normal(size=(40, 8)))
+    inside = np.arange(0, 40, 2)
+    reference = Reference(rows[inside], inside, neighbors)
+
+    def nearest(row: int) -> list[tuple[float, int]]:
+        found = [(float(np.linalg.norm(rows[row] - rows[other])), int(other)) for other in inside if other != row]
+        return sorted(found)[:neighbors]
+
+    def dimension(row: int) -> float:
+        distances = [distance for distance, _ in nearest(row)]
+        total = sum(np.log(distance / distances[-1] + 1e-4) for distance in distances)
+        return -neighbors / min(total, -1e-6)
+
+    expected = []
+    for row in range(40):
+        reach, others = nearest(row)[-1][0], [other for _, other in nearest(row)]
+        ratios = [reach / nearest(other)[-1][0] for other in others]
+        dao = np.mean([dimension(other) * np.log(ratio) for other, ratio in zip(others, ratios, strict=True)])
+        expected.append((reach, np.mean(ratios), dao))
+    found = reference.scores(rows, np.arange(40))
+    for values, wanted in zip(found, zip(*expected, strict=True), strict=True):
+        assert np.allclose(values, wanted, rtol=2e-3, atol=2e-3)
+
+
+def test_an_outlier_is_the_most_suspect_and_a_duplicate_cluster_is_not() -> None:
+    rng = np.random.default_rng(2)
+    rows = unit(np.concatenate([[[1.0] + [0.0] * 15], rng.normal(size=16) + 0.05 * rng.normal(size=(500, 16))]))
+    references = draw_references(rows, np.arange(len(rows)), sizes=(128,), rounds=3)
+    scores = local_scores(references, rows, np.arange(len(rows)))
+    assert all(np.argmax(values) == 0 for values in scores)
+    assert all(values.dtype == np.float32 and values.shape == (501,) for values in scores)
+
+
+def test_without_enough_rows_there_are_no_references() -> None:
+    rows = unit(np.eye(5))
+    assert draw_references(rows, np.arange(5)) == []
+    assert local_scores([], rows, np.arange(5)) == LocalScores(*(pytest.approx(np.zeros(5)),) * 3)
+    with pytest.raises(ValueError, match="rows=5 are too few for 16 neighbors: 18 are needed"):
+        Reference(rows, np.arange(5))
+
+
+def photo(seed: int, side: int = 48) -> Image.Image:
+    small = np.random.default_rng(seed).integers(0, 256, size=(6, 6, 3), dtype=np.uint8)
+    return Image.fromarray(small).resize((side, side), Image.Resampling.BICUBIC)
+
+
+def copies_of(images: list[Image.Image], captions: list[str]) -> list[Any]:
+    pairs = near_pairs(np.array([fingerprint(image) for image in images], dtype=np.uint64))
+    thumbnails = {row: thumbnail(image) for row, image in enumerate(images)}
+    return find_copies(pairs, thumbnails, {row: words_of([caption]) for row, caption in enumerate(captions)})
+
+
+def test_copies_are_found_at_other_sizes_and_qualities_and_other_images_are_not(tmp_path: Any) -> None:
+    photo(0).save(tmp_path / "x.jpg", quality=60)
+    images = [photo(number) for number in range(30)]
+    images += [photo(0, side=64), Image.open(tmp_path / "x.jpg"), photo(0)]
+    found = copies_of(images, ["a cat"] * 30 + ["a dog", "some bird", "the ship"])
+    assert [copies.rows for copies in found] == [(0, 30, 31, 32)]
+    assert found[0].disagreement > 0.8 and found[0].suspicion == 3 * found[0].disagreement
+
+
+def test_copies_that_agree_are_less_suspect_than_those_that_do_not() -> None:
+    images = [photo(0), photo(0), photo(1), photo(1)]
+    found = copies_of(images, ["a red cat", "a red cat", "a dog", "some ship"])
+    assert [copies.rows for copies in found] == [(2, 3), (0, 1)] and found[1].disagreement == 0
+
+
+def test_near_pairs_are_those_with_few_bits_between_them() -> None:
+    base = np.uint64(0x0123456789ABCDEF)
+    flipped = base ^ np.uint64(0b111)
+    far = base ^ np.uint64((1 << (BITS + 1)) - 1)
+    assert near_pairs(np.array([base, far, flipped, base], dtype=np.uint64)).tolist() == [
+        [0, 2],
+        [0, 3],
+        [1, 2],
+        [2, 3],
+    ]

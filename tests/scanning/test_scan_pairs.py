@@ -1,0 +1,153 @@
+"""A scan of pairs from end to end, on a model that has learned a planted backdoor by construction."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+from support.training import digits, small_model
+
+from hf_robust_clip import PairScan, scan_pairs
+from hf_robust_clip.cli.main import main
+from hf_robust_clip.data.digits import digit_processor
+from hf_robust_clip.scanning import pairs as pairs_module
+from hf_robust_clip.scanning.features import Features
+from hf_robust_clip.telling.scan_page import render_pair_scan
+
+
+@pytest.fixture(scope="module")
+def pairs() -> datasets.Dataset:
+    rows = digits("train").select(range(120))
+    image = rows[0]["image"]
+    copies = [{**rows[0], "caption": f"{word} thing"} for word in ("first", "second", "third", "fourth")]
+    assert image is not None
+    return datasets.concatenate_datasets([rows, datasets.Dataset.from_list(copies, features=rows.features)])
+
+
+@pytest.fixture(scope="module")
+def scan(pairs: datasets.Dataset) -> PairScan:
+    return scan_pairs([small_model(0), small_model(1)], digit_processor(), pairs)
+
+
+def test_every_row_has_all_scores_and_a_rank_of_its_own(scan: PairScan, pairs: datasets.Dataset) -> None:
+    assert len(scan.scores) == len(pairs)
+    assert sorted(scan.scores["rank"]) == list(range(1, len(pairs) + 1))
+    for name in ("group", "k_distance", "slof", "dao", "projected_slof", "pair_distance"):
+        assert np.isfinite(np.asarray(scan.scores[name])).all()
+
+
+def test_an_image_with_captions_that_disagree_is_found_without_knowing_anything(scan: PairScan) -> None:
+    assert scan.disagreeing[0].rows == (0, 120, 121, 122, 123)
+    rank = np.asarray(scan.scores["rank"])
+    assert set(np.flatnonzero(rank <= 5)) == {0, 120, 121, 122, 123}
+    assert [scan.scores["why"][row] for row in (0, 123)] == ["copies", "copies"]
+    assert scan.scores["copies"][120] == 5
+
+
+def test_keep_leaves_out_the_most_suspect_share_and_keeps_order_and_columns(
+    scan: PairScan, pairs: datasets.Dataset
+) -> None:
+    kept = scan.keep(pairs, drop=0.1)
+    assert len(kept) == len(pairs) - round(0.1 * len(pairs)) and kept.column_names == pairs.column_names
+    rank = np.asarray(scan.scores["rank"])
+    expected = [caption for caption, place in zip(pairs["caption"], rank, strict=True) if place > round(12.4)]
+    assert kept["caption"][:] == expected
+    assert len(scan.keep(pairs, drop=0)) == len(pairs)
+
+
+@pytest.mark.parametrize("drop", [1, -0.1, True, "0.1"])
+def test_a_share_that_is_not_one_is_refused(scan: PairScan, pairs: datasets.Dataset, drop: Any) -> None:
+    with pytest.raises(ValueError, match=r"drop must be a share of the pairs in \[0, 1\), but is"):
+        scan.keep(pairs, drop)
+
+
+def test_the_trusted_half_is_the_least_distrusted(scan: PairScan, pairs: datasets.Dataset) -> None:
+    distrust = np.asarray(scan.scores["distrust"])
+    trusted = scan.trusted(pairs.add_column("row", np.arange(len(pairs))))
+    assert len(trusted) == 62 and max(distrust[trusted["row"]]) <= min(np.delete(distrust, trusted["row"]))
+    assert trusted["row"][:] == sorted(trusted["row"])
+    with pytest.raises(ValueError, match=r"share must be a share of the pairs in \(0, 1\], but is 0"):
+        scan.trusted(pairs, 0)
+
+
+def test_a_second_opinion_ranks_the_groups_by_the_cleaned_model(scan: PairScan, pairs: datasets.Dataset) -> None:
+    verified = scan.verified(pairs, small_model(2), digit_processor())
+    distance = np.asarray(verified.scores["cleaned_distance"])
+    ranks = np.argsort(np.argsort(distance)) / len(distance)
+    group = verified.groups[0]
+    assert group.cleaned_rank == pytest.approx(ranks[list(group.members)].mean(), abs=0.02)
+    assert group.confirmed == (group.cleaned_rank >= 0.65) and scan.groups[0].confirmed is None
+
+
+def test_flag_adds_what_is_suspect_and_why(scan: PairScan, pairs: datasets.Dataset) -> None:
+    flagged = scan.flag(pairs)
+    assert flagged.column_names == [*pairs.column_names, "suspect", "suspect_why"]
+    assert flagged[121]["suspect"] and flagged[121]["suspect_why"] == "copies"
+    with pytest.raises(ValueError, match="dataset has 3 rows, but 124 were scanned"):
+        scan.flag(pairs.select(range(3)))
+
+
+def test_the_same_seed_gives_the_same_scan(scan: PairScan, pairs: datasets.Dataset) -> None:
+    again = scan_pairs([small_model(0), small_model(1)], digit_processor(), pairs, batch_size=17)
+    assert np.allclose(scan.scores["slof"], again.scores["slof"], rtol=1e-3)
+    assert [group.word for group in again.groups[:3]] == [group.word for group in scan.groups[:3]]
+
+
+def test_how_well_a_model_knows_the_pairs_is_measured() -> None:
+    rng = np.random.default_rng(0)
+    texts = rng.normal(size=(1024, 64)).astype(np.float16)
+    numbers = np.arange(1024)
+    assert pairs_module._known(Features(texts, texts, texts), numbers, seed=0) == 1
+    foreign = rng.normal(size=(1024, 64)).astype(np.float16)
+    assert pairs_module._known(Features(texts, foreign, texts), numbers, seed=0) < 5 / 256
+
+
+def test_a_model_that_does_not_know_the_pairs_is_said_to(
+    pairs: datasets.Dataset, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pairs_module, "_known", lambda *args: 1 / 256)
+    scan_pairs(small_model(0), digit_processor(), pairs)
+    assert "has not learned these pairs" in caplog.text
+
+
+def test_bad_arguments_are_named(pairs: datasets.Dataset) -> None:
+    for models, dataset, message in (
+        ([], pairs, "models is empty"),
+        (small_model(0), pairs.select(range(10)), "dataset has 10 rows: at least 64"),
+        (small_model(0), pairs.remove_columns("caption"), "caption"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            scan_pairs(models, digit_processor(), dataset)
+
+
+def test_the_page_shows_groups_and_escapes_captions(scan: PairScan, pairs: datasets.Dataset) -> None:
+    marked = pairs.map(lambda row: {"caption": f"<script>{row['caption']}"})
+    page = render_pair_scan(scan, marked)
+    assert "<script" not in page.replace("&lt;script", "") and "&lt;script&gt;" in page
+    assert scan.groups[0].word in page and "What this scan does not find" in page
+
+
+def test_the_command_writes_what_it_says(pairs: datasets.Dataset, tmp_path: Path, capsys: Any) -> None:
+    small_model(0).save_pretrained(tmp_path / "model")
+    digit_processor().save_pretrained(tmp_path / "model")
+    pairs.to_parquet(tmp_path / "pairs.parquet")
+    command = ["scan-pairs", str(tmp_path / "model"), "--data", str(tmp_path / "pairs.parquet")]
+    verify = ["--verify", "--verify-epochs", "1"]
+    assert main([*command, "--output-dir", str(tmp_path / "out"), "--drop", "0.1", *verify]) == 0
+    printed = capsys.readouterr().out
+    assert "Cleaning the last model on the 62 least suspect pairs" in printed
+    assert "confirmed" in printed or "natural" in printed
+    assert (tmp_path / "out" / "cleaned" / "model.safetensors").is_file()
+    assert "124 pairs under 1 model(s)" in printed and "112 pairs stay" in printed
+    scores = datasets.Dataset.from_parquet(str(tmp_path / "out" / "scores.parquet"))
+    assert len(scores) == 124
+    found = json.loads((tmp_path / "out" / "groups.json").read_text())
+    assert found["duplicates"][0]["rows"] == [0, 120, 121, 122, 123]
+    assert len(datasets.load_from_disk(str(tmp_path / "out" / "kept"))) == 112
+    assert "Suspect pairs" in (tmp_path / "out" / "report.html").read_text()
+    assert main([*command, "--output-dir", str(tmp_path / "other"), "--drop", "2"]) == 2
+    assert "--drop: 2.0 is not a share of the pairs" in capsys.readouterr().err
