@@ -105,8 +105,8 @@ def _add_model_flags(group: Any) -> None:
         *spelled("--lora-r"),
         type=int,
         metavar="N",
-        help="train adapters of this rank on the attention, the projections whole, and logit_scale, instead of the "
-        "whole model",
+        help="train adapters of this rank on the attention, the projections whole, logit_scale and logit_bias, "
+        "instead of the whole model",
     )
     add(
         "--resume",

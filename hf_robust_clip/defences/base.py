@@ -53,8 +53,8 @@ class Defence(nn.Module):
             name an augmentation of its own.
         text_views (`tuple[str, ...]`, *optional*): Those of them with captions of their own; the others share the
             captions of the first, which are encoded once. `None`: all.
-        needs_gradient (`frozenset[str]`): Of `"vision"` and `"text"`, the towers that it trains by terms of its own:
-            they are not to be frozen (`freeze`).
+        needs_gradient (`frozenset[str]`): Of `"vision"` and `"text"`, the towers that it trains by terms of its own,
+            or through which what [`make_view`] learns gets its gradient: they are not to be frozen (`freeze`).
         epoch (`int`): The current one, from 0. The trainer sets it.
         gather (`bool`): Whether the rows of all processes are negatives (`gather_across_devices`). The trainer sets
             it; hand it to the losses.

@@ -37,8 +37,9 @@ def changed(trainer: CLIPTrainer) -> set[str]:
 def test_all_but_the_tower_trains(family: Any, tower: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = family()
+    nn.init.constant_(model.logit_scale, 2.0)  # SigLIP's starts at its bound
     given: dict[str, Any] = {"model": model, "processing_class": processor_for(model)}
-    names = changed(make_trainer(CLIPTrainer, tmp_path, freeze=tower, max_steps=2, **given))
+    names = changed(make_trainer(CLIPTrainer, tmp_path, freeze=tower, max_steps=1, **given))
     other = next(name for name in TOWERS if name != tower)
     assert not any(name.startswith(f"{tower}_model.") for name in names)
     assert any(name.startswith(f"{other}_model.") for name in names)
@@ -47,8 +48,7 @@ def test_all_but_the_tower_trains(family: Any, tower: str, tmp_path: Path) -> No
     assert {name for name in projections if not name.startswith("text_model")} <= names
 
 
-@pytest.mark.parametrize("chunk", [None, 3])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("checkpointing", "chunk"), [(False, None), (True, 3)])
 @pytest.mark.parametrize("tower", TOWERS)
 def test_the_tower_is_encoded_without_gradient_and_in_evaluation_mode(
     tower: str, checkpointing: bool, chunk: int | None, tmp_path: Path
@@ -60,7 +60,7 @@ def test_the_tower_is_encoded_without_gradient_and_in_evaluation_mode(
         seen.append((output.pooler_output.requires_grad, any(part.training for part in module.modules())))
 
     getattr(model, f"{tower}_model").register_forward_hook(note)
-    options = {"gradient_checkpointing": checkpointing, "contrastive_chunk_size": chunk, "max_steps": 2}
+    options = {"gradient_checkpointing": checkpointing, "contrastive_chunk_size": chunk, "max_steps": 1}
     make_trainer(CLIPTrainer, tmp_path, model=model, freeze=tower, **options).train()
     assert set(seen) == {(False, False)}
     assert model.training and "forward" not in vars(getattr(model, f"{tower}_model"))
@@ -105,7 +105,7 @@ def test_chunks_of_which_nothing_learns_but_the_scale(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = siglip()
     model.text_model.requires_grad_(False)
-    torch.nn.init.constant_(model.logit_scale, 2.0)
+    nn.init.constant_(model.logit_scale, 2.0)
     options = {"contrastive_chunk_size": 3, "max_steps": 2}
     names = changed(make_trainer(CLIPTrainer, tmp_path, model=model, freeze="vision", **options))
     assert names == {"logit_scale", "logit_bias"}
