@@ -131,6 +131,7 @@ def test_the_page_shows_groups_and_escapes_captions(scan: PairScan, pairs: datas
     assert scan.groups[0].word in page and "What this scan does not find" in page
 
 
+@pytest.mark.training
 def test_the_command_writes_what_it_says(pairs: datasets.Dataset, tmp_path: Path, capsys: Any) -> None:
     small_model(0).save_pretrained(tmp_path / "model")
     digit_processor().save_pretrained(tmp_path / "model")
