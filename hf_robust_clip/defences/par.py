@@ -168,7 +168,7 @@ class PAR(Defence):
     def attach(self, encoder: Any) -> None:
         if self.repel_layers:
             vision_layers(encoder)
-        self._copy = () if _keeps_its_base(encoder) else (copy.deepcopy(encoder).requires_grad_(False),)
+        self._copy = () if _keeps_its_base(encoder) else (copy.deepcopy(encoder).eval().requires_grad_(False),)
         self.suspect = hash_of(base_weights(encoder))
         name = str(getattr(encoder.config, "_name_or_path", "") or "")
         # A folder's path says something of the machine, and checkpoints are pushed.
@@ -228,6 +228,9 @@ class PAR(Defence):
         if progress < 0.5:
             return 1 - (1 - HALF_WAY) * 2 * progress
         return LAST + (HALF_WAY - LAST) * (1 + math.cos(math.pi * (2 * progress - 1))) / 2
+
+    def reset(self) -> None:
+        """Nothing to forget: what it knows of the suspect model, it learns when it is attached."""
 
     def notes(self) -> dict[str, Any]:
         return {} if self.suspect is None else {"suspect_sha256": _hex(self.suspect)}

@@ -134,6 +134,16 @@ def test_a_hash_is_of_names_types_shapes_and_bytes_and_of_no_adapter(tmp_path: P
     assert torch.equal(hash_of(weights), hash_of(dict(reversed(weights.items()))))
 
 
+def test_a_defence_is_attached_anew(tmp_path: Path) -> None:
+    defence: Any = PAR()
+    for seed in range(2):
+        model = small_model(seed=seed)
+        expected = embeddings(copy.deepcopy(model))
+        trainer = make_trainer(CLIPTrainer, tmp_path, model=model, defence=defence, max_steps=1)
+        trainer.train()
+        torch.testing.assert_close(torch.cat(trainer.step.reference(model, inputs())), expected, rtol=0, atol=0)
+
+
 # ---- Resuming ----
 
 
