@@ -204,7 +204,7 @@ class Perturbations(nn.Module):
         # Which of them serve one image more than others is drawn as well, or a batch of fewer would leave some out.
         dealt = torch.randperm(total)[torch.arange(batch) % total].sort().values
         order = torch.randperm(batch, device=images.device)
-        # Autocast would round the places of a warp to pixels.
+        # Autocast would round the places of a warp.
         with torch.autocast(images.device.type, enabled=False):
             done, shuffled = [], images[order]
             first, start = 0, 0
@@ -277,10 +277,8 @@ class Perturbations(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         saved = {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
-        held, wanted = (
-            {name: len(value) for name, value in saved.items()},
-            dict(zip(self.families, self.counts, strict=True)),
-        )
+        held = {name: len(value) for name, value in saved.items()}
+        wanted = dict(zip(self.families, self.counts, strict=True))
         if held != wanted:
             raise ValueError(
                 f"the checkpoint holds perturbations {shown(held)}, but families asks for {shown(wanted)} now: resume "
