@@ -20,7 +20,7 @@ from ..arguments import IMAGE_PRESETS, CLIPTrainingArguments
 from ..batch import Batch, Embeddings, encode_pairs
 from ..losses import par_loss, repulsion, squared_distances
 from ..methods import ANYTHING, Line, Method, Panel, Series, Statement
-from ..models import base_weights, has_adapters, inference, is_adapter, without_adapters
+from ..models import SCALARS, base_weights, has_adapters, inference, is_adapter, without_adapters
 from ..record import RunRecord
 from ..wording import shortened, shown
 from .base import REFERENCE, Defence
@@ -157,6 +157,7 @@ class PAR(Defence):
     ) -> None:
         super().__init__()
         self.repel_threshold, self.repel_layers = repel_threshold, repel_layers
+        self.needs_gradient = frozenset({"vision", "text"})
         self.freeze_logit_scale, self.paper_schedule = freeze_logit_scale, paper_schedule
         self.register_buffer("suspect", None)
         self.register_buffer("suspect_name", None)
@@ -334,7 +335,7 @@ def _keeps_its_base(encoder: Any) -> bool:
     if not has_adapters(encoder):
         return False
     trained = [name for name, parameter in encoder.named_parameters() if parameter.requires_grad]
-    beside = [name for name in trained if not is_adapter(encoder, name) and not name.endswith("logit_scale")]
+    beside = [name for name in trained if not is_adapter(encoder, name) and not name.endswith(SCALARS)]
     statistics = any(getattr(part, "running_mean", None) is not None for part in encoder.modules())
     return not beside and not statistics
 

@@ -370,6 +370,8 @@ class Unbind(Defence):
         self.add_budget, self.warp_budget = add_budget, warp_budget
         check_unbind(self)
         self.text_views = self.views if unimodal_weight else ("original",)
+        # The pool learns through the vision tower.
+        self.needs_gradient = frozenset({"vision", "text"} if unimodal_weight else {"vision"})
         counts = _family_objects(families, {"add": add_budget, "warp": warp_budget})
         self.pool = Perturbations(counts, seed, adversary == "universal", ascent, redraw)
         self._steps, self._step = 0, 0
