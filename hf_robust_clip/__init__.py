@@ -15,24 +15,32 @@ _PUBLIC = {
     **{f"{cls}Trainer": "trainers.defended" for cls, _ in LINES.values()},
     **{f"{cls}TrainingArguments": f"defences.{name}" for name, (cls, _) in LINES.items()},
     "AttackSuccessEvaluator": "evaluation.attack_success",
+    "BlendedStripesTrigger": "attacks.triggers",
+    "BlendedTrianglesTrigger": "attacks.triggers",
     "BlendedTrigger": "attacks.triggers",
     "CLIPDataCollator": "data.collator",
     "CLIPTrainer": "trainers.trainer",
     "CLIPTrainingArguments": "arguments",
+    "ColorCurveTrigger": "attacks.triggers",
     "Defence": "defences.base",
     "Embeddings": "batch",
     "Evaluator": "evaluation.base",
     "FeaturePool": "pool",
     "ImageAugmentation": "augment.images",
     "LinearProbeEvaluator": "evaluation.linear_probe",
+    "OptimizedPatchTrigger": "attacks.triggers",
     "PairSimilarityCallback": "callbacks",
     "PatchTrigger": "attacks.triggers",
+    "PhraseTrigger": "attacks.text_triggers",
     "PoisonSpec": "attacks.spec",
     "PoisonSuccessEvaluator": "evaluation.poison_success",
+    "RedTextTrigger": "attacks.triggers",
     "RetrievalEvaluator": "evaluation.retrieval",
     "SinusoidTrigger": "attacks.triggers",
+    "StripesPatchTrigger": "attacks.triggers",
     "TextAugmentation": "augment.text",
     "TextQueryEvaluator": "evaluation.text_query",
+    "TextTrigger": "attacks.text_triggers",
     "Trigger": "attacks.triggers",
     "WarpTrigger": "attacks.triggers",
     "WordTrigger": "attacks.text_triggers",
@@ -41,6 +49,7 @@ _PUBLIC = {
     "load_pairs": "data.loading",
     "losses": "losses",
     "newest_checkpoint": "trainers.checkpoints",
+    "optimize_patch": "attacks.optimizing",
     "poison_dataset": "attacks.poisoning",
     "poison_stream": "attacks.streaming",
     "prepare_dataset": "data.preparing",
@@ -54,15 +63,24 @@ if TYPE_CHECKING:
     # What editors and type checkers read. "X as X" tells them that a name is public.
     from . import losses as losses
     from .arguments import CLIPTrainingArguments as CLIPTrainingArguments
+    from .attacks.optimizing import optimize_patch as optimize_patch
     from .attacks.poisoning import poison_dataset as poison_dataset
     from .attacks.poisoning import replay_manifest as replay_manifest
     from .attacks.spec import PoisonSpec as PoisonSpec
     from .attacks.spec import targeted_specs as targeted_specs
     from .attacks.streaming import poison_stream as poison_stream
+    from .attacks.text_triggers import PhraseTrigger as PhraseTrigger
+    from .attacks.text_triggers import TextTrigger as TextTrigger
     from .attacks.text_triggers import WordTrigger as WordTrigger
+    from .attacks.triggers import BlendedStripesTrigger as BlendedStripesTrigger
+    from .attacks.triggers import BlendedTrianglesTrigger as BlendedTrianglesTrigger
     from .attacks.triggers import BlendedTrigger as BlendedTrigger
+    from .attacks.triggers import ColorCurveTrigger as ColorCurveTrigger
+    from .attacks.triggers import OptimizedPatchTrigger as OptimizedPatchTrigger
     from .attacks.triggers import PatchTrigger as PatchTrigger
+    from .attacks.triggers import RedTextTrigger as RedTextTrigger
     from .attacks.triggers import SinusoidTrigger as SinusoidTrigger
+    from .attacks.triggers import StripesPatchTrigger as StripesPatchTrigger
     from .attacks.triggers import Trigger as Trigger
     from .attacks.triggers import WarpTrigger as WarpTrigger
     from .augment.images import ImageAugmentation as ImageAugmentation
