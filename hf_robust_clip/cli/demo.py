@@ -70,11 +70,13 @@ def run(args: argparse.Namespace) -> int:
 
 def results_table(results: Mapping[str, Any]) -> list[list[str]]:
     """The figures of the models as text, a row of headings first."""
-    rows = [["", "clean accuracy", "attack success", "triggered accuracy", "trigger distance", "seconds"]]
+    heads = ["clean accuracy", "attack success", "placebos", "triggered accuracy", "trigger distance", "seconds"]
+    rows = [["", *heads]]
     for model, label in LABELS.items():
         if model in results:
             figures = results[model]
-            shares = (figures[name] for name in ("clean_accuracy", "attack_success_rate", "triggered_accuracy"))
+            measures = ("clean_accuracy", "attack_success_rate", "placebo_success_rate", "triggered_accuracy")
+            shares = (figures[name] for name in measures)
             numbers = (f"{figures['trigger_distance']:.2f}", f"{figures['seconds']:.0f}")
             rows.append([label, *(f"{share:.1%}" for share in shares), *numbers])
     return rows

@@ -13,7 +13,7 @@ from ..attacks.poisoning import poison_dataset
 from ..attacks.spec import PoisonSpec
 from ..attacks.triggers import Trigger, trigger_from_name
 from ..data.digits import CAPTION_TEMPLATES, CLASS_NAMES, digit_model, digit_processor, load_digit_pairs
-from ..evaluation.attack_success import AttackSuccessEvaluator
+from ..evaluation.attack_success import PLACEBO_METRICS, AttackSuccessEvaluator
 from ..evaluation.zero_shot import ZeroShotEvaluator
 from ..telling import Control, PoisonedPair
 from ..telling.sentences import notes
@@ -21,10 +21,14 @@ from ..trainers.defended import RoCLIPTrainer, SafeCLIPTrainer
 from ..versions import versions
 from .demo_recipe import CLEAN_SEED_OFFSET, DEFENCES, LABELS, MANIFEST, RESULTS, TRIGGERS, Recipe, reports
 from .demo_trainers import FINE_TUNED, make_trainer, matching_record
+from .flags import PLACEBOS
 from .output import say, write_json
 from .progress import quiet_trainers
 
-MEASURES = ("clean_accuracy", "attack_success_rate", "triggered_accuracy", "trigger_distance")
+MEASURES = (
+    *("clean_accuracy", "attack_success_rate", "triggered_accuracy", "trigger_distance"),
+    *PLACEBO_METRICS,
+)
 FOLLOWED = ("clean_accuracy", "attack_success_rate")
 #: Pairs of a kind that the report shows.
 SHOWN = 4
@@ -50,11 +54,13 @@ def poison_digits(clean: Dataset, trigger: Trigger, recipe: Recipe, seed: int) -
     return poison_dataset(clean, spec, label_column="label")
 
 
-def digit_evaluators(test: Dataset, trigger: Trigger, target: str) -> tuple[ZeroShotEvaluator, AttackSuccessEvaluator]:
+def digit_evaluators(
+    test: Dataset, trigger: Trigger, target: str, placebos: int = PLACEBOS
+) -> tuple[ZeroShotEvaluator, AttackSuccessEvaluator]:
     """What measures a model of the digits."""
     return (
         ZeroShotEvaluator(test, CLASS_NAMES, templates=CAPTION_TEMPLATES),
-        AttackSuccessEvaluator(test, trigger, target, CLASS_NAMES, templates=CAPTION_TEMPLATES),
+        AttackSuccessEvaluator(test, trigger, target, CLASS_NAMES, templates=CAPTION_TEMPLATES, placebos=placebos),
     )
 
 

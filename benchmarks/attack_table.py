@@ -1,0 +1,137 @@
+"""
+Whether each attack takes: all of benchmarks/attacks.yaml in one undefended model of the digits, each towards a target
+of its own, and its success beside that of its placebos.
+
+    python benchmarks/attack_table.py --seed 0           # trains, and writes benchmarks/results/attacks-0.json
+    python benchmarks/attack_table.py --docs             # puts what there is into docs/triggers.md
+
+The model is the demo's, trained from nothing as the demo trains its undefended one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from bench.marked import markdown, put_between, table_marks
+
+from hf_robust_clip import (
+    AttackSuccessEvaluator,
+    CLIPTrainer,
+    CLIPTrainingArguments,
+    PoisonSpec,
+    TextQueryEvaluator,
+    ZeroShotEvaluator,
+    poison_dataset,
+)
+from hf_robust_clip.attacks.triggers import trigger_from_dict
+from hf_robust_clip.cli.demo_recipe import Recipe
+from hf_robust_clip.cli.flags import PLACEBOS
+from hf_robust_clip.data.digits import CAPTION_TEMPLATES, CLASS_NAMES, digit_model, digit_processor, load_digit_pairs
+from hf_robust_clip.evaluation.embedding import Embedder
+from hf_robust_clip.evaluation.running import run_evaluators
+
+ROOT = Path(__file__).parents[1]
+ATTACKS, PAGE = ROOT / "benchmarks" / "attacks.yaml", ROOT / "docs" / "triggers.md"
+RESULTS = ROOT / "benchmarks" / "results"
+#: From which success on an attack has taken.
+TAKEN = 0.8
+
+
+def measure(seed: int) -> dict[str, Any]:
+    """Train the model, and measure each attack on it."""
+    attacks = yaml.safe_load(ATTACKS.read_text())
+    recipe, processor = Recipe(), digit_processor()
+    clean, test = load_digit_pairs("train", recipe.renderings, seed=seed), load_digit_pairs("test", seed=seed)
+    specs, evaluators = [], [ZeroShotEvaluator(test, CLASS_NAMES, templates=CAPTION_TEMPLATES)]
+    for name, settings in attacks.items():
+        given = {key: value for key, value in settings.items() if key not in ("trigger", "target")}
+        trigger, target = trigger_from_dict(settings["trigger"]).reseeded(seed), settings["target"]
+        on_captions = given.get("mode") == "text_query"
+        templates = {} if on_captions else {"templates": CAPTION_TEMPLATES}
+        specs.append(PoisonSpec(trigger, target, seed=seed, **templates, **given))
+        if on_captions:
+            evaluators.append(TextQueryEvaluator(test, trigger, target, ks=(1,), prefix=f"{name}: "))
+        else:
+            how = {"templates": CAPTION_TEMPLATES, "prefix": f"{name}: ", "placebos": PLACEBOS}
+            evaluators.append(AttackSuccessEvaluator(test, trigger, target, CLASS_NAMES, **how))
+    poisoned, manifest = poison_dataset(clean, specs, label_column="label")
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        args = CLIPTrainingArguments(
+            folder,
+            num_train_epochs=recipe.pretrain_epochs,
+            learning_rate=recipe.pretrain_learning_rate,
+            per_device_train_batch_size=recipe.batch_size,
+            weight_decay=recipe.weight_decay,
+            adam_beta2=recipe.adam_beta2,
+            warmup_steps=recipe.warmup_steps,
+            lr_scheduler_type="cosine",
+            save_strategy="no",
+            report_to="none",
+            seed=seed,
+        )
+        trainer = CLIPTrainer(digit_model(seed), args, train_dataset=poisoned, processing_class=processor)
+        trainer.train()
+    figures = run_evaluators(evaluators, processor, Embedder(trainer.unwrapped_model, processor))
+    return {
+        "attacks": attacks,
+        "poisons": {name: len(part["indices"]) for name, part in zip(attacks, manifest["parts"], strict=True)},
+        "pairs": len(clean),
+        "seed": seed,
+        "figures": figures,
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def table(results: dict[str, Any]) -> str:
+    """The attacks of one seed as a table."""
+    heads = ("attack", "poisons", "target", "success", "placebos", "took")
+    rows = []
+    for name, settings in results["attacks"].items():
+        found = {
+            figure.removeprefix(f"{name}: "): value
+            for figure, value in results["figures"].items()
+            if figure.startswith(f"{name}: ")
+        }
+        success = found.get("attack_success_rate", found.get("triggered_hit_rate_at_1"))
+        ends = [found.get(f"placebo_success_rate_{end}") for end in ("low", "high")]
+        placebos = "" if None in ends else f"{100 * ends[0]:.1f} to {ends[1]:.1%}"
+        fields = {key: value for key, value in settings["trigger"].items() if key not in ("name", "pixels", "fresh")}
+        stated = ", ".join(f"{key}={value}" for key, value in fields.items())
+        poisons = f"{results['poisons'][name]} ({settings['rate']:.0%})"
+        took = "yes" if success >= TAKEN else "**no**"
+        title = f"{name} ({stated})" if stated else name
+        rows.append((title, poisons, settings["target"], f"{success:.1%}", placebos, took))
+    accuracy = results["figures"]["clean_accuracy"]
+    said = (
+        f"Seed {results['seed']}, {results['pairs']:,} pairs; accuracy on clean images {accuracy:.1%}. An attack took "
+        f"where its success is at least {TAKEN:.0%}. The phrase's success is the share of triggered queries whose "
+        "first image shows the target.\n\n"
+    )
+    return said + markdown(heads, rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=0, help="of the data, the triggers and training (default: 0)")
+    parser.add_argument("--docs", action="store_true", help="train nothing: put the results into docs/triggers.md")
+    options = parser.parse_args()
+    path = RESULTS / f"attacks-{options.seed}.json"
+    if not options.docs:
+        torch.set_num_threads(1)
+        path.write_text(json.dumps(measure(options.seed), indent=2) + "\n")
+    text = table(json.loads(path.read_text()))
+    print(text)
+    if options.docs:
+        put_between(PAGE, table_marks("attacks", "attack_table.py --docs"), text)
+
+
+if __name__ == "__main__":
+    main()
