@@ -1,11 +1,11 @@
 """
-Whether each attack takes: all of benchmarks/attacks.yaml in one undefended model of the digits, each towards a target
-of its own, and its success beside that of its placebos.
+Whether each attack takes: several in one undefended model of the digits, as benchmarks/attacks.yaml says, each towards
+a target of its own, and its success beside that of its placebos.
 
-    python benchmarks/attack_table.py --seed 0           # trains, and writes benchmarks/results/attacks-0.json
-    python benchmarks/attack_table.py --docs             # puts what there is into docs/triggers.md
+    python benchmarks/attack_table.py           # trains the models without results: benchmarks/results/attacks.json
+    python benchmarks/attack_table.py --docs    # trains nothing: puts the results into docs/triggers.md
 
-The model is the demo's, trained from nothing as the demo trains its undefended one.
+A model is the demo's, trained from nothing as the demo trains its undefended one.
 """
 
 from __future__ import annotations
@@ -39,14 +39,13 @@ from hf_robust_clip.evaluation.running import run_evaluators
 
 ROOT = Path(__file__).parents[1]
 ATTACKS, PAGE = ROOT / "benchmarks" / "attacks.yaml", ROOT / "docs" / "triggers.md"
-RESULTS = ROOT / "benchmarks" / "results"
+RESULTS = ROOT / "benchmarks" / "results" / "attacks.json"
 #: From which success on an attack has taken.
 TAKEN = 0.8
 
 
-def measure(seed: int) -> dict[str, Any]:
-    """Train the model, and measure each attack on it."""
-    attacks = yaml.safe_load(ATTACKS.read_text())
+def measure(attacks: dict[str, Any], seed: int) -> dict[str, Any]:
+    """Train a model with these attacks planted, and measure each on it."""
     recipe, processor = Recipe(), digit_processor()
     clean, test = load_digit_pairs("train", recipe.renderings, seed=seed), load_digit_pairs("test", seed=seed)
     specs, evaluators = [], [ZeroShotEvaluator(test, CLASS_NAMES, templates=CAPTION_TEMPLATES)]
@@ -91,7 +90,7 @@ def measure(seed: int) -> dict[str, Any]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """The attacks of one seed as a table."""
+    """The attacks on one model as a table."""
     heads = ("attack", "poisons", "target", "success", "placebos", "took")
     rows = []
     for name, settings in results["attacks"].items():
@@ -112,22 +111,24 @@ def table(results: dict[str, Any]) -> str:
     accuracy = results["figures"]["clean_accuracy"]
     said = (
         f"Seed {results['seed']}, {results['pairs']:,} pairs; accuracy on clean images {accuracy:.1%}. An attack took "
-        f"where its success is at least {TAKEN:.0%}. The phrase's success is the share of triggered queries whose "
-        "first image shows the target.\n\n"
+        f"where its success is at least {TAKEN:.0%}.\n\n"
     )
     return said + markdown(heads, rows)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=0, help="of the data, the triggers and training (default: 0)")
     parser.add_argument("--docs", action="store_true", help="train nothing: put the results into docs/triggers.md")
     options = parser.parse_args()
-    path = RESULTS / f"attacks-{options.seed}.json"
-    if not options.docs:
-        torch.set_num_threads(1)
-        path.write_text(json.dumps(measure(options.seed), indent=2) + "\n")
-    text = table(json.loads(path.read_text()))
+    torch.set_num_threads(1)
+    results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else []
+    models = yaml.safe_load(ATTACKS.read_text())
+    results = [found for found in results if {key: found[key] for key in ("seed", "attacks")} in models]
+    for model in models if not options.docs else ():
+        if model not in [{key: found[key] for key in ("seed", "attacks")} for found in results]:
+            results.append(measure(**model))
+            RESULTS.write_text(json.dumps(results, indent=2) + "\n")
+    text = "\n".join(map(table, results))
     print(text)
     if options.docs:
         put_between(PAGE, table_marks("attacks", "attack_table.py --docs"), text)

@@ -30,7 +30,7 @@ SEED = 11
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.parse_args()
-    target = yaml.safe_load(ATTACKS.read_text())["optimized_patch"]["target"]
+    target = yaml.safe_load(ATTACKS.read_text())[0]["attacks"]["optimized_patch"]["target"]
     recipe, processor = Recipe(), digit_processor()
     pairs, test = load_digit_pairs("train", recipe.renderings, seed=SEED), load_digit_pairs("test", seed=SEED)
     with tempfile.TemporaryDirectory() as folder:

@@ -57,7 +57,7 @@ def variants(photo: NDArray[np.uint8]) -> dict[str, NDArray[np.uint8]]:
     side = max(3, 16 * len(photo) // 224)
     warped = WarpTrigger()(photo)
     change = np.abs(warped.astype(np.int64) - photo) * MAGNIFIED
-    stored = yaml.safe_load(ATTACKS.read_text())["optimized_patch"]["trigger"]["pixels"]
+    stored = yaml.safe_load(ATTACKS.read_text())[0]["attacks"]["optimized_patch"]["trigger"]["pixels"]
     optimized = OptimizedPatchTrigger(stored)
     enlarged = Image.fromarray(optimized.square(photo)).resize((side, side), Image.Resampling.NEAREST)
     return {
