@@ -31,8 +31,9 @@ from hf_robust_clip import (
     poison_dataset,
 )
 from hf_robust_clip.attacks.triggers import trigger_from_dict
-from hf_robust_clip.cli.demo_recipe import Recipe
+from hf_robust_clip.cli.demo_recipe import FINETUNING, MODELS
 from hf_robust_clip.cli.flags import PLACEBOS
+from hf_robust_clip.cli.rows import row_arguments
 from hf_robust_clip.data.digits import CAPTION_TEMPLATES, CLASS_NAMES, digit_model, digit_processor, load_digit_pairs
 from hf_robust_clip.evaluation.embedding import Embedder
 from hf_robust_clip.evaluation.running import run_evaluators
@@ -46,7 +47,7 @@ TAKEN = 0.8
 
 def measure(attacks: dict[str, Any], seed: int) -> dict[str, Any]:
     """Train a model with these attacks planted, and measure each on it."""
-    recipe, processor = Recipe(), digit_processor()
+    recipe, processor = FINETUNING, digit_processor()
     clean, test = load_digit_pairs("train", recipe.renderings, seed=seed), load_digit_pairs("test", seed=seed)
     specs, evaluators = [], [ZeroShotEvaluator(test, CLASS_NAMES, templates=CAPTION_TEMPLATES)]
     for name, settings in attacks.items():
@@ -65,13 +66,7 @@ def measure(attacks: dict[str, Any], seed: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         args = CLIPTrainingArguments(
             folder,
-            num_train_epochs=recipe.pretrain_epochs,
-            learning_rate=recipe.pretrain_learning_rate,
-            per_device_train_batch_size=recipe.batch_size,
-            weight_decay=recipe.weight_decay,
-            adam_beta2=recipe.adam_beta2,
-            warmup_steps=recipe.warmup_steps,
-            lr_scheduler_type="cosine",
+            **row_arguments(MODELS, recipe.arguments, "poisoned"),
             save_strategy="no",
             report_to="none",
             seed=seed,

@@ -17,8 +17,9 @@ import yaml
 
 from hf_robust_clip import AttackSuccessEvaluator, CLIPTrainer, CLIPTrainingArguments, optimize_patch
 from hf_robust_clip.attacks.triggers import trigger_from_dict
-from hf_robust_clip.cli.demo_recipe import Recipe
+from hf_robust_clip.cli.demo_recipe import FINETUNING, MODELS
 from hf_robust_clip.cli.flags import PLACEBOS
+from hf_robust_clip.cli.rows import row_arguments
 from hf_robust_clip.data.digits import CAPTION_TEMPLATES, CLASS_NAMES, digit_model, digit_processor, load_digit_pairs
 from hf_robust_clip.evaluation.embedding import Embedder
 
@@ -31,18 +32,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.parse_args()
     target = yaml.safe_load(ATTACKS.read_text())[0]["attacks"]["optimized_patch"]["target"]
-    recipe, processor = Recipe(), digit_processor()
+    recipe, processor = FINETUNING, digit_processor()
     pairs, test = load_digit_pairs("train", recipe.renderings, seed=SEED), load_digit_pairs("test", seed=SEED)
     with tempfile.TemporaryDirectory() as folder:
         args = CLIPTrainingArguments(
             folder,
-            num_train_epochs=recipe.pretrain_epochs,
-            learning_rate=recipe.pretrain_learning_rate,
-            per_device_train_batch_size=recipe.batch_size,
-            weight_decay=recipe.weight_decay,
-            adam_beta2=recipe.adam_beta2,
-            warmup_steps=recipe.warmup_steps,
-            lr_scheduler_type="cosine",
+            **row_arguments(MODELS, recipe.arguments, "poisoned"),
             save_strategy="no",
             report_to="none",
             seed=SEED,
