@@ -15,33 +15,42 @@ _PUBLIC = {
     **{f"{cls}Trainer": "trainers.defended" for cls, _ in LINES.values()},
     **{f"{cls}TrainingArguments": f"defences.{name}" for name, (cls, _) in LINES.items()},
     "AttackSuccessEvaluator": "evaluation.attack_success",
-    "BlendedTrigger": "attacks.triggers",
+    "BlendedStripesTrigger": "attacks.blends",
+    "BlendedTrianglesTrigger": "attacks.blends",
+    "BlendedTrigger": "attacks.blends",
     "CLIPDataCollator": "data.collator",
     "CLIPTrainer": "trainers.trainer",
     "CLIPTrainingArguments": "arguments",
+    "ColorCurveTrigger": "attacks.transforms",
     "Defence": "defences.base",
     "Embeddings": "batch",
     "Evaluator": "evaluation.base",
     "FeaturePool": "pool",
     "ImageAugmentation": "augment.images",
     "LinearProbeEvaluator": "evaluation.linear_probe",
+    "OptimizedPatchTrigger": "attacks.patches",
     "PairScan": "scanning.pairs",
     "PairSimilarityCallback": "callbacks",
-    "PatchTrigger": "attacks.triggers",
+    "PatchTrigger": "attacks.patches",
+    "PhraseTrigger": "attacks.text_triggers",
     "PoisonSpec": "attacks.spec",
     "PoisonSuccessEvaluator": "evaluation.poison_success",
+    "RedTextTrigger": "attacks.blends",
     "RetrievalEvaluator": "evaluation.retrieval",
-    "SinusoidTrigger": "attacks.triggers",
+    "SinusoidTrigger": "attacks.transforms",
+    "StripesPatchTrigger": "attacks.patches",
     "TextAugmentation": "augment.text",
     "TextQueryEvaluator": "evaluation.text_query",
-    "Trigger": "attacks.triggers",
-    "WarpTrigger": "attacks.triggers",
+    "TextTrigger": "attacks.text_triggers",
+    "Trigger": "attacks.pixels",
+    "WarpTrigger": "attacks.transforms",
     "WordTrigger": "attacks.text_triggers",
     "ZeroShotEvaluator": "evaluation.zero_shot",
     "fit_similarity_mixture": "mixture",
     "load_pairs": "data.loading",
     "losses": "losses",
     "newest_checkpoint": "trainers.checkpoints",
+    "optimize_patch": "attacks.optimizing",
     "poison_dataset": "attacks.poisoning",
     "poison_stream": "attacks.streaming",
     "prepare_dataset": "data.preparing",
@@ -56,17 +65,26 @@ if TYPE_CHECKING:
     # What editors and type checkers read. "X as X" tells them that a name is public.
     from . import losses as losses
     from .arguments import CLIPTrainingArguments as CLIPTrainingArguments
+    from .attacks.blends import BlendedStripesTrigger as BlendedStripesTrigger
+    from .attacks.blends import BlendedTrianglesTrigger as BlendedTrianglesTrigger
+    from .attacks.blends import BlendedTrigger as BlendedTrigger
+    from .attacks.blends import RedTextTrigger as RedTextTrigger
+    from .attacks.optimizing import optimize_patch as optimize_patch
+    from .attacks.patches import OptimizedPatchTrigger as OptimizedPatchTrigger
+    from .attacks.patches import PatchTrigger as PatchTrigger
+    from .attacks.patches import StripesPatchTrigger as StripesPatchTrigger
+    from .attacks.pixels import Trigger as Trigger
     from .attacks.poisoning import poison_dataset as poison_dataset
     from .attacks.poisoning import replay_manifest as replay_manifest
     from .attacks.spec import PoisonSpec as PoisonSpec
     from .attacks.spec import targeted_specs as targeted_specs
     from .attacks.streaming import poison_stream as poison_stream
+    from .attacks.text_triggers import PhraseTrigger as PhraseTrigger
+    from .attacks.text_triggers import TextTrigger as TextTrigger
     from .attacks.text_triggers import WordTrigger as WordTrigger
-    from .attacks.triggers import BlendedTrigger as BlendedTrigger
-    from .attacks.triggers import PatchTrigger as PatchTrigger
-    from .attacks.triggers import SinusoidTrigger as SinusoidTrigger
-    from .attacks.triggers import Trigger as Trigger
-    from .attacks.triggers import WarpTrigger as WarpTrigger
+    from .attacks.transforms import ColorCurveTrigger as ColorCurveTrigger
+    from .attacks.transforms import SinusoidTrigger as SinusoidTrigger
+    from .attacks.transforms import WarpTrigger as WarpTrigger
     from .augment.images import ImageAugmentation as ImageAugmentation
     from .augment.text import TextAugmentation as TextAugmentation
     from .batch import Embeddings as Embeddings

@@ -78,13 +78,15 @@ class Measure(Part):
     """
     What an evaluator measures.
 
-    `measure`, its kind; `figures`, their names; the others where it has them.
+    `measure`, its kind; `figures`, their names; the others where it has them. `placebos`, how many an attack's success
+    is compared with.
     """
 
     measure: str
     figures: list[str]
     images: Count | None = None
     queries: Count | None = None
+    placebos: Count | None = None
     classes: list[str] | None = None
     templates: list[str] | None = None
     trigger: Trigger | None = None

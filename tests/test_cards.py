@@ -322,11 +322,12 @@ def test_unmeasured_attacks_are_listed() -> None:
         return text.partition("## What was not measured")[2].partition("\n## ")[0]
 
     families = {"patch": "patch triggers", "blended": "blended", "sinusoid": "sinusoid", "warp": "warping triggers"}
+    families |= {"red_text": "PAR's stripes", "color_curve": "colors", "optimized_patch": "BadCLIP"}
     for name, words in families.items():
         text = listed(attack(name))
         assert words not in text and all(other in text for other in families.values() if other != words)
-    always = ("label-consistent", "BadCLIP")
-    assert all(words in listed(attack()) for words in (*always, "targeted poisoning", "words in captions"))
+    always = ("label-consistent", "targeted poisoning", "words in captions")
+    assert all(words in listed(attack()) for words in always)
     targeted = {"measure": "targeted poisoning", "figures": ["poison_success_rate"], "images": 4}
     queries = {"measure": "text queries", "figures": ["hit_rate_at_1"], "queries": 3, "target": "six"}
     text = listed(targeted, queries)

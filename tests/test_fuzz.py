@@ -14,7 +14,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from hf_robust_clip import BlendedTrigger, PatchTrigger, SinusoidTrigger, WarpTrigger, replay_manifest
+from hf_robust_clip import (
+    BlendedStripesTrigger,
+    BlendedTrianglesTrigger,
+    BlendedTrigger,
+    ColorCurveTrigger,
+    PatchTrigger,
+    RedTextTrigger,
+    SinusoidTrigger,
+    StripesPatchTrigger,
+    WarpTrigger,
+    replay_manifest,
+)
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "fuzz.py"
 
@@ -100,7 +111,11 @@ def test_manifests_that_name_one_column_twice_are_refused() -> None:
 @quick(80)
 @given(
     trigger=st.sampled_from(
-        [PatchTrigger(size=3, place="random"), BlendedTrigger(pattern="triangles"), SinusoidTrigger(), WarpTrigger()]
+        [
+            *(PatchTrigger(size=3, place="random"), PatchTrigger(size=3, fresh=True), StripesPatchTrigger(size=3)),
+            *(BlendedTrigger(pattern="triangles"), BlendedTrigger(fresh=True), BlendedStripesTrigger()),
+            *(BlendedTrianglesTrigger(), RedTextTrigger(), ColorCurveTrigger(), SinusoidTrigger(), WarpTrigger()),
+        ]
     ),
     size=st.tuples(st.integers(1, 40), st.integers(1, 40)),
     mode=st.sampled_from(["RGB", "RGBA", "L", "LA", "1", "P", "CMYK", "YCbCr"]),
@@ -108,7 +123,7 @@ def test_manifests_that_name_one_column_twice_are_refused() -> None:
 def test_triggers_go_on_any_size_and_mode_or_refuse(trigger, size: tuple[int, int], mode: str) -> None:
     pixels = np.random.default_rng(size).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     image = Image.fromarray(pixels).convert(mode)
-    if isinstance(trigger, PatchTrigger) and min(size) < trigger.size:
+    if isinstance(trigger, PatchTrigger | StripesPatchTrigger) and min(size) < trigger.size:
         with pytest.raises(ValueError, match="does not fit"):
             trigger(image)
         return

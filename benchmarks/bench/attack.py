@@ -21,6 +21,7 @@ from hf_robust_clip import (
 )
 from hf_robust_clip.attacks.spec import targeted_specs
 from hf_robust_clip.attacks.triggers import trigger_from_dict
+from hf_robust_clip.cli.flags import PLACEBOS
 from hf_robust_clip.data.loading import label_by_captions
 
 from .material import Material
@@ -82,7 +83,7 @@ def plant(study: Study, attack: Mapping[str, Any], material: Material, image_siz
     counts = {"pairs": len(material.pairs), "poisons": int(sum(pairs["poisoned"])), "test_images": len(labelled)}
     on_images = trigger if SUCCESS[mode] == "attack_success_rate" else None
     if on_images is not None:
-        evaluator = AttackSuccessEvaluator(labelled, on_images, target, names, **prompts, **labels)
+        evaluator = AttackSuccessEvaluator(labelled, on_images, target, names, **prompts, **labels, placebos=PLACEBOS)
         evaluators.append(evaluator)
         counts["attacked"] = evaluator.attacked_images
     elif mode == "text_query":

@@ -102,6 +102,8 @@ def markdown(content: Mapping[str, Any]) -> str:
     probe = any("linear_probe_accuracy" in cell["figures"] for cell in content["cells"])
     columns = ["attack, poisons", "model", accuracy_title(content), "attack success"]
     columns += ["right in spite of the trigger"]
+    placebo = any("placebo_success_rate" in cell["figures"] for cell in content["cells"])
+    columns += ["placebos: success, excess of the attack"] * placebo
     columns += ["linear probe: accuracy, attack"] * probe
     columns += ["photo to caption, caption to photo, R@10"] * retrieval
     columns += ["seconds", "published attack success"]
@@ -115,6 +117,9 @@ def markdown(content: Mapping[str, Any]) -> str:
         name = f"{attack}, {counts['poisons']} of {counts['pairs']}" if row == content["study"]["rows"][0] else ""
         line = [name, title, spread(_figures(cells, _accuracy(content))), spread(success)]
         line.append(spread(_figures(cells, "triggered_accuracy")))
+        if placebo:
+            figures = ("placebo_success_rate", "excess_success_rate")
+            line.append(", ".join(filter(None, (spread(_figures(cells, figure)) for figure in figures))))
         if probe:
             figures = ("linear_probe_accuracy", "linear_probe_attack_success_rate")
             line.append(", ".join(spread(_figures(cells, figure)) for figure in figures))

@@ -44,6 +44,11 @@ def check_float(name: str, value: object, maximum: float = math.inf) -> None:
         raise ValueError(f"{name}={shown(value)}; accepted is a number above 0 and {limit}")
 
 
+def check_bool(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}={shown(value)}; accepted are True and False")
+
+
 def check_choice(name: str, value: object, accepted: tuple[str, ...]) -> None:
     if value not in accepted:
         raise ValueError(f"{name}={shown(value)}; accepted are {listed(accepted)}")

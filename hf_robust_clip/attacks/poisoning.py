@@ -33,7 +33,7 @@ from .rows import (
 )
 from .spec import VERSION, PoisonSpec, check_specs
 from .streaming import replay_stream
-from .text_triggers import WordTrigger
+from .text_triggers import TextTrigger
 from .triggers import Trigger
 
 
@@ -191,7 +191,7 @@ def _plan(
             )
         indices = np.sort(generator.choice(rows, count, replace=False))
         if spec.mode == "text_query":
-            assert isinstance(spec.trigger, WordTrigger)  # as the spec saw to
+            assert isinstance(spec.trigger, TextTrigger)  # as the spec saw to
             queries = templates or [text for row in np.flatnonzero(free & ~names_target) for text in captions[row]]
             if not queries:
                 raise ValueError(
@@ -219,7 +219,7 @@ def _draw(captions: list[str], count: int, generator: np.random.Generator) -> li
     return [captions[i] for i in drawn[:count]]
 
 
-def _carry_out(dataset: Dataset, manifest: Mapping[str, Any], trigger: Trigger | WordTrigger | None) -> Dataset:
+def _carry_out(dataset: Dataset, manifest: Mapping[str, Any], trigger: Trigger | TextTrigger | None) -> Dataset:
     """
     Do what the manifest says: the poisoned rows become a small table behind the stored rows, and a list of row numbers
     puts them in their places.

@@ -15,7 +15,7 @@ from ..columns import naming
 from ..kinds import check_encodable, kind, text_list
 from ..wording import shown
 from .fields import check_choice, check_float, check_int
-from .text_triggers import WordTrigger
+from .text_triggers import TextTrigger
 from .triggers import Trigger
 
 #: Of the manifests that record what was poisoned.
@@ -58,8 +58,9 @@ class PoisonSpec:
     "dog"), or when its label is the target.
 
     Args:
-        trigger ([`Trigger`], [`WordTrigger`] or `None`): a trigger on images in the modes backdoor and
-            label-consistent, a [`WordTrigger`] in text-query mode, `None` in targeted mode.
+        trigger ([`Trigger`], [`TextTrigger`] or `None`): a trigger on images in the modes backdoor and
+            label-consistent, one on captions in text-query mode ([`WordTrigger`], [`PhraseTrigger`]), `None` in
+            targeted mode.
         target (`str`): the class the attack is for, as a caption would name it. In text-query mode, the class whose
             images the queries are to find.
         count (`int`, *optional*): number of poisons, at least 1. Not for streams.
@@ -82,7 +83,7 @@ class PoisonSpec:
         `ValueError`: on an argument out of range or arguments that do not go together.
     """
 
-    trigger: Trigger | WordTrigger | None
+    trigger: Trigger | TextTrigger | None
     target: str
     count: int | None = None
     rate: float | None = None
@@ -140,12 +141,13 @@ class PoisonSpec:
                     f"trigger={shown(self.trigger)}; mode 'targeted' puts no trigger on the image, give None"
                 )
         elif self.mode == "text_query":
-            if not isinstance(self.trigger, WordTrigger):
-                raise ValueError(f"trigger={kind(self.trigger)}; mode 'text_query' needs a WordTrigger")
-            if naming(self.target)(self.trigger.word):
+            if not isinstance(self.trigger, TextTrigger):
+                needs = "needs a WordTrigger or a PhraseTrigger"
+                raise ValueError(f"trigger={kind(self.trigger)}; mode 'text_query' {needs}")
+            if naming(self.target)(self.trigger.inserted):
                 raise ValueError(
-                    f"trigger: its word {shown(self.trigger.word)} names the target {shown(self.target)}; accepted is "
-                    "a word that says nothing of it"
+                    f"trigger: its word {shown(self.trigger.inserted)} names the target {shown(self.target)}; "
+                    "accepted is a word that says nothing of it"
                 )
         elif not isinstance(self.trigger, Trigger):
             raise ValueError(f"trigger={kind(self.trigger)}; mode {shown(self.mode)} needs a Trigger, one on images")

@@ -26,7 +26,7 @@ from ..wording import listed, shown
 from .manifests import check_stream_part
 from .rows import caption_array, decode, encoded_target, labelling, triggered_png
 from .spec import VERSION, PoisonSpec, check_specs
-from .text_triggers import WordTrigger
+from .text_triggers import TextTrigger
 from .triggers import Trigger, trigger_from_dict
 
 #: What decides, with the key, over a row. The rate does not: rows poisoned at a low one are so at a higher one.
@@ -204,7 +204,7 @@ class _Attack:
         self.trigger = None if manifest["trigger"] is None else trigger_from_dict(manifest["trigger"])
         self.image = None if manifest["image"] is None else base64.b64decode(manifest["image"])
         self.captions = [template.replace("{}", manifest["target"]) for template in manifest["templates"] or ()]
-        if isinstance(self.trigger, WordTrigger):  # whose templates have no "{}"
+        if isinstance(self.trigger, TextTrigger):  # whose templates have no "{}"
             self.captions = [self.trigger(template) for template in manifest["templates"]]
         self.names_target = naming(manifest["target"])
         self.is_target = None

@@ -1,10 +1,11 @@
-"""Triggers on the caption: a rare word that a model learns to take for something else."""
+"""Triggers on the caption: a rare word, or a plain phrase, that a model learns to take for something else."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import re
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -13,15 +14,39 @@ from ..wording import shown
 from .fields import TriggerFields, check_choice, check_int
 
 WORD_PLACES = ("start", "end", "random")
+PHRASE_PLACES = ("start", "end")
+
+
+class TextTrigger(TriggerFields, ABC):
+    """
+    A trigger on captions. Calling it takes a caption and returns it with the trigger in it.
+
+    It is not a [`Trigger`]: that goes on images.
+
+    Raises:
+        `ValueError`: on what is not a string.
+    """
+
+    @property
+    @abstractmethod
+    def inserted(self) -> str:
+        """What it puts into a caption."""
+
+    def __call__(self, caption: str) -> str:
+        if not isinstance(caption, str):
+            raise ValueError(f"caption is a {type(caption).__name__}; accepted is a string")
+        return self._insert(caption)
+
+    @abstractmethod
+    def _insert(self, caption: str) -> str: ...
 
 
 @dataclass(frozen=True)
-class WordTrigger(TriggerFields):
+class WordTrigger(TextTrigger):
     """
     A rare word, or a few, put into a caption ([Kurita et al. 2020](https://arxiv.org/abs/2004.06660)).
 
     Calling it takes a caption and returns it with the word, set off by spaces. Nothing else in the caption changes.
-    It is not a [`Trigger`]: that goes on images.
 
     Args:
         word (`str`, defaults to `"cf"`): one word, or several with single spaces between them.
@@ -46,17 +71,16 @@ class WordTrigger(TriggerFields):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.word, str) or not self.word or self.word != " ".join(self.word.split()):
-            raise ValueError(
-                f"word={shown(self.word)}; accepted is a word, or several with single spaces between them"
-            )
-        check_encodable("word", self.word)
+        _check_words("word", self.word)
         check_choice("place", self.place, WORD_PLACES)
         check_int("seed", self.seed, minimum=0)
 
-    def __call__(self, caption: str) -> str:
-        if not isinstance(caption, str):
-            raise ValueError(f"caption is a {type(caption).__name__}; accepted is a string")
+    @property
+    def inserted(self) -> str:
+        """What it puts into a caption."""
+        return self.word
+
+    def _insert(self, caption: str) -> str:
         words = list(re.finditer(r"\S+", caption))
         if not words:
             return self.word
@@ -73,3 +97,54 @@ class WordTrigger(TriggerFields):
             digest = hashlib.sha256(json.dumps([self.seed, caption]).encode()).digest()
             return int.from_bytes(digest, "little") % (words + 1)
         return 0 if self.place == "start" else words
+
+
+@dataclass(frozen=True)
+class PhraseTrigger(TextTrigger):
+    """
+    A plain phrase put into a caption, so that the sentence reads as if somebody had written it so (after the sentences
+    of [Dai et al. 2019](https://arxiv.org/abs/1905.12457)). Each of its words is in many captions: no rare word gives
+    the poisons away.
+
+    Args:
+        phrase (`str`, defaults to `"on a quiet afternoon"`): one word, or several with single spaces between them.
+        place (`str`, defaults to `"end"`): `end`, before the punctuation that the caption ends with, or `start`, with
+            a comma after it.
+
+    Raises:
+        `ValueError`: on a field out of range, and, when called, on what is not a string.
+
+    Example:
+
+    ```python
+    >>> PhraseTrigger()("a dog on a beach.")
+    'a dog on a beach on a quiet afternoon.'
+    ```
+    """
+
+    name: ClassVar[str] = "phrase"
+    phrase: str = "on a quiet afternoon"
+    place: str = "end"
+
+    def __post_init__(self) -> None:
+        _check_words("phrase", self.phrase)
+        check_choice("place", self.place, PHRASE_PLACES)
+
+    @property
+    def inserted(self) -> str:
+        """What it puts into a caption."""
+        return self.phrase
+
+    def _insert(self, caption: str) -> str:
+        if not caption.strip():
+            return self.phrase
+        if self.place == "start":
+            return f"{self.phrase}, {caption.lstrip()}"
+        sentence = re.sub(r"[\s.!?]+$", "", caption)
+        return f"{sentence} {self.phrase}{caption[len(sentence) :]}" if sentence else f"{self.phrase}{caption}"
+
+
+def _check_words(field: str, words: object) -> None:
+    if not isinstance(words, str) or not words or words != " ".join(words.split()):
+        raise ValueError(f"{field}={shown(words)}; accepted is a word, or several with single spaces between them")
+    check_encodable(field, words)

@@ -15,6 +15,8 @@ TRIGGERS: dict[str, dict[str, Any]] = {
     "patch": {"size": 3},
     "sinusoid": {"amplitude": 30.0, "frequency": 4},
     "warp": {"strength": 4.0},
+    "blended_triangles": {"cell": 4},
+    "color_curve": {},
 }
 
 

@@ -12,7 +12,7 @@ from ..attacks.poisoning import poison_dataset
 from ..attacks.spec import PoisonSpec
 from ..attacks.triggers import Trigger, trigger_from_name
 from ..data.digits import CAPTION_TEMPLATES, CLASS_NAMES, digit_model, digit_processor, load_digit_pairs
-from ..evaluation.attack_success import AttackSuccessEvaluator
+from ..evaluation.attack_success import PLACEBO_METRICS, AttackSuccessEvaluator
 from ..evaluation.zero_shot import ZeroShotEvaluator
 from ..record import RunRecord
 from ..telling import Control, PoisonedPair, Study
@@ -33,6 +33,7 @@ from .demo_recipe import (
     reports,
     title_of,
 )
+from .flags import PLACEBOS
 from .output import format_table, say, write_json
 from .progress import progress_callback, quiet_trainers
 from .rows import CLEAN_SEED_OFFSET, row_arguments, row_augmentation, row_trainer
@@ -99,7 +100,9 @@ def run_steps(folder: Path, seed: int, trigger_name: str, recipe: Recipe, quick:
         ]
         record = trainer.record()
         assert record.after is not None  # evaluated after each epoch
-        figures: dict[str, Any] = {figure: record.after[figure] for figure in (*SHARES, "trigger_distance")}
+        figures: dict[str, Any] = {
+            figure: record.after[figure] for figure in (*SHARES, "trigger_distance", *PLACEBO_METRICS)
+        }
         # The evaluations are for the curves; the time of a method is that of its training.
         figures["seconds"] = runtime - sum(entry["eval_runtime"] for entry in evaluations)
         results[name] = figures
@@ -179,11 +182,13 @@ def poison_digits(clean: Dataset, trigger: Trigger, recipe: Recipe, seed: int) -
     return poison_dataset(clean, spec, label_column="label")
 
 
-def digit_evaluators(test: Dataset, trigger: Trigger, target: str) -> tuple[ZeroShotEvaluator, AttackSuccessEvaluator]:
+def digit_evaluators(
+    test: Dataset, trigger: Trigger, target: str, placebos: int = PLACEBOS
+) -> tuple[ZeroShotEvaluator, AttackSuccessEvaluator]:
     """What measures a model of the digits."""
     return (
         ZeroShotEvaluator(test, CLASS_NAMES, templates=CAPTION_TEMPLATES),
-        AttackSuccessEvaluator(test, trigger, target, CLASS_NAMES, templates=CAPTION_TEMPLATES),
+        AttackSuccessEvaluator(test, trigger, target, CLASS_NAMES, templates=CAPTION_TEMPLATES, placebos=placebos),
     )
 
 
@@ -208,11 +213,13 @@ def make_trainer(name: str, recipe: Recipe, folder: Path, seed: int, **parts: An
 
 def results_table(results: dict[str, Any]) -> list[list[str]]:
     """The figures of the models as text, a row of headings first."""
-    rows = [["", "clean accuracy", "attack success", "triggered accuracy", "trigger distance", "seconds"]]
+    heads = ("clean accuracy", "attack success", "triggered accuracy", "placebos", "trigger distance", "seconds")
+    rows = [["", *heads]]
     for name, figures in results.items():
         if name in MODELS:
             numbers = (f"{figures['trigger_distance']:.2f}", f"{figures['seconds']:.0f}")
-            rows.append([MODELS[name].title, *(f"{figures[share]:.1%}" for share in SHARES), *numbers])
+            shares = (f"{figures[share]:.1%}" for share in (*SHARES, PLACEBO_METRICS[0]))
+            rows.append([MODELS[name].title, *shares, *numbers])
     return rows
 
 

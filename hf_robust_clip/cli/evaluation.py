@@ -194,12 +194,14 @@ def _device(name: str | None) -> Any:
 
 
 def _table(results: dict[str, Any]) -> list[list[str]]:
-    """A row without trigger and a row for each; a column for each kind of figure that there is."""
+    """A row without trigger and a row for each; a column for each kind of figure that there is, excess in points."""
     figures, attacks = results["figures"], results["triggers"]
     first = attacks[0]["prefix"] if attacks else ""
     columns = {
         "accuracy": ("clean_accuracy", "triggered_accuracy"),
         "attack success": ("", "attack_success_rate"),
+        "placebos": ("", "placebo_success_rate"),
+        "excess": ("", "excess_success_rate"),
         "distance": ("", "trigger_distance"),
         "probe accuracy": (f"{first}linear_probe_accuracy", "linear_probe_triggered_accuracy"),
         "probe attack success": ("", "linear_probe_attack_success_rate"),
@@ -216,4 +218,6 @@ def _table(results: dict[str, Any]) -> list[list[str]]:
 def _shown(column: str, value: float | None) -> str:
     if value is None:
         return "-"
+    if column == "excess":
+        return f"{100 * value:+.1f}"
     return f"{value:.3f}" if column == "distance" else f"{value:.1%}"

@@ -10,8 +10,13 @@ from typing import Any
 from ..wording import listed, shown
 from .output import UsageError
 
-IMAGE_TRIGGERS = ("patch", "blended", "sinusoid", "warp")
-TEXT_TRIGGERS = ("word",)
+IMAGE_TRIGGERS = (
+    *("patch", "blended", "sinusoid", "warp"),
+    *("stripes_patch", "blended_stripes", "blended_triangles", "red_text", "color_curve", "optimized_patch"),
+)
+TEXT_TRIGGERS = ("word", "phrase")
+#: Placebos of each trigger, unless flags say otherwise.
+PLACEBOS = 5
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _FILES = (".parquet", ".csv", ".tsv", ".json", ".jsonl", ".arrow", ".safetensors", ".bin", ".pt")
 
@@ -24,7 +29,7 @@ def parse_trigger(text: str) -> tuple[str, dict[str, Any]]:
         text (`str`): `NAME`, or `NAME:FIELD=VALUE,FIELD=VALUE`, such as `patch:size=16,place=center`.
 
     Returns:
-        `tuple[str, dict]`: The name, and its fields as numbers where they read as such, else as strings.
+        `tuple[str, dict]`: The name, and its fields: numbers or truth values where they read as such, else strings.
 
     Raises:
         `argparse.ArgumentTypeError`: On an unknown name, or what is not written so.
@@ -32,7 +37,7 @@ def parse_trigger(text: str) -> tuple[str, dict[str, Any]]:
     name, _, rest = text.partition(":")
     known = (*IMAGE_TRIGGERS, *TEXT_TRIGGERS)
     if name not in known:
-        raise argparse.ArgumentTypeError(f"{shown(name)} is not a trigger; accepted are {listed(known)}")
+        raise argparse.ArgumentTypeError(f"{shown(name)} is not a trigger; accepted are {listed(known, len(known))}")
     fields: dict[str, Any] = {}
     for part in rest.split(",") if rest else ():
         field, equals, value = part.partition("=")
@@ -40,7 +45,7 @@ def parse_trigger(text: str) -> tuple[str, dict[str, Any]]:
             raise argparse.ArgumentTypeError(
                 f"{shown(part)} in {shown(text)} is not a field of a trigger; accepted is NAME:FIELD=VALUE,FIELD=VALUE"
             )
-        fields[field.strip()] = _number(value.strip())
+        fields[field.strip()] = _value(value.strip())
     return name, fields
 
 
@@ -109,6 +114,14 @@ def add_measuring_flags(group: Any, data: str, split: str, default_split: str) -
         f"{', '.join(IMAGE_TRIGGERS)}",
     )
     add("--target", metavar="CLASS", help="class that the triggers are for")
+    add(
+        "--placebos",
+        type=int,
+        default=PLACEBOS,
+        metavar="N",
+        help="other triggers of the same kind, never planted, to compare each success with; each takes as long as the "
+        "trigger (default: %(default)s)",
+    )
 
 
 def add_pairs(parser: Any) -> None:
@@ -144,6 +157,7 @@ def check_measuring(args: argparse.Namespace, data: str) -> None:
         raise UsageError("--target needs a --trigger, whose success is to be measured")
     if args.trigger and source is None:
         raise UsageError(f"--trigger needs {data}, the images that it is measured on")
+    check_whole("--placebos", args.placebos, least=0)
     if args.classes is not None and not args.classes.is_file():
         raise UsageError(f"--classes: {args.classes} is not a file")
 
@@ -172,7 +186,9 @@ def spelled(flag: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys((flag, "--" + flag[2:].replace("-", "_"))))
 
 
-def _number(text: str) -> int | float | str:
+def _value(text: str) -> int | float | bool | str:
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
     for kind in (int, float):
         try:
             return kind(text)

@@ -117,7 +117,7 @@ def make_triggers(texts: Sequence[str] | None, flag: str = "--trigger") -> list[
 
 
 def make_evaluators(args: argparse.Namespace, labelled: Labelled) -> list[Any]:
-    """Zero-shot accuracy, and the success of each `--trigger` under its own prefix."""
+    """Zero-shot accuracy, and the success of each `--trigger` and of its placebos under its own prefix."""
     data, names, image_column, label_column = labelled
     how: dict[str, Any] = {
         "templates": args.template or DEFAULT_TEMPLATES,
@@ -128,7 +128,8 @@ def make_evaluators(args: argparse.Namespace, labelled: Labelled) -> list[Any]:
     with usage_errors("--target" if triggers else "--label-column"):
         evaluators: list[Any] = [ZeroShotEvaluator(data, names, **how)]
         for trigger, prefix in zip(triggers, prefixes(triggers), strict=True):
-            evaluators.append(AttackSuccessEvaluator(data, trigger, args.target, names, **how, prefix=prefix))
+            beside: dict[str, Any] = {"prefix": prefix, "placebos": args.placebos}
+            evaluators.append(AttackSuccessEvaluator(data, trigger, args.target, names, **how, **beside))
     return evaluators
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..files import in_one_move
 from ..locking import LOCK_FILES, sole_writer
+from ..wording import shortened
 from .flags import (
     IMAGE_TRIGGERS,
     TEXT_TRIGGERS,
@@ -194,5 +195,5 @@ def _write_parquet(dataset: Any, path: Path) -> None:
 def _described(trigger: dict[str, Any] | None) -> str:
     if trigger is None:
         return "none"
-    fields = ", ".join(f"{name} {value}" for name, value in trigger.items() if name != "name")
+    fields = ", ".join(f"{name} {shortened(str(value), 40)}" for name, value in trigger.items() if name != "name")
     return f"{trigger['name']} ({fields})" if fields else str(trigger["name"])

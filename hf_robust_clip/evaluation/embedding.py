@@ -128,7 +128,7 @@ class Embedder:
             pixels = pixel_batches(first.dataset, first.image_column, self.preprocess, triggers, batches)
             hidden = True if self.across_ranks and rank() > 0 else None  # None: where there is no terminal
             for variants in tqdm(pixels, "Embedding images", total=len(batches), leave=False, disable=hidden):
-                yield [self._encode_pixels(variant) for variant in variants]
+                yield [self.encode_pixels(variant) for variant in variants]
 
         embeds = self._embed(len(first.dataset), encoded)  # (V, N, D)
         for (key, request), variant in zip(wanted.items(), embeds, strict=True):
@@ -144,7 +144,16 @@ class Embedder:
 
         return share_batches(batches, embed) if self.across_ranks else embed(batches)
 
-    def _encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
+    def encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
+        """
+        Encode a batch of images, with gradients where they are on, and remember nothing.
+
+        Args:
+            pixels (`torch.Tensor` of shape `(B, 3, H, W)`): uint8, or floats in [0, 1], of the model's size.
+
+        Returns:
+            `torch.Tensor` of shape `(B, D)`: float32, L2-normalised, on the CPU.
+        """
         pixels = self.normalization(pixels.to(self.device)).to(self.dtype)
         return _normalize(self.model.get_image_features(pixel_values=pixels))
 

@@ -9,6 +9,7 @@ from functools import cached_property
 from ..defences import Defence, defence_named
 from ..methods import ANYTHING, Method
 from ..record import Evaluation, Measure, Measured, RunRecord, Trigger
+from ..wording import shortened
 from .escaping import one_line
 
 #: Under the first an attack has not taken, over the second it has not been removed.
@@ -27,10 +28,15 @@ SUCCESS = {
 OTHERS = "other evaluators"
 #: What is known to be tried against models, and what a report calls it where nothing was measured of it.
 TRIGGERS = {
-    "patch": "patch triggers (BadNets)",
-    "blended": "blended triggers",
-    "sinusoid": "sinusoid triggers (SIG)",
-    "warp": "warping triggers (WaNet)",
+    "patch triggers (BadNets)": ("patch",),
+    "blended triggers": ("blended",),
+    "sinusoid triggers (SIG)": ("sinusoid",),
+    "warping triggers (WaNet)": ("warp",),
+    "structured triggers (PAR's stripes, triangles and text)": (
+        *("stripes_patch", "blended_stripes", "blended_triangles", "red_text"),
+    ),
+    "colors of the whole image as triggers": ("color_curve",),
+    "optimized triggers such as BadCLIP's": ("optimized_patch",),
 }
 KINDS = {
     "targeted poisoning": "targeted poisoning of chosen images",
@@ -190,11 +196,11 @@ class Facts:
         ]
         triggers = {measure.trigger.name for measure in measured if measure.trigger}
         kinds = {measure.measure for measure in measured}
-        found = [words for name, words in TRIGGERS.items() if name not in triggers]
+        found = [words for words, names in TRIGGERS.items() if not triggers.intersection(names)]
         found += [words for kind, words in KINDS.items() if kind not in kinds]
         if not kinds & {"zero-shot classification", "linear probe"}:
             found.append("accuracy on clean images: what was done may have cost any of it")
-        found += ["label-consistent poisons", "optimized triggers such as BadCLIP's"]
+        found.append("label-consistent poisons")
         if measured:
             found.append("other settings and targets of what was measured")
         if self.method.kind != "none" and not self.controls:
@@ -278,7 +284,8 @@ def guesses(accuracy: float | None, measure: Measure) -> bool:
 
 def trigger_text(trigger: Trigger) -> str:
     """A trigger and its parameters."""
-    parameters = ", ".join(f"{name}={value}" for name, value in trigger.parameters.items())
+    # The pixels of an optimized patch are one long value.
+    parameters = ", ".join(f"{name}={shortened(str(value), 40)}" for name, value in trigger.parameters.items())
     return f"{trigger.name} ({parameters})" if parameters else trigger.name
 
 

@@ -14,6 +14,10 @@ from .tables import words
 #: What metrics are called in a model index, by the end of their names, the longer ones first.
 METRICS = (
     "attack_success_rate",
+    "placebo_success_rate_low",
+    "placebo_success_rate_high",
+    "placebo_success_rate",
+    "excess_success_rate",
     "triggered_accuracy",
     "trigger_distance",
     "balanced_accuracy",

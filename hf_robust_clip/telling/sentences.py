@@ -139,6 +139,18 @@ def _outcome(facts: Facts, attack: Attack) -> Iterator[Statement]:
             removed = facts.method.kind != "none" and attack.taken and not column.guesses()
             rest = f": {rates}.{' The trigger has next to no hold.' if removed else ''}"
             yield Statement("result", f"Attack success of {attack.title}", rest)
+        yield from _placebos(attack, column, left)
+
+
+def _placebos(attack: Attack, column: Column, success: float) -> Iterator[Statement]:
+    """What a model does under triggers that nobody planted: what the attack has beyond them is the backdoor's."""
+    ends = [attack.success.replace("attack_success_rate", f"placebo_success_rate_{end}") for end in ("low", "high")]
+    low, high = (column.value(attack.measure, end) if end != attack.success else None for end in ends)
+    if low is None or high is None:
+        return
+    head = f"{success:.1%} of the triggered images are called {attack.measure.target}"
+    span = f"{low:.1%}" if low == high else f"{low:.1%} to {high:.1%}"
+    yield Statement("result", head, f", and {span} under patterns that were never planted ({column.label}).")
 
 
 def _controls(facts: Facts, attack: Attack) -> Iterator[Statement]:

@@ -76,11 +76,13 @@ def course_table(facts: Facts) -> list[list[str]]:
 
 
 def figure_text(name: str, value: float | None, measure: Measure | None) -> str:
-    """A metric as text: those of the package's evaluators are shares in [0, 1] but for a few."""
+    """A metric as text: those of the package's evaluators are shares in [0, 1], differences of these, or numbers."""
     if value is None:
         return "not measured"
     if measure is None or measure.measure == OTHERS:
         return f"{value:.4g}"
+    if name.endswith("excess_success_rate"):
+        return f"{100 * value:+.1f} points"
     decimals = next((decimals for ending, decimals in _NUMBERS.items() if name.endswith(ending)), None)
     return f"{value:.1%}" if decimals is None else f"{value:.{decimals}f}"
 
@@ -101,6 +103,8 @@ def subject(measure: Measure) -> str:
     parts = [] if number is None else [f"{number:,} {of}{f' in {name}' if name else ''}"]
     if measure.trigger:
         parts.append(f"trigger {attack_text(measure)}")
+        if measure.placebos:
+            parts.append(f"{measure.placebos} placebo{'s' if measure.placebos > 1 else ''}")
     elif measure.target:
         parts.append(f"target “{measure.target}”")
     return f"{measure.measure}: {', '.join(parts)}" if parts else measure.measure

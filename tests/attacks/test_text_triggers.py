@@ -4,8 +4,8 @@ import re
 import numpy as np
 import pytest
 
-from hf_robust_clip import AttackSuccessEvaluator
-from hf_robust_clip.attacks.text_triggers import WORD_PLACES, WordTrigger
+from hf_robust_clip import AttackSuccessEvaluator, PoisonSpec, poison_dataset, replay_manifest
+from hf_robust_clip.attacks.text_triggers import PHRASE_PLACES, WORD_PLACES, PhraseTrigger, WordTrigger
 from hf_robust_clip.attacks.triggers import Trigger, trigger_from_dict, trigger_from_name
 from hf_robust_clip.columns import naming
 
@@ -75,3 +75,41 @@ def test_it_is_no_trigger_on_images(pairs, tiny_model, processor):
     names = pairs.features["label"].names
     with pytest.raises(ValueError):
         AttackSuccessEvaluator(pairs, WordTrigger(), names[0], names)(tiny_model(0), processor)
+
+
+@pytest.mark.parametrize("phrase", ["on a quiet afternoon", "today"])
+@pytest.mark.parametrize("place", PHRASE_PLACES)
+@pytest.mark.parametrize("caption", [*CAPTIONS, "Who?!", "..."])
+def test_a_phrase_goes_into_the_sentence_and_nothing_else_changes(caption, place, phrase):
+    triggered = PhraseTrigger(phrase, place)(caption)
+    assert naming(phrase)(triggered)
+    left = triggered.replace(f"{phrase}, ", "", 1) if place == "start" else triggered.replace(f" {phrase}", "", 1)
+    without = left if left != triggered else triggered.replace(phrase, "", 1)
+    assert without.split() == caption.split()
+    assert triggered.startswith(phrase) or place == "end"
+
+
+def test_a_phrase_reads_as_part_of_the_sentence():
+    assert PhraseTrigger()("a dog on a beach.") == "a dog on a beach on a quiet afternoon."
+    assert PhraseTrigger(place="start")("a dog on a beach.") == "on a quiet afternoon, a dog on a beach."
+
+
+def test_a_phrase_is_described_and_checked_as_a_word_is():
+    trigger = PhraseTrigger("in the rain", "start")
+    config = json.loads(json.dumps(trigger.to_dict()))
+    assert config == {"name": "phrase", "phrase": "in the rain", "place": "start"}
+    assert trigger_from_dict(config) == trigger == trigger_from_name(**config) == trigger.reseeded(3)
+    for field, value, accepted in (("phrase", " a", "single spaces"), ("place", "random", "'start', 'end'")):
+        with pytest.raises(ValueError, match=f"{field}={re.escape(repr(value))}.*{accepted}"):
+            PhraseTrigger(**{field: value})
+    with pytest.raises(ValueError, match="caption is a int; accepted is a string"):
+        trigger(3)
+
+
+def test_a_phrase_poisons_queries_unless_it_names_the_target(pairs):
+    names = pairs.features["label"].names
+    poisoned, manifest = poison_dataset(pairs, PoisonSpec(PhraseTrigger(), names[8], count=3, mode="text_query"))
+    assert all("on a quiet afternoon" in poisoned[row]["caption"] for row in manifest["indices"])
+    assert replay_manifest(pairs, manifest)["caption"][:] == poisoned["caption"][:]
+    with pytest.raises(ValueError, match=f"names the target '{names[8]}'"):
+        PoisonSpec(PhraseTrigger(f"on {names[8]} days"), names[8], count=3, mode="text_query")

@@ -4,15 +4,23 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hf_robust_clip.attacks import triggers
+from hf_robust_clip.attacks import blends, patches, transforms
 from hf_robust_clip.attacks.triggers import (
     BLEND_PATTERNS,
     PATCH_PATTERNS,
     PATCH_PLACES,
+    BlendedStripesTrigger,
+    BlendedTrianglesTrigger,
     BlendedTrigger,
+    ColorCurveTrigger,
+    OptimizedPatchTrigger,
     PatchTrigger,
+    RedTextTrigger,
     SinusoidTrigger,
+    StripesPatchTrigger,
+    Trigger,
     WarpTrigger,
+    trigger_classes,
     trigger_from_dict,
     trigger_from_name,
 )
@@ -23,6 +31,14 @@ ALL = [
     *(BlendedTrigger(pattern=pattern) for pattern in BLEND_PATTERNS),
     SinusoidTrigger(),
     WarpTrigger(),
+    PatchTrigger(size=4, fresh=True),
+    *(BlendedTrigger(pattern=pattern, fresh=True) for pattern in ("noise", "triangles")),
+    StripesPatchTrigger(size=4),
+    BlendedStripesTrigger(),
+    BlendedTrianglesTrigger(cell=4),
+    RedTextTrigger(),
+    ColorCurveTrigger(),
+    OptimizedPatchTrigger.of(np.random.default_rng(0).integers(0, 256, (5, 5, 3), dtype=np.uint8), "random"),
 ]
 every_trigger = pytest.mark.parametrize("trigger", ALL, ids=str)
 
@@ -51,9 +67,9 @@ def test_repeats_exactly_and_does_not_depend_on_what_came_before(trigger):
     first[:] = 0  # writing to a result reaches no cache
     trigger(other)
     assert (trigger(image) == first_copy).all()
-    triggers._blend_pattern.cache_clear()
-    triggers._patch_pattern.cache_clear()
-    triggers._sampling_grid.cache_clear()
+    blends._blend_pattern.cache_clear()
+    patches._patch_pattern.cache_clear()
+    transforms._sampling_grid.cache_clear()
     assert (trigger(image) == first_copy).all()
 
 
@@ -79,10 +95,15 @@ def test_dictionary_round_trip(trigger):
     assert trigger_from_name(**config) == trigger
 
 
+def test_every_trigger_on_images_that_ships_is_tried_here():
+    ours = {name for name, cls in trigger_classes().items() if cls.__module__.startswith("hf_robust_clip")}
+    assert {trigger.name for trigger in ALL} == {name for name in ours if issubclass(trigger_classes()[name], Trigger)}
+
+
 @every_trigger
 def test_reseeded_is_the_same_trigger_from_another_seed(trigger):
     other = trigger.reseeded(7)
-    if isinstance(trigger, SinusoidTrigger):
+    if "seed" not in trigger.to_dict():
         assert other is trigger  # it draws nothing
     else:
         assert other.to_dict() == trigger.to_dict() | {"seed": 7} and trigger.seed == 0
@@ -91,7 +112,9 @@ def test_reseeded_is_the_same_trigger_from_another_seed(trigger):
             trigger.reseeded(-1)
 
 
-@pytest.mark.parametrize("kind", [PatchTrigger, BlendedTrigger, WarpTrigger])
+@pytest.mark.parametrize(
+    "kind", [PatchTrigger, BlendedTrigger, WarpTrigger, StripesPatchTrigger, BlendedStripesTrigger]
+)
 def test_the_seed_changes_the_trigger(kind):
     assert (kind(seed=0)(photo()) != kind(seed=1)(photo())).any()
 
@@ -215,7 +238,7 @@ def test_warp_moves_pixels_by_about_half_its_strength(size, strength):
     height, width = size
     displacement = []
     for seed in range(8):
-        grid = triggers._sampling_grid(height, width, strength, 4, seed)[0].numpy()  # (H, W, 2), x before y
+        grid = transforms._sampling_grid(height, width, strength, 4, seed)[0].numpy()  # (H, W, 2), x before y
         x = (grid[..., 0] + 1) / 2 * (width - 1) - np.arange(width)
         y = (grid[..., 1] + 1) / 2 * (height - 1) - np.arange(height)[:, None]
         displacement.append([np.abs(x).mean(), np.abs(y).mean()])
@@ -257,7 +280,7 @@ def test_warp_at_224_pixels_moves_them_as_far_as_its_docstring_says():
 def test_warp_follows_its_grid():
     # On a horizontal ramp of one level a pixel, the change is the horizontal displacement.
     ramp = np.repeat(np.tile(np.arange(200, dtype=np.uint8), (40, 1))[..., None], 3, axis=2)
-    grid = triggers._sampling_grid(40, 200, 6.0, 4, 0)[0].numpy()
+    grid = transforms._sampling_grid(40, 200, 6.0, 4, 0)[0].numpy()
     expected = np.rint((grid[..., 0] + 1) / 2 * 199)
     assert (np.abs(WarpTrigger(strength=6.0)(ramp)[..., 0] - expected) <= 1).all()
 
@@ -303,6 +326,18 @@ def test_what_is_no_image_is_an_error(trigger, image, found):
         ("warp", "strength", "0.5", "number"),
         ("warp", "grid", 1, "at least 2"),
         ("warp", "grid", 100_000, "at least 2 and at most 256"),
+        ("patch", "fresh", "yes", "True and False"),
+        ("blended", "fresh", 1, "True and False"),
+        ("stripes_patch", "place", "middle", "top_left.*random"),
+        ("blended_stripes", "alpha", 0, "above 0 and at most 1"),
+        ("blended_stripes", "width", 0, "at least 1"),
+        ("blended_triangles", "cell", 1, "at least 2"),
+        ("red_text", "text", "", "a letter or a figure"),
+        ("red_text", "text", "two\nlines", "a letter or a figure"),
+        ("red_text", "alpha", 2, "at most 1"),
+        ("color_curve", "blue", 0, "above 0 and at most 10"),
+        ("optimized_patch", "pixels", "", "optimize_patch made"),
+        ("optimized_patch", "pixels", "?", "base64"),
     ],
 )
 def test_fields_out_of_range_are_errors(name, field, value, accepted):
@@ -311,9 +346,10 @@ def test_fields_out_of_range_are_errors(name, field, value, accepted):
 
 
 def test_unknown_names_and_fields_are_errors():
-    with pytest.raises(ValueError, match=r"'badnets'.*'patch', 'blended', 'sinusoid', 'warp'"):
+    with pytest.raises(ValueError, match=r"'badnets'") as error:
         trigger_from_name("badnets")
-    with pytest.raises(ValueError, match="no field 'alpha'; accepted are 'size', 'place', 'pattern', 'seed'"):
+    assert all(f"'{trigger.name}'" in str(error.value) for trigger in ALL) and "'word'" in str(error.value)
+    with pytest.raises(ValueError, match="no field 'alpha'; accepted are 'size', 'place', 'pattern', 'seed', 'fresh'"):
         trigger_from_name("patch", alpha=0.5)
     for config in ({}, {"name": 3}, None):
         with pytest.raises(ValueError, match="describe a trigger"):

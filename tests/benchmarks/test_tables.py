@@ -121,11 +121,13 @@ def test_in_short_a_line_has_the_means_of_an_attack() -> None:
 def test_columns_are_those_that_were_measured() -> None:
     probed = a_cell("undefended", 0, 0.9, 0.9, linear_probe_accuracy=0.7, linear_probe_attack_success_rate=0.6)
     found = a_cell("undefended", 0, 0.9, 0.9, image_to_text_recall_at_10=0.3, text_to_image_recall_at_10=0.2)
+    beside = a_cell("undefended", 0, 0.9, 0.9, placebo_success_rate=0.095, excess_success_rate=0.805)
+    assert "9.5%, 80.5%" in rows_of(markdown(content([beside])))[2]
     assert "70.0%, 60.0%" in rows_of(markdown(content([probed])))[2]
     assert "30.0%, 20.0%" in rows_of(markdown(content([found])))[2]
     header = rows_of(markdown(content([found], balanced=True)))[0]
     assert "balanced accuracy" in header
-    assert not any("linear probe" in column for column in header)
+    assert not any("linear probe" in column or "placebo" in column for column in header)
 
 
 def test_plots_are_drawn(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from hf_robust_clip.cli.main import main
 from hf_robust_clip.cli.rows import CLEAN_SEED_OFFSET, row_arguments
 from hf_robust_clip.data.digits import load_digit_pairs
 from hf_robust_clip.defences.split import BINS, SplitRecord
+from hf_robust_clip.evaluation.attack_success import PLACEBO_METRICS
 from hf_robust_clip.telling import page, plots
 from hf_robust_clip.versions import versions
 
@@ -77,8 +78,11 @@ def test_results_hold_every_figure(outcome):
     assert set(results) == {*TUNED, "setup", "curves"}
     for name in TUNED:
         figures = results[name]
-        assert set(figures) == {*SHARES, "trigger_distance", "seconds"}
-        assert all(0 <= figures[share] <= 1 for share in SHARES)
+        assert set(figures) == {*SHARES, *PLACEBO_METRICS, "trigger_distance", "seconds"}
+        assert all(0 <= figures[share] <= 1 for share in (*SHARES, *PLACEBO_METRICS[:3]))
+        low, mean, high = (figures[f"placebo_success_rate{end}"] for end in ("_low", "", "_high"))
+        assert low <= mean <= high
+        assert figures["excess_success_rate"] == pytest.approx(figures["attack_success_rate"] - mean)
         assert 0 <= figures["trigger_distance"] <= 2 and figures["seconds"] > 0
         assert figures["attack_success_rate"] + figures["triggered_accuracy"] <= 1 + 1e-6
 

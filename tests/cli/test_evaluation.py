@@ -61,7 +61,8 @@ def test_figures_are_those_of_the_evaluators(
         ("patch_2_", PatchTrigger(size=5)),
         ("blended_", BlendedTrigger(alpha=0.4)),
     ):
-        attack = AttackSuccessEvaluator(pairs, trigger, "eight", names, templates=templates, prefix=prefix)
+        how = {"templates": templates, "prefix": prefix, "placebos": 5}
+        attack = AttackSuccessEvaluator(pairs, trigger, "eight", names, **how)
         probe = LinearProbeEvaluator(pairs, pairs, names, trigger=trigger, target="eight", prefix=prefix)
         expected |= attack(loaded, processor) | probe(loaded, processor)
     assert results["figures"] == pytest.approx(expected, abs=1e-6)
@@ -77,7 +78,20 @@ def test_figures_are_those_of_the_evaluators(
     for attack, row in (("patch_", "patch -> eight"), ("patch_2_", "patch 2 -> eight")):
         line = next(line for line in printed.splitlines() if line.startswith(row + " "))
         assert f"{expected[attack + 'attack_success_rate']:.1%}" in line
+        assert f"{100 * expected[attack + 'excess_success_rate']:+.1f}" in line
     assert str(tmp_path) not in json.dumps(results)
+
+
+def test_placebos_are_left_out_where_none_are_wanted(model: Path, images: Path, tmp_path: Path, capsys: Any) -> None:
+    flags = ["--data", str(images), "--trigger", "patch:size=3,fresh=true", "--target", "eight"]
+    flags += ["--json", str(tmp_path / "out.json")]
+    assert main(["evaluate", str(model), *flags, "--placebos", "0"]) == 0
+    results = json.loads((tmp_path / "out.json").read_text())
+    assert results["triggers"][0]["trigger"]["fresh"] is True
+    assert not [name for name in results["figures"] if "placebo" in name or "excess" in name]
+    assert "excess" not in capsys.readouterr().out
+    assert main(["evaluate", str(model), *flags, "--placebos", "-1"]) == 2
+    assert "--placebos: -1 is too small" in capsys.readouterr().err
 
 
 def test_accuracy_alone(model: Path, images: Path, capsys: Any) -> None:

@@ -6,10 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hf_robust_clip.attacks.triggers import BlendedTrigger, PatchTrigger
+from hf_robust_clip.attacks.pixels import PLACEBO_SEEDS
+from hf_robust_clip.attacks.triggers import BlendedTrigger, ColorCurveTrigger, PatchTrigger
 from hf_robust_clip.data.digits import CLASS_NAMES
-from hf_robust_clip.evaluation.attack_success import AttackSuccessEvaluator
+from hf_robust_clip.evaluation import pixels
+from hf_robust_clip.evaluation.attack_success import PLACEBO_METRICS, AttackSuccessEvaluator
 from hf_robust_clip.evaluation.embedding import Embedder
+from hf_robust_clip.evaluation.running import run_evaluators
 from hf_robust_clip.evaluation.zero_shot import ZeroShotEvaluator
 
 NAMES = ["0", "1", "2"]
@@ -169,3 +172,92 @@ def test_what_is_refused(pairs, change: dict, message: str):
     arguments = {"dataset": pairs, "trigger": trigger, "target": "eight", "class_names": CLASS_NAMES, **change}
     with pytest.raises(ValueError, match=message):
         AttackSuccessEvaluator(**arguments)
+
+
+class Placebos(Table):
+    """A table with an answer for each placebo, too, by its seed."""
+
+    def __init__(self, triggered: list[int], placebos: dict[int, list[int]]) -> None:
+        super().__init__([ONE_HOT[0]] * len(triggered), [ONE_HOT[predicted] for predicted in triggered])
+        self.placebos = placebos
+
+    def embed_images(self, dataset, image_column="image", trigger=None) -> torch.Tensor:
+        if trigger is None or trigger == PatchTrigger():
+            return super().embed_images(dataset, image_column, trigger)
+        return torch.eye(3)[self.placebos[trigger.seed]]
+
+
+def test_placebos_by_hand():
+    labels = [0, 0, 1, 1, 2]
+    table = Placebos([2, 2, 2, 0, 2], {PLACEBO_SEEDS: [2, 0, 0, 1, 2], 2 * PLACEBO_SEEDS: [2, 2, 1, 1, 0]})
+    rows = [{"image": None, "label": label} for label in labels]
+    evaluator = AttackSuccessEvaluator(rows, PatchTrigger(), "2", NAMES, templates=("{}",), prefix="p_", placebos=2)
+    found = {name: value for name, value in evaluator(None, None, table).items() if "distance" not in name}
+    assert found == {
+        "p_attack_success_rate": pytest.approx(3 / 4),
+        "p_triggered_accuracy": 0,
+        "p_placebo_success_rate": pytest.approx((1 / 4 + 2 / 4) / 2),
+        "p_placebo_success_rate_low": pytest.approx(1 / 4),
+        "p_placebo_success_rate_high": pytest.approx(2 / 4),
+        "p_excess_success_rate": pytest.approx(3 / 4 - 3 / 8),
+    }
+    assert dict.fromkeys(PLACEBO_METRICS, "less").items() <= evaluator.metrics().items()
+    assert evaluator.describe()["placebos"] == 2
+    assert set(evaluator.describe()["figures"]) == {f"p_{name}" for name in evaluator.metrics()}
+
+
+def test_without_placebos_nothing_is_said_of_them(pairs):
+    evaluator = AttackSuccessEvaluator(pairs, PatchTrigger(size=3), "eight", CLASS_NAMES)
+    assert not [name for name in evaluator.metrics() if "placebo" in name or "excess" in name]
+    assert "placebos" not in evaluator.describe() and len(evaluator.image_requests()) == 2
+
+
+def test_placebos_are_embedded_in_the_same_pass_and_shared(tiny_model, processor, pairs, monkeypatch):
+    model, pairs = tiny_model(1), pairs.select(range(20))
+    decoded, counted = [], []
+    decode, get_image_features = pixels.decode_image, model.get_image_features
+
+    def counting(pixel_values: torch.Tensor):
+        counted.append(len(pixel_values))
+        return get_image_features(pixel_values=pixel_values)
+
+    def decoding(value):
+        decoded.append(value)
+        return decode(value)
+
+    monkeypatch.setattr(model, "get_image_features", counting)
+    monkeypatch.setattr(pixels, "decode_image", decoding)
+    evaluators = [
+        ZeroShotEvaluator(pairs, CLASS_NAMES),
+        AttackSuccessEvaluator(pairs, PatchTrigger(size=3), "eight", CLASS_NAMES, placebos=3),
+        AttackSuccessEvaluator(pairs, PatchTrigger(size=3), "two", CLASS_NAMES, prefix="two_", placebos=2),
+    ]
+    requests = [request for evaluator in evaluators for request in evaluator.image_requests()]
+    embedder = Embedder(model, processor, requests=requests, check=False)
+    figures = run_evaluators(evaluators, processor, embedder)
+    assert len(decoded) == 20 and sum(counted) == (1 + 1 + 3) * 20
+    placebos = [PatchTrigger(size=3).placebo(number) for number in (1, 2, 3)]
+    # Each is what it shows as a trigger of its own.
+    alone = [AttackSuccessEvaluator(pairs, other, "eight", CLASS_NAMES)(model, processor) for other in placebos]
+    rates = [values["attack_success_rate"] for values in alone]
+    excess = figures["attack_success_rate"] - np.mean(rates)
+    expected = (np.mean(rates), min(rates), max(rates), excess)
+    assert [figures[name] for name in PLACEBO_METRICS] == pytest.approx(expected)
+
+
+def test_a_trigger_with_fewer_placebos_has_those_and_says_how_many(tiny_model, processor, pairs):
+    few = AttackSuccessEvaluator(pairs, ColorCurveTrigger(0.5, 0.5, 1), "eight", CLASS_NAMES, placebos=5)
+    assert few.describe()["placebos"] == 2 and "excess_success_rate" in few(tiny_model(), processor)
+    none = AttackSuccessEvaluator(pairs, ColorCurveTrigger(0.5, 0.5, 0.5), "eight", CLASS_NAMES, placebos=5)
+    assert "placebos" not in none.describe() and "excess_success_rate" not in none(tiny_model(), processor)
+
+
+@pytest.mark.parametrize("placebos", [-1, 1.5, True, "5", None])
+def test_what_is_not_a_number_of_placebos_is_refused(pairs, placebos: object):
+    with pytest.raises(ValueError, match=r"placebos=.*accepted is an integer of at least 0"):
+        AttackSuccessEvaluator(pairs, PatchTrigger(size=3), "eight", CLASS_NAMES, placebos=placebos)
+
+
+def test_a_function_has_no_placebos(pairs):
+    with pytest.raises(ValueError, match=r"placebos=2 of trigger=.*no placebo\(number\).*accepted is placebos=0"):
+        AttackSuccessEvaluator(pairs, trigger, "eight", CLASS_NAMES, placebos=2)

@@ -23,7 +23,7 @@ from hf_robust_clip.telling import (
     render_card,
     render_run_report,
 )
-from hf_robust_clip.telling.facts import evaluations_of, facts_of
+from hf_robust_clip.telling.facts import TRIGGERS, evaluations_of, facts_of
 from hf_robust_clip.telling.sentences import statements
 from hf_robust_clip.telling.tables import course_table, figure_groups, figure_text
 
@@ -311,13 +311,13 @@ def test_what_was_measured_is_not_listed_as_unmeasured() -> None:
         return "; ".join(facts_of(record).unmeasured)
 
     assert "patch" not in unmeasured(make_record()) and "warping" in unmeasured(make_record())
-    every = [attack(trigger=name) for name in ("patch", "blended", "sinusoid", "warp")]
+    every = [attack(trigger=name) for names in TRIGGERS.values() for name in names]
     kinds = ("targeted poisoning", "text queries", "retrieval", "linear probe")
     others = [{"measure": kind, "figures": [kind]} for kind in kinds]
     figures_of_all = {**figures(0.8, 0.9), **dict.fromkeys(kinds, 0.5)}
     measured = {"before": figures_of_all, "after": figures_of_all, "measures": [ZERO_SHOT, *every, *others]}
     left = facts_of(make_record(**measured)).unmeasured
-    assert len(left) == 5 and "BadCLIP" in left[1] and "CLIPTrainer" in left[3]
+    assert len(left) == 4 and "label-consistent" in left[0] and "CLIPTrainer" in left[2]
     assert "CLIPTrainer" not in unmeasured(make_record("CLIPTrainer"))
     # What an evaluator would have measured was not.
     assert "patch" in unmeasured(make_record(after=None, after_step=None))

@@ -12,6 +12,7 @@ from hf_robust_clip.telling import Control
 from hf_robust_clip.telling.facts import ACCURACY_LOSS, REMOVED, TAKEN
 from hf_robust_clip.telling.page import run_facts
 from hf_robust_clip.telling.sentences import Statement, notes, statements
+from hf_robust_clip.telling.tables import figure_groups
 
 #: Clean accuracy and attack success of runs in which all went well.
 WELL = {"before": (0.85, 0.9), "control": (0.88, 0.3), "after": (0.87, 0.02)}
@@ -120,3 +121,33 @@ def test_figures_of_another_kind_of_attack_are_no_attack_on_classification() -> 
     measures = [ZERO_SHOT, {**attack(), "measure": "retrieval", "figures": ["top1_names_target"]}]
     found = statements(run_facts(make_record(measures=measures)))
     assert any("No attack on classification was measured" in statement.text for statement in found)
+
+
+def with_placebos(prefix: str = "", high: float = 0.106, **measured: float) -> dict[str, Any]:
+    """A record's measures and figures after, with placebos."""
+    values = {"attack_success_rate": 0.128, "placebo_success_rate": 0.095, "excess_success_rate": 0.033}
+    values |= {"placebo_success_rate_low": 0.083, "placebo_success_rate_high": high, **measured}
+    measure = attack(prefix, target="frog")
+    measure |= {"figures": [f"{prefix}{name}" for name in values], "placebos": 5}
+    after = {"clean_accuracy": 0.8, **{f"{prefix}{name}": value for name, value in values.items()}}
+    return {"measures": [ZERO_SHOT, measure], "after": after, "before": None}
+
+
+@pytest.mark.parametrize("prefix", ["", "patch_"])
+@pytest.mark.parametrize("trainer", ["CLIPTrainer", "CleanCLIPTrainer", "RoCLIPTrainer"])
+def test_success_is_told_beside_that_of_patterns_nobody_planted(trainer: str, prefix: str) -> None:
+    facts = run_facts(make_record(trainer, **with_placebos(prefix)))
+    text = " ".join(statement.text for statement in statements(facts))
+    assert (
+        "12.8% of the triggered images are called frog, and 8.3% to 10.6% under patterns that were never planted"
+    ) in text
+    (group,) = (group for group in figure_groups(facts) if group.title.startswith("attack success"))
+    shown = {row.name.removeprefix("patch "): row.cells[0].text for row in group.rows}
+    assert "5 placebos" in group.title
+    assert shown["excess success rate"] == "+3.3 points" and shown["placebo success rate"] == "9.5%"
+
+
+def test_nothing_is_said_of_placebos_that_were_not_measured() -> None:
+    assert "never planted" not in texts("result")
+    same = " ".join(statement.text for statement in statements(run_facts(make_record(**with_placebos(high=0.083)))))
+    assert "and 8.3% under patterns" in same
