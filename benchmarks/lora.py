@@ -11,7 +11,6 @@ seed than those reported, with the blended trigger for both.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import tempfile
 import time
@@ -21,10 +20,10 @@ from typing import Any
 import torch
 from peft import LoraConfig
 
-from hf_robust_clip.cli.demo_recipe import CLEAN_SEED_OFFSET, Recipe
-from hf_robust_clip.cli.demo_steps import digit_evaluators, make_trigger, poison_digits
-from hf_robust_clip.cli.demo_trainers import make_trainer
+from hf_robust_clip.cli.demo_recipe import FINETUNING
+from hf_robust_clip.cli.demo_steps import digit_evaluators, make_trainer, make_trigger, poison_digits
 from hf_robust_clip.cli.progress import quiet_libraries
+from hf_robust_clip.cli.rows import CLEAN_SEED_OFFSET
 from hf_robust_clip.data.digits import digit_model, digit_processor, load_digit_pairs
 from hf_robust_clip.versions import versions
 
@@ -44,7 +43,7 @@ class Setting:
     """The demo's data and poisoned model of one seed."""
 
     def __init__(self, seed: int, folder: Path) -> None:
-        self.seed, self.folder, self.recipe = seed, folder, Recipe()
+        self.seed, self.folder, self.recipe = seed, folder, FINETUNING
         trigger, recipe = make_trigger("blended", seed), self.recipe
         pairs = load_digit_pairs("train", recipe.renderings, seed=seed)
         test = load_digit_pairs("test", seed=seed)
@@ -70,7 +69,7 @@ class Setting:
             adapters = LoraConfig(r=rank, lora_alpha=rank, target_modules=LINEAR, modules_to_save=PROJECTIONS)
         trainer = make_trainer(
             "cleanclip",
-            dataclasses.replace(self.recipe, finetune_learning_rate=learning_rate),
+            self.recipe.with_arguments(finetuning={"learning_rate": learning_rate}),
             self.folder,
             self.seed,
             model=self.start,

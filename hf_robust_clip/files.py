@@ -53,16 +53,17 @@ def check_pulled(folder: str | os.PathLike[str]) -> None:
     for path in sorted(Path(folder).glob("*")):
         # Beside safetensors, other weights are not read, and often are left out on purpose.
         read = path.suffix in (".safetensors", ".json", ".txt", ".model") or (path.suffix == ".bin" and not weights)
-        if read and is_pointer(path):
+        if read:
+            check_pointer(path)
+
+
+def check_pointer(path: Path) -> None:
+    """`ValueError` for a file that is a pointer of Git LFS. A path without a file passes."""
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
             raise ValueError(
                 f"{shortened(str(path), 200)} is a pointer of Git LFS in place of the file: run `git lfs pull` in its "
                 "folder, or download it again"
             )
-
-
-def is_pointer(path: Path) -> bool:
-    """Whether a file is a pointer of Git LFS."""
-    if not path.is_file():
-        return False
-    with path.open("rb") as file:
-        return file.read(len(_LFS_POINTER)) == _LFS_POINTER

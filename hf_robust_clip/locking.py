@@ -52,14 +52,14 @@ def sole_writer(folder: Path, argument: str, work: str, wait: bool = False) -> I
         `OSError`: If the folder cannot be made.
     """
     held: set[tuple[int, Path]] = _own.__dict__.setdefault("held", set())
-    given, folder = str(folder), folder.resolve()
+    label, folder = f"{argument}={shown(str(folder))}", folder.resolve()
     place = os.getpid(), folder  # a forked process has what its parent noted, and not the lock
     if place in held:
         yield
         return
     made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    lock = _locked(folder, f"{argument}={shown(given)}", work, wait)
+    lock = _locked(folder, label, work, wait)
     held.add(place)
     try:
         yield
@@ -75,7 +75,7 @@ def sole_writer(folder: Path, argument: str, work: str, wait: bool = False) -> I
                 folder.rmdir()
 
 
-def _locked(folder: Path, given: str, work: str, wait: bool) -> Any:
+def _locked(folder: Path, label: str, work: str, wait: bool) -> Any:
     """The lock, held; `None` where there can be none."""
     lock = FileLock(folder / LOCK_FILE)
     try:
@@ -87,11 +87,11 @@ def _locked(folder: Path, given: str, work: str, wait: bool) -> Any:
                 holder = _holder(folder)
                 # It says nothing of itself while it begins or ends.
                 if not wait or holder.get("work", work) != work:
-                    raise FolderInUseError(_refusal(given, holder)) from None
+                    raise FolderInUseError(_refusal(label, holder)) from None
     # NotImplementedError: of a system without locks, in some versions of filelock.
     except (OSError, NotImplementedError) as error:
         logger.warning(
-            f"{given} cannot be locked: {error}. Nothing keeps another process from writing "
+            f"{label} cannot be locked: {error}. Nothing keeps another process from writing "
             "there as well: give each one a folder of its own"
         )
         return None
@@ -115,10 +115,10 @@ def _holder(folder: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _refusal(given: str, holder: dict[str, Any]) -> str:
+def _refusal(label: str, holder: dict[str, Any]) -> str:
     who = str(holder.get("work", "another process"))
     if "process" in holder:
         who += f": process {holder['process']} on {holder.get('host')}, since {holder.get('since')}"
     return (
-        f"{given} is being written to by {who}. Give another folder, or wait until that process has ended, or end it"
+        f"{label} is being written to by {who}. Give another folder, or wait until that process has ended, or end it"
     )

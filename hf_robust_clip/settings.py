@@ -61,8 +61,8 @@ def read_settings(path: Path) -> Any:
         path (`Path`): Of a file in UTF-8, of at most [`LARGEST`] bytes.
 
     Raises:
-        `ValueError`: If it is no such file. The message has the line's number, and nothing of the line, in which a
-            token may stand.
+        `ValueError`: If it is not such a file. The message has the number of the line, but not the line: a token may
+            stand in it.
         `OSError`: If it cannot be read.
     """
     return _loaded(path, _content(path), _Loader)
@@ -80,16 +80,16 @@ def _loaded(path: Path, content: bytes, loader: type[_Loader]) -> Any:
     try:
         return yaml.load(content.decode(), Loader=loader)  # nosec B506 # derives from SafeLoader
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no YAML: it is not text") from error
+        raise ValueError(f"{path} is not YAML: it is not text") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark is not None else ""
-        raise ValueError(f"{path} is no YAML{where}: {getattr(error, 'problem', None) or 'it is not text'}") from error
+        raise ValueError(
+            f"{path} is not YAML{where}: {getattr(error, 'problem', None) or 'it is not text'}"
+        ) from error
     except RecursionError as error:
-        raise ValueError(f"{path} is no YAML of settings: its entries are nested too deeply") from error
+        raise ValueError(f"{path} is not YAML of settings: its entries are nested too deeply") from error
     # A date such as 2001-99-99, or an integer of thousands of digits: YAML passes the error on as it is; and it trips
     # over a value that does not fit the type that is written before it, such as "!!bool maybe" or "!!int ''".
     except (ValueError, OverflowError, LookupError, AttributeError) as error:
-        raise ValueError(
-            f"{path} is no YAML: one of its values is no number or date of the form that it has"
-        ) from error
+        raise ValueError(f"{path} is not YAML: a value has the form of a number or a date, but is not one") from error

@@ -19,10 +19,10 @@ import torch
 from datasets import Dataset
 
 from hf_robust_clip import CLIPTrainer
-from hf_robust_clip.cli.demo_recipe import CLEAN_SEED_OFFSET, PRETRAINING, Recipe
-from hf_robust_clip.cli.demo_steps import digit_evaluators, make_trigger, poison_digits
-from hf_robust_clip.cli.demo_trainers import make_trainer
+from hf_robust_clip.cli.demo_recipe import PRETRAINING, Recipe
+from hf_robust_clip.cli.demo_steps import digit_evaluators, make_trainer, make_trigger, poison_digits
 from hf_robust_clip.cli.progress import quiet_trainers
+from hf_robust_clip.cli.rows import CLEAN_SEED_OFFSET
 from hf_robust_clip.data.digits import digit_model, digit_processor, load_digit_pairs
 from hf_robust_clip.record import RunRecord
 from hf_robust_clip.telling import render_card

@@ -674,17 +674,12 @@ def outline(card: str) -> list[str]:
 
 @pytest.mark.training
 def test_a_new_run_gives_cards_of_the_same_structure(script: ModuleType, tmp_path: Path) -> None:
-    recipe = dataclasses.replace(
-        script.PRETRAINING,
-        renderings=1,
-        poison_rate=0.1,
-        pretrain_epochs=3,
-        finetune_epochs=2,
-        roclip_pool_size=32,
-        roclip_matching_start_epoch=1,
-        safeclip_warmup_unimodal_epochs=1,
-        safeclip_warmup_cross_epochs=1,
-        safeclip_pool_size=32,
+    recipe = dataclasses.replace(script.PRETRAINING, renderings=1, poison_rate=0.1).with_arguments(
+        pretraining={"num_train_epochs": 3},
+        finetuning={"num_train_epochs": 2},
+        # 20 steps are ten epochs of 64 pairs: one epoch's steps in place of them.
+        roclip={"pool_size": 32, "matching_start_epoch": 1, "steps_per_matching_epoch": 2},
+        safeclip={"warmup_unimodal_epochs": 1, "warmup_cross_epochs": 1, "unimodal_pool_size": 32},
     )
     script.train(tmp_path, recipe, pairs=64)
     script.write(tmp_path)

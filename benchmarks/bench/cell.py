@@ -13,16 +13,16 @@ from typing import Any
 
 import torch
 from datasets import Dataset, concatenate_datasets
-from transformers import PrinterCallback, set_seed
+from transformers import set_seed
 
-from hf_robust_clip import ImageAugmentation, PairSimilarityCallback, SafeCLIPTrainer
+from hf_robust_clip import PairSimilarityCallback, SafeCLIPTrainer
 from hf_robust_clip.cli.progress import quiet_libraries, quiet_trainers
+from hf_robust_clip.cli.rows import row_trainer
 from hf_robust_clip.columns import POISONED
 from hf_robust_clip.data.images import ImagePreprocessor
 from hf_robust_clip.evaluation.embedding import Embedder
 from hf_robust_clip.evaluation.running import run_evaluators
 from hf_robust_clip.models import load_dual_encoder, load_processor
-from hf_robust_clip.trainers.defended import TRAINERS
 from hf_robust_clip.versions import versions
 
 from .attack import Planted, plant
@@ -175,28 +175,18 @@ def _train(cell: Cell, model: Any, processor: Any, material: Material, planted: 
     """Train and save model, processor and last of all the note that this is done."""
     shutil.rmtree(folder, ignore_errors=True)
     settings, study = cell.settings(), cell.study
-    trainer_class = TRAINERS[ROWS[cell.row].trainer]
-    arguments = {
-        "output_dir": str(folder),
-        "image_column": study.image_column,
-        "caption_column": study.caption_column,
-        "logging_strategy": "epoch",
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "seed": cell.seed,
-    }
-    augmentation = settings["image_augmentation"]
     pairs = planted.pairs if cell.start is None else _clean_pairs(cell, material, planted)
     set_seed(cell.seed)
-    trainer = trainer_class(
-        model,
-        trainer_class.args_class(**(arguments | settings["arguments"])),
+    trainer = row_trainer(
+        ROWS[cell.row].trainer,
+        folder,
+        cell.seed,
+        {"image_column": study.image_column, "caption_column": study.caption_column, **settings["arguments"]},
+        settings["image_augmentation"],
+        model=model,
         train_dataset=pairs,
         processing_class=processor,
-        image_augmentation="identity" if augmentation is None else ImageAugmentation(**augmentation),
     )
-    trainer.remove_callback(PrinterCallback)
     similarities = None
     if cell.follow:
         similarities = PairSimilarityCallback(planted.pairs, study.image_column, study.caption_column)

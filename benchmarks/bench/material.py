@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from datasets import ClassLabel, Dataset
 
+from hf_robust_clip.cli.rows import CLEAN_SEED_OFFSET
 from hf_robust_clip.data import digits
 from hf_robust_clip.data.loading import label_by_captions, load_pairs
 from hf_robust_clip.data.scratch import build_model, build_processor
@@ -20,8 +21,6 @@ from hf_robust_clip.seeding import derive_seed
 
 from .study import DIGITS, Study
 
-#: The clean digits are rendered under another seed than the poisoned ones: new places, noise and captions.
-CLEAN_SEED_OFFSET = 1000
 #: The cells of a seed share their digits.
 _digits = lru_cache(maxsize=8)(digits.load_digit_pairs)
 
@@ -56,7 +55,7 @@ def load_material(study: Study, data: Path | None, seed: int) -> Material:
     The study's datasets. Photos are the same under every seed; digits are rendered, and captions drawn, under it.
 
     Raises:
-        `ValueError`: If the study needs files and `data` is no folder that has them.
+        `ValueError`: If the study needs files and `data` is not a folder that has them.
     """
     if study.source == DIGITS:
         pairs = _digits("train", study.renderings, seed)

@@ -10,31 +10,12 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from hf_robust_clip.cli.rows import Row, row_arguments, row_augmentation
 from hf_robust_clip.settings import read_settings
 
 STUDIES = Path(__file__).parents[1] / "studies"
 #: What the embedded dataset is called in place of files.
 DIGITS = "digits"
-
-
-@dataclass(frozen=True)
-class Row:
-    """
-    A row of the table: how a model comes about.
-
-    Args:
-        title (`str`): What the table calls it.
-        trainer (`str`): Of `DEFENCES`, such as `clip`.
-        start (`str`, *optional*): The row whose model it starts from, on clean pairs; `None`: from an untrained model,
-            or that of the study, on poisoned pairs.
-        control (`str`, *optional*): The row that differs from it in the method alone: its settings are this row's too,
-            but for those of its own.
-    """
-
-    title: str
-    trainer: str
-    start: str | None = None
-    control: str | None = None
 
 
 ROWS: dict[str, Row] = {
@@ -144,16 +125,11 @@ class Study:
 
     def row_arguments(self, row: str) -> dict[str, Any]:
         """The training arguments of a row, those of its phase and its control included."""
-        control = ROWS[row].control
-        phase = "finetuning" if ROWS[row].start else "pretraining"
-        inherited = self.row_arguments(control) if control else {**self.arguments.get("all", {})}
-        return inherited | ({} if control else dict(self.arguments.get(phase, {}))) | dict(self.arguments.get(row, {}))
+        return row_arguments(ROWS, self.arguments, row)
 
     def row_augmentation(self, row: str) -> dict[str, Any] | None:
         """The image augmentation of a row: its own or its control's."""
-        control = ROWS[row].control
-        own = self.image_augmentation.get(row)
-        return dict(own) if own is not None else self.row_augmentation(control) if control else None
+        return row_augmentation(ROWS, self.image_augmentation, row)
 
     def rates(self, row: str) -> list[float]:
         """The learning rates that the search tries for a row."""
@@ -169,7 +145,7 @@ def load_study(name: str) -> Study:
         name (`str`): One of `benchmarks/studies`, without its ending, or the path of a YAML file.
 
     Raises:
-        `ValueError`: If there is no such file, or it holds a field that studies lack.
+        `ValueError`: If there is no such file, or it holds what is not a field of a study.
     """
     path = Path(name) if Path(name).suffix in (".yaml", ".yml") else STUDIES / f"{name}.yaml"
     if not path.is_file():

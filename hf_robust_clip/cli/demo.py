@@ -3,35 +3,24 @@
 from __future__ import annotations
 
 import argparse
-import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..files import write_text
 from ..locking import sole_writer
 from ..wording import listed, shown
 from .demo_recipe import (
-    CONTROLS,
     DEFENCES,
-    LABELS,
+    FINETUNING,
     MANIFEST,
+    PRETRAINING,
+    QUICK,
     RESULTS,
     TRIGGERS,
     Recipe,
-    default_recipe,
     reports,
     title_of,
 )
-from .output import (
-    UsageError,
-    check_output_dir,
-    format_table,
-    prepare_output_dir,
-    say,
-    with_folder,
-    write_json,
-)
+from .output import UsageError, output_folder, say
 
 
 def add_parser(commands: Any) -> None:
@@ -42,23 +31,18 @@ def add_parser(commands: Any) -> None:
         description="Train a small CLIP on poisoned pairs of digits and captions, defend it, measure the attack with "
         "and without the defence, and write a report. Nothing is downloaded.",
     )
-    parser.add_argument(
-        "--output-dir", type=Path, required=True, help="folder for report.html, results.json and the checkpoints"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("--output-dir", type=Path, required=True, help="folder for report.html, results.json and the checkpoints")
+    add(
         "--defence",
         choices=list(DEFENCES),
         default="cleanclip",
         help="cleanclip: fine-tune the poisoned model on clean pairs; roclip, safeclip: pre-train on the poisoned "
         "pairs in a way that resists them; all: all three, against one poisoned model (default: cleanclip)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the data, the trigger and training (default: 0)")
-    parser.add_argument(
-        "--trigger", choices=list(TRIGGERS), default="blended", help="the backdoor's trigger (default: blended)"
-    )
-    parser.add_argument(
-        "--quick", action="store_true", help="only see that it runs, in under a minute: the figures mean little"
-    )
+    add("--seed", type=int, default=0, help="of the data, the trigger and training (default: 0)")
+    add("--trigger", choices=list(TRIGGERS), default="blended", help="the backdoor's trigger (default: blended)")
+    add("--quick", action="store_true", help="only see that it runs, in under a minute: the figures mean little")
     parser.set_defaults(run=run)
 
 
@@ -66,18 +50,6 @@ def run(args: argparse.Namespace) -> int:
     """Run the sub-command as its arguments say."""
     run_demo(args.output_dir, seed=args.seed, trigger_name=args.trigger, quick=args.quick, defence=args.defence)
     return 0
-
-
-def results_table(results: Mapping[str, Any]) -> list[list[str]]:
-    """The figures of the models as text, a row of headings first."""
-    rows = [["", "clean accuracy", "attack success", "triggered accuracy", "trigger distance", "seconds"]]
-    for model, label in LABELS.items():
-        if model in results:
-            figures = results[model]
-            shares = (figures[name] for name in ("clean_accuracy", "attack_success_rate", "triggered_accuracy"))
-            numbers = (f"{figures['trigger_distance']:.2f}", f"{figures['seconds']:.0f}")
-            rows.append([label, *(f"{share:.1%}" for share in shares), *numbers])
-    return rows
 
 
 def run_demo(
@@ -89,16 +61,14 @@ def run_demo(
     defence: str = "cleanclip",
 ) -> dict[str, Any]:
     """
-    Run the demo, print its course and its outcome, and write its files.
+    Run the demo, print what it does and what came of it, and write its files.
 
     Args:
-        output_dir (`Path`): Gets `report.html` (of all defences a `report-DEFENCE.html` each), `results.json`,
-            `poison_manifest.json` and a checkpoint for each model
-            of the defence, under its name in `DEFENCES`. Those there from an earlier demo are replaced; other files
-            stay.
+        output_dir (`Path`): Gets the [`reports`], `results.json`, `poison_manifest.json` and a folder for each model
+            of the defence. Those there from an earlier demo are replaced; other files stay.
         seed (`int`): Of the data, the trigger and training, in [0, 2**32).
         trigger_name (`str`): One of `TRIGGERS`.
-        recipe ([`Recipe`], *optional*): The numbers; by default those of [`default_recipe`].
+        recipe ([`Recipe`], *optional*): The numbers; by default those that suit the defence.
         quick (`bool`): Whether the outcome is to be labelled as that of a quick run.
         defence (`str`): One of `DEFENCES`.
 
@@ -118,12 +88,23 @@ def run_demo(
     if not 0 <= seed < 2**32:
         raise UsageError(f"--seed: {seed} is not a seed; accepted is an integer from 0 to 2**32 - 1")
     check_report_extra()
-    written: Any = {"files": (MANIFEST, RESULTS, *reports(defence)), "folders": DEFENCES[defence]}
-    check_output_dir(output_dir, **written)
-    with with_folder(output_dir, sole_writer(output_dir, "--output-dir", "a demo")):
-        _check_folder(output_dir, [*written["files"], *written["folders"]])
-        prepare_output_dir(output_dir, **written)
-        return _run(output_dir, seed, trigger_name, recipe, quick, defence)
+    files, folders = (MANIFEST, RESULTS, *reports(defence)), DEFENCES[defence]
+    with output_folder(output_dir, sole_writer(output_dir, "--output-dir", "a demo"), files, folders):
+        _check_folder(output_dir, [*files, *folders])
+        say(title_of(defence))
+        if quick:
+            say(
+                "QUICK RUN: the models are hardly trained and the figures mean little; "
+                "leave out --quick for real ones."
+            )
+        # What follows imports torch and transformers, which takes seconds: these lines are read by then.
+        from .demo_steps import run_steps
+        from .progress import quiet_libraries
+
+        if recipe is None:
+            recipe = QUICK if quick else FINETUNING if defence == "cleanclip" else PRETRAINING
+        with quiet_libraries():
+            return run_steps(output_dir, seed, trigger_name, recipe, quick, defence)
 
 
 def _check_folder(folder: Path, written: list[str]) -> None:
@@ -135,45 +116,3 @@ def _check_folder(folder: Path, written: list[str]) -> None:
             f"--output-dir: {folder} holds {listed(foreign)}, which no demo wrote, and which this one would replace: "
             "give another folder"
         )
-
-
-def _run(
-    output_dir: Path, seed: int, trigger_name: str, recipe: Recipe | None, quick: bool, defence: str
-) -> dict[str, Any]:
-    """As [`run_demo`], with the folder to itself."""
-    from ..telling import render_run_report
-    from ..telling.page import run_facts
-    from ..telling.sentences import statements
-
-    started = time.perf_counter()
-    say(title_of(defence))
-    if quick:
-        say("QUICK RUN: the models are hardly trained and the figures mean little; leave out --quick for real ones.")
-    # What follows imports torch and transformers, which takes seconds: whoever waits has read the first lines by then.
-    from .progress import quiet_libraries
-
-    with quiet_libraries():
-        from .demo_steps import Demo, make_trigger
-        from .demo_study import study_of
-
-        recipe = recipe or default_recipe(defence, quick)
-        demo = Demo(output_dir, seed, make_trigger(trigger_name, seed), recipe, defence)
-        demo.run()
-    results = demo.results(quick, seconds=time.perf_counter() - started)
-    write_json(output_dir / RESULTS, results)
-    say("\nResults" + (" (quick run: they mean little)" if quick else ""))
-    for line in format_table(results_table(results)):
-        say(f"  {line}")
-    flags = f"--defence {defence} --seed {seed} --trigger {trigger_name}{' --quick' if quick else ''}"
-    for name, of in reports(defence).items():
-        record, pictures = demo.runs[of].record, demo.runs[of].pictures
-        controls = [demo.runs[control] for control in CONTROLS[of]]
-        say(f"\n{LABELS[of]}" if defence == "all" else "")
-        for statement in statements(run_facts(record, controls)):
-            say(f"{'-' if statement.kind == 'result' else '!'} {statement.text}")
-        study = study_of(
-            demo, of, quick, f"hf-robust-clip demo --output-dir {output_dir.name or 'demo-output'} {flags}"
-        )
-        write_text(output_dir / name, render_run_report(record, pictures, controls, study))
-        say(f"\nReport: {output_dir / name}")
-    return results

@@ -1,13 +1,12 @@
-"""The steps of the demo: poison, pre-train, defend, measure."""
+"""The steps of the demo, as a script: poison, pre-train, defend, measure, report."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import time
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from transformers import CLIPModel
 
 from ..attacks.poisoning import poison_dataset
 from ..attacks.spec import PoisonSpec
@@ -15,26 +14,156 @@ from ..attacks.triggers import Trigger, trigger_from_name
 from ..data.digits import CAPTION_TEMPLATES, CLASS_NAMES, digit_model, digit_processor, load_digit_pairs
 from ..evaluation.attack_success import AttackSuccessEvaluator
 from ..evaluation.zero_shot import ZeroShotEvaluator
-from ..telling import Control, PoisonedPair
-from ..telling.sentences import notes
-from ..trainers.defended import RoCLIPTrainer, SafeCLIPTrainer
+from ..record import RunRecord
+from ..telling import Control, PoisonedPair, Study
+from ..telling.page import run_facts
+from ..telling.sentences import notes, statements
+from ..trainers.defended import SafeCLIPTrainer
+from ..trainers.trainer import CLIPTrainer
 from ..versions import versions
-from .demo_recipe import CLEAN_SEED_OFFSET, DEFENCES, LABELS, MANIFEST, RESULTS, TRIGGERS, Recipe, reports
-from .demo_trainers import FINE_TUNED, make_trainer, matching_record
-from .output import say, write_json
-from .progress import quiet_trainers
+from .demo_recipe import (
+    CONTROLS,
+    DEFENCES,
+    LIMITS,
+    MANIFEST,
+    MODELS,
+    RESULTS,
+    TRIGGERS,
+    Recipe,
+    reports,
+    title_of,
+)
+from .output import format_table, say, write_json
+from .progress import progress_callback, quiet_trainers
+from .rows import CLEAN_SEED_OFFSET, row_arguments, row_augmentation, row_trainer
 
-MEASURES = ("clean_accuracy", "attack_success_rate", "triggered_accuracy", "trigger_distance")
-FOLLOWED = ("clean_accuracy", "attack_success_rate")
-#: Pairs of a kind that the report shows.
-SHOWN = 4
-#: Fields of the recipe that only some models use, by their prefix.
-PARTIAL_FIELDS = {
-    ("finetune_", "image_", "unimodal_", "text_"): "cleanclip",
-    ("defence_",): "augmentation",
-    ("roclip_",): "roclip",
-    ("safeclip_",): "safeclip",
-}
+SHARES = ("clean_accuracy", "attack_success_rate", "triggered_accuracy")
+#: What is kept of RoCLIP's log of an epoch; the last four are there in epochs with matching steps only.
+MATCHING_FIELDS = (
+    *("clean_pair_similarity", "poisoned_pair_similarity", "distinct_matches", "largest_match_share"),
+    *("match_similarity", "poisoned_match_adversarial"),
+)
+
+
+def run_steps(folder: Path, seed: int, trigger_name: str, recipe: Recipe, quick: bool, defence: str) -> dict[str, Any]:
+    """Run the demo, as [`run_demo`] says, in a folder that it has to itself."""
+    started = time.perf_counter()
+    models = DEFENCES[defence]
+    total = 1 + len(models)
+
+    say(f"\n[1/{total}] Poison the training pairs")
+    trigger, target, processor = make_trigger(trigger_name, seed), recipe.target, digit_processor()
+    clean, test = load_digit_pairs("train", recipe.renderings, seed=seed), load_digit_pairs("test", seed=seed)
+    poisoned, manifest = poison_digits(clean, trigger, recipe, seed)
+    # From here on the folder's files are this run's: none of an earlier one is to pass for it.
+    for name in (RESULTS, *reports(defence)):
+        (folder / name).unlink(missing_ok=True)
+    write_json(folder / MANIFEST, manifest)
+    counts = manifest["counts"]
+    count, pairs, share = counts["count"], counts["dataset_length"], f"{counts['rate']:.1%}"
+    poisoning = f"{count} of {pairs} pairs ({share}) get the {trigger_name} trigger and a caption that says {target!r}"
+    say(f"  {poisoning}")
+    evaluators = digit_evaluators(test, trigger, target)
+    attacked = evaluators[1].attacked_images
+    say(f"  {len(test)} test images, {attacked} of them no {target!r}: those are attacked")
+    announced = _announcements(recipe, pairs)
+
+    trainers: dict[str, CLIPTrainer] = {}
+    results: dict[str, Any] = {}
+    curves: dict[str, list[dict[str, float]]] = {}
+    details: dict[str, list[dict[str, Any]]] = {}  # what RoCLIP and SafeCLIP noted down
+    to_clean_with = None
+    if "cleanclip" in models:
+        to_clean_with = load_digit_pairs("train", recipe.renderings, seed=seed + CLEAN_SEED_OFFSET)
+    for step, name in enumerate(models, 2):
+        say(f"\n[{step}/{total}] {announced[name]}")
+        start = MODELS[name].start
+        trainers[name] = trainer = make_trainer(
+            name,
+            recipe,
+            folder / name,
+            seed,
+            model=digit_model(seed) if start is None else str(folder / start),
+            train_dataset=poisoned if start is None else to_clean_with,
+            processing_class=processor,
+            evaluators=evaluators,
+        )
+        with quiet_trainers():
+            runtime = trainer.train().metrics["train_runtime"]
+        trainer.unwrapped_model.save_pretrained(folder / name)
+        processor.save_pretrained(folder / name)
+        evaluations = [entry for entry in trainer.state.log_history if "eval_runtime" in entry]
+        curves[name] = [
+            {"epoch": entry["epoch"], **{figure: entry[f"eval_{figure}"] for figure in SHARES[:2]}}
+            for entry in evaluations
+        ]
+        record = trainer.record()
+        assert record.after is not None  # evaluated after each epoch
+        figures: dict[str, Any] = {figure: record.after[figure] for figure in (*SHARES, "trigger_distance")}
+        # The evaluations are for the curves; the time of a method is that of its training.
+        figures["seconds"] = runtime - sum(entry["eval_runtime"] for entry in evaluations)
+        results[name] = figures
+        accuracy, success = (f"{figures[figure]:.1%}" for figure in SHARES[:2])
+        say(f"  clean accuracy {accuracy}, attack success {success}, {figures['seconds']:.0f} s of training")
+        for note in notes(record):
+            say(f"  {note.text}")
+        if name == "roclip":
+            details["matching"] = _matching(record)
+        elif isinstance(trainer, SafeCLIPTrainer):
+            details["splits"] = trainer.splits.to_list()
+
+    results["setup"] = {
+        "defence": defence,
+        "seed": seed,
+        "trigger": trigger.to_dict(),
+        "target": target,
+        "pairs": pairs,
+        "poisons": count,
+        "poison_rate": counts["rate"],
+        "test_images": len(test),
+        "attacked_images": attacked,
+        "recipe": {
+            "renderings": recipe.renderings,
+            "arguments": {name: row_arguments(MODELS, recipe.arguments, name) for name in models},
+            "image_augmentation": recipe.image_augmentation,
+        },
+        "quick": quick,
+        "versions": versions(),
+        "seconds": time.perf_counter() - started,
+    }
+    results |= {"curves": curves, **details}
+    write_json(folder / RESULTS, results)
+    say("\nResults" + (" (quick run: they mean little)" if quick else ""))
+    for line in format_table(results_table(results)):
+        say(f"  {line}")
+
+    flags = f"--defence {defence} --seed {seed} --trigger {trigger_name}{' --quick' if quick else ''}"
+    shown = [
+        PoisonedPair(poisoned[row]["image"], clean[row]["caption"], poisoned[row]["caption"])
+        for row in manifest["indices"][:4]
+    ]
+    controls = {
+        name: Control(MODELS[name].title, trainer.record(), trainer.pictures())
+        for name, trainer in trainers.items()
+        if name not in CONTROLS
+    }
+    for file, name in reports(defence).items():
+        others = [controls[control] for control in CONTROLS[name]]
+        say(f"\n{MODELS[name].title}" if defence == "all" else "")
+        for statement in statements(run_facts(trainers[name].record(), others)):
+            say(f"{'-' if statement.kind == 'result' else '!'} {statement.text}")
+        steps = [
+            f"{poisoning}.",
+            *(f"{announced[model]}." for model in (*CONTROLS[name], name)),
+            f"Measure all on {len(test)} digits that no training saw. Attack the {attacked} that are not “{target}”.",
+            f"To do it again: hf-robust-clip demo --output-dir {folder.name or 'demo-output'} {flags}. Beside this "
+            f"file, {RESULTS} has every figure, {MANIFEST} every poison, and a folder for each model its weights.",
+        ]
+        banner = "Quick run: the models are hardly trained, and the figures mean little." if quick else None
+        study = Study(title_of(name), steps, [*LIMITS[name], *LIMITS["all"]], shown, banner)
+        trainers[name].save_report(folder / file, controls=others, study=study)
+        say(f"\nReport: {folder / file}")
+    return results
 
 
 def make_trigger(name: str, seed: int) -> Trigger:
@@ -58,145 +187,63 @@ def digit_evaluators(test: Dataset, trigger: Trigger, target: str) -> tuple[Zero
     )
 
 
-class Demo:
-    """
-    The demo's data and evaluators, and what its steps leave behind.
+def make_trainer(name: str, recipe: Recipe, folder: Path, seed: int, **parts: Any) -> CLIPTrainer:
+    """The trainer of one of `MODELS`, evaluated after each epoch; `parts` are model, data and evaluators."""
+    arguments = row_arguments(MODELS, recipe.arguments, name)
+    if name == "roclip":
+        arguments["adversarial_phrase"] = recipe.target
+    trainer = row_trainer(
+        MODELS[name].trainer,
+        folder,
+        seed,
+        {"per_device_eval_batch_size": 256, "eval_strategy": "epoch", "eval_on_start": True, **arguments},
+        row_augmentation(MODELS, recipe.image_augmentation, name),
+        **parts,
+    )
+    # What the steps print tells enough, unless one takes minutes.
+    shown = {"eval_clean_accuracy": "clean", "eval_attack_success_rate": "ASR"}
+    trainer.add_callback(progress_callback(trainer.recent_loss, shown, indent="  ", brief=True))
+    return trainer
 
-    Args:
-        folder (`Path`): For the checkpoints and the manifest.
-        seed (`int`): Of the data and of training.
-        trigger ([`Trigger`]): The backdoor's.
-        recipe ([`Recipe`]): The numbers.
-        defence (`str`): One of `DEFENCES`.
-    """
 
-    def __init__(self, folder: Path, seed: int, trigger: Trigger, recipe: Recipe, defence: str) -> None:
-        self.folder, self.seed, self.trigger, self.recipe, self.defence = folder, seed, trigger, recipe, defence
-        self.models = DEFENCES[defence]
-        self.test = load_digit_pairs("test", seed=seed)
-        self.processor = digit_processor()
-        zero_shot, self.attack = digit_evaluators(self.test, trigger, recipe.target)
-        self.evaluators: list[Any] = [zero_shot, self.attack]
-        self.manifest: dict[str, Any] = {}
-        self.pairs: list[PoisonedPair] = []
-        self.figures: dict[str, dict[str, float | None]] = {}
-        self.curves: dict[str, list[dict[str, float]]] = {}
-        #: What RoCLIP and SafeCLIP noted down, as in `results.json`.
-        self.records: dict[str, list[dict[str, Any]]] = {}
-        #: Each model's run, under its name.
-        self.runs: dict[str, Control] = {}
+def results_table(results: dict[str, Any]) -> list[list[str]]:
+    """The figures of the models as text, a row of headings first."""
+    rows = [["", "clean accuracy", "attack success", "triggered accuracy", "trigger distance", "seconds"]]
+    for name, figures in results.items():
+        if name in MODELS:
+            numbers = (f"{figures['trigger_distance']:.2f}", f"{figures['seconds']:.0f}")
+            rows.append([MODELS[name].title, *(f"{figures[share]:.1%}" for share in SHARES), *numbers])
+    return rows
 
-    def run(self) -> None:
-        """All steps, one after the other."""
-        steps = 1 + len(self.models)
-        say(f"\n[1/{steps}] Poison the training pairs")
-        poisoned = self._poison()
-        counts = self.manifest["counts"]
-        say(
-            f"  {counts['count']} of {counts['dataset_length']} pairs ({counts['rate']:.1%}) get the "
-            f"{self.trigger.name} trigger and a caption that says {self.recipe.target!r}"
-        )
-        attacked, target = self.attack.attacked_images, self.recipe.target
-        say(f"  {len(self.test)} test images, {attacked} of them no {target!r}: those are attacked")
-        clean: Dataset | None = None
-        for step, name in enumerate(self.models, 2):
-            if name in FINE_TUNED and clean is None:
-                clean = load_digit_pairs("train", self.recipe.renderings, seed=self.seed + CLEAN_SEED_OFFSET)
-            say(f"\n[{step}/{steps}] {self._announcement(name, len(poisoned))}")
-            if clean is not None and name in FINE_TUNED:
-                self._train(name, str(self.folder / "poisoned"), clean)
-            else:
-                self._train(name, digit_model(self.seed), poisoned)
 
-    def _announcement(self, name: str, pairs: int) -> str:
-        recipe = self.recipe
-        return {
-            "poisoned": f"Pre-train an undefended CLIP on them, {recipe.pretrain_epochs} epochs",
-            "finetuned": f"Fine-tune it plainly on {pairs} clean pairs, {recipe.finetune_epochs} epochs: the control",
-            "cleanclip": f"Fine-tune it with CleanCLIP on the same pairs, {recipe.finetune_epochs} epochs",
-            "augmentation": "Pre-train anew on the poisoned pairs with augmentation alone, "
-            f"{recipe.pretrain_epochs} epochs: the control",
-            "roclip": f"Pre-train anew with RoCLIP, the same augmentation, {recipe.pretrain_epochs} epochs, "
-            f"matching from epoch {recipe.roclip_matching_start_epoch + 1} on",
-            "safeclip": f"Pre-train anew with SafeCLIP, the same augmentation, {recipe.pretrain_epochs} epochs, "
-            f"{recipe.safeclip_warmup_unimodal_epochs + recipe.safeclip_warmup_cross_epochs} of them warm-up",
-        }[name]
-
-    def _poison(self) -> Dataset:
-        clean = load_digit_pairs("train", self.recipe.renderings, seed=self.seed)
-        poisoned, self.manifest = poison_digits(clean, self.trigger, self.recipe, self.seed)
-        # From here on the folder's files are this run's: none of an earlier one is to pass for it.
-        for name in (RESULTS, *reports(self.defence)):
-            (self.folder / name).unlink(missing_ok=True)
-        write_json(self.folder / MANIFEST, self.manifest)
-        for index in self.manifest["indices"][:SHOWN]:
-            row = poisoned[index]
-            self.pairs.append(PoisonedPair(row["image"], clean[index]["caption"], row["caption"]))
-        return poisoned
-
-    def _train(self, name: str, model: str | CLIPModel, pairs: Dataset) -> None:
-        trainer = make_trainer(
-            name,
-            self.recipe,
-            self.folder / name,
-            self.seed,
-            model=model,
-            train_dataset=pairs,
-            processing_class=self.processor,
-            evaluators=self.evaluators,
-        )
-        with quiet_trainers():
-            runtime = trainer.train().metrics["train_runtime"]
-        trained = trainer.unwrapped_model
-        trained.save_pretrained(self.folder / name)
-        self.processor.save_pretrained(self.folder / name)
-        evaluations = [entry for entry in trainer.state.log_history if "eval_runtime" in entry]
-        self.curves[name] = [
-            {"epoch": entry["epoch"], **{measure: entry[f"eval_{measure}"] for measure in FOLLOWED}}
-            for entry in evaluations
-        ]
-        record = trainer.record()
-        assert record.after is not None  # evaluated after each epoch
-        figures = {measure: record.after[measure] for measure in MEASURES}
-        self.figures[name] = figures
-        # The evaluations are for the curves; the time of a method is that of its training.
-        figures["seconds"] = runtime - sum(entry["eval_runtime"] for entry in evaluations)
-        say(
-            f"  clean accuracy {figures['clean_accuracy']:.1%}, attack success {figures['attack_success_rate']:.1%}, "
-            f"{figures['seconds']:.0f} s of training"
-        )
-        for note in notes(record):
-            say(f"  {note.text}")
-        if isinstance(trainer, RoCLIPTrainer):
-            self.records["matching"] = matching_record(trainer.state.log_history)
-        elif isinstance(trainer, SafeCLIPTrainer):
-            self.records["splits"] = trainer.splits.to_list()
-        self.runs[name] = Control(LABELS[name], record, trainer.pictures())
-
-    def results(self, quick: bool, seconds: float) -> dict[str, Any]:
-        """What `results.json` holds; `seconds` is the time of the whole demo."""
-        counts = self.manifest["counts"]
-        setup = {
-            "defence": self.defence,
-            "seed": self.seed,
-            "trigger": self.trigger.to_dict(),
-            "target": self.recipe.target,
-            "pairs": counts["dataset_length"],
-            "poisons": counts["count"],
-            "poison_rate": counts["rate"],
-            "test_images": len(self.test),
-            "attacked_images": self.attack.attacked_images,
-            "recipe": self._numbers(),
-            "quick": quick,
-            "versions": versions(),
-            "seconds": seconds,
+def _matching(record: RunRecord) -> list[dict[str, Any]]:
+    """RoCLIP's epochs, from 1: whether it had matching steps, and what its log says of pairs and matches."""
+    return [
+        {
+            "epoch": round(entry.epoch),
+            "matching": "match_similarity" in entry.numbers,
+            **{name: entry.numbers[name] for name in MATCHING_FIELDS if name in entry.numbers},
         }
-        figures = {name: self.figures[name] for name in self.models}
-        return {**figures, "setup": setup, "curves": self.curves, **self.records}
+        for entry in record.log
+    ]
 
-    def _numbers(self) -> dict[str, Any]:
-        """The fields of the recipe that this run used."""
-        unused = tuple(
-            prefix for prefixes, model in PARTIAL_FIELDS.items() if model not in self.models for prefix in prefixes
-        )
-        return {name: value for name, value in asdict(self.recipe).items() if not name.startswith(unused)}
+
+def _announcements(recipe: Recipe, pairs: int) -> dict[str, str]:
+    """What is done for each model."""
+    settings = {name: row_arguments(MODELS, recipe.arguments, name) for name in MODELS}
+    epochs = {name: f"{settings[name]['num_train_epochs']} epochs" for name in MODELS}
+    matching, safe = settings["roclip"], settings["safeclip"]
+    # A matching epoch of RoCLIP's may be a few steps.
+    length = pairs // matching["per_device_train_batch_size"]
+    first = round(matching["matching_start_epoch"] * (matching["steps_per_matching_epoch"] or length) / length)
+    return {
+        "poisoned": f"Pre-train an undefended CLIP on them, {epochs['poisoned']}",
+        "finetuned": f"Fine-tune it plainly on {pairs} clean pairs, {epochs['finetuned']}: the control",
+        "cleanclip": f"Fine-tune it with CleanCLIP on the same pairs, {epochs['cleanclip']}",
+        "augmentation": "Pre-train anew on the poisoned pairs with augmentation alone, "
+        f"{epochs['augmentation']}: the control",
+        "roclip": f"Pre-train anew with RoCLIP, the same augmentation, {epochs['roclip']}, matching from epoch "
+        f"{first + 1} on",
+        "safeclip": f"Pre-train anew with SafeCLIP, the same augmentation, {epochs['safeclip']}, "
+        f"{safe['warmup_unimodal_epochs'] + safe['warmup_cross_epochs']} of them warm-up",
+    }

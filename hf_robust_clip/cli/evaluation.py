@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..wording import shortened, shown
-from .flags import add_measuring_flags, check_measuring, check_source, check_whole, spelled
+from .flags import add_columns, add_measuring_flags, check_measuring, check_source, check_whole, spelled
 from .output import UsageError, format_table, say, usage_errors, write_json
 
 if TYPE_CHECKING:
@@ -30,18 +30,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("model", nargs="?", metavar="MODEL", help="a folder, adapters' too, or a model on the Hub")
     add_measuring_flags(parser, "--data", "--split", default_split="test")
     add = parser.add_argument
-    add(
-        *spelled("--image-column"),
-        default="image",
-        metavar="NAME",
-        help="column with the image (default: %(default)s)",
-    )
-    add(
-        *spelled("--caption-column"),
-        default="caption",
-        metavar="NAME",
-        help="column with the captions that --classes reads (default: %(default)s)",
-    )
+    add_columns(parser)
     add(
         *spelled("--linear-probe-data"),
         metavar="SOURCE",

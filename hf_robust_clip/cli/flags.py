@@ -32,13 +32,13 @@ def parse_trigger(text: str) -> tuple[str, dict[str, Any]]:
     name, _, rest = text.partition(":")
     known = (*IMAGE_TRIGGERS, *TEXT_TRIGGERS)
     if name not in known:
-        raise argparse.ArgumentTypeError(f"{shown(name)} is no trigger; accepted are {listed(known)}")
+        raise argparse.ArgumentTypeError(f"{shown(name)} is not a trigger; accepted are {listed(known)}")
     fields: dict[str, Any] = {}
     for part in rest.split(",") if rest else ():
         field, equals, value = part.partition("=")
         if not equals or not field.strip() or not value.strip():
             raise argparse.ArgumentTypeError(
-                f"{shown(part)} in {shown(text)} is no field of a trigger; accepted is NAME:FIELD=VALUE,FIELD=VALUE"
+                f"{shown(part)} in {shown(text)} is not a field of a trigger; accepted is NAME:FIELD=VALUE,FIELD=VALUE"
             )
         fields[field.strip()] = _number(value.strip())
     return name, fields
@@ -112,33 +112,30 @@ def add_measuring_flags(group: Any, data: str, split: str, default_split: str) -
 
 
 def add_pairs(parser: Any) -> None:
-    """Add the argument for a dataset of pairs."""
+    """Add the argument for a dataset of pairs, and the flag for its split."""
     parser.add_argument(
         "data",
         nargs="?",
         metavar="DATA",
         help="pairs: a Parquet, CSV, JSON or Arrow file, a folder, or a dataset on the Hub",
     )
+    parser.add_argument("--split", default="train", help="split of DATA, where it has several (default: %(default)s)")
 
 
 def add_columns(parser: Any) -> None:
-    """Add the flags for its split and its columns."""
-    add = parser.add_argument
-    add("--split", default="train", help="split of DATA, where it has several (default: %(default)s)")
-    add(
-        *spelled("--image-column"),
-        default="image",
-        metavar="NAME",
-        help="column with the image (default: %(default)s)",
-    )
-    add(
-        *spelled("--caption-column"), default="caption", metavar="NAME", help="with the caption (default: %(default)s)"
-    )
+    """Add the flags for the columns of pairs or of images."""
+    for what in ("image", "caption"):
+        parser.add_argument(
+            *spelled(f"--{what}-column"),
+            default=what,
+            metavar="NAME",
+            help=f"column with the {what} (default: %(default)s)",
+        )
 
 
 def check_measuring(args: argparse.Namespace, data: str) -> None:
     """`UsageError` for flags of [`add_measuring_flags`] that do not go together or name what is not there."""
-    source = getattr(args, data.lstrip("-").replace("-", "_"))
+    source = value_of(args, data)
     if source is not None:
         check_source(data, source)
     if args.trigger and args.target is None:
@@ -163,6 +160,11 @@ def check_whole(flag: str, value: int | None, least: int) -> None:
     """`UsageError` for a number below the least that is accepted."""
     if value is not None and value < least:
         raise UsageError(f"{flag}: {value} is too small; accepted is an integer of at least {least}")
+
+
+def value_of(args: argparse.Namespace, flag: str) -> Any:
+    """The value of a flag."""
+    return getattr(args, flag[2:].replace("-", "_"))
 
 
 def spelled(flag: str) -> tuple[str, ...]:

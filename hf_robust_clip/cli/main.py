@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nhf-robust-clip: interrupted", file=sys.stderr)
         return 130
-    except FAILURES as error:
+    except _failures() as error:
         if getattr(args, "traceback", False):
             raise
         print(shortened(f"hf-robust-clip {args.command}: error: {_one_line(error)}"), file=sys.stderr)
@@ -62,6 +62,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _make_parser(required: Sequence[str] | None = None, **kwargs: Any) -> Parser:
     """A sub-command that names required arguments takes them from a configuration file, too."""
     return Parser(**kwargs) if required is None else ConfigParser(required=required, **kwargs)
+
+
+def _failures() -> tuple[type[BaseException], ...]:
+    """[`FAILURES`], and the errors of the Hub's client, where it is loaded: they are not all `OSError`s."""
+    hub = sys.modules.get("huggingface_hub.errors")
+    return FAILURES if hub is None else (*FAILURES, hub.HTTPError)
 
 
 def _one_line(error: BaseException) -> str:

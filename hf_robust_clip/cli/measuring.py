@@ -19,7 +19,7 @@ from ..evaluation.attack_success import AttackSuccessEvaluator
 from ..evaluation.zero_shot import DEFAULT_TEMPLATES, ZeroShotEvaluator
 from ..models import check_processor, load_dual_encoder, load_processor
 from ..wording import listed, shortened, shown
-from .flags import parse_trigger
+from .flags import parse_trigger, value_of
 from .output import UsageError, usage_errors
 
 logger = logging.get_logger(__name__)
@@ -73,10 +73,10 @@ def load_model(flag: str, name: str) -> tuple[Any, Any]:
 
 def load_labelled(args: argparse.Namespace, data: str, split: str, image_column: str) -> Labelled | None:
     """The images of `--data` and the flags beside it, in a column; `None` where it is not given."""
-    source = _value(args, data)
+    source = value_of(args, data)
     if source is None:
         return None
-    dataset = load_data(data, source, _value(args, split), image_column)
+    dataset = load_data(data, source, value_of(args, split), image_column)
     if args.classes is not None:
         with usage_errors("--classes"):
             dataset = label_by_captions(
@@ -150,7 +150,3 @@ def _read_classes(path: Path) -> dict[str, list[str]]:
     ):
         raise UsageError(f"--classes: {path} must hold an object of class names to lists of words that name them")
     return content
-
-
-def _value(args: argparse.Namespace, flag: str) -> Any:
-    return getattr(args, flag.lstrip("-").replace("-", "_"))

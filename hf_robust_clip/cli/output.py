@@ -27,18 +27,6 @@ def usage_errors(flag: str = "") -> Iterator[None]:
         raise UsageError(f"{flag}: {error}" if flag else str(error)) from error
 
 
-@contextmanager
-def with_folder(folder: Path, lock: AbstractContextManager[None]) -> Iterator[None]:
-    """A context with an output folder to oneself, by a lock on it; `UsageError` if that is not to be had."""
-    with ExitStack() as stack:
-        try:
-            with usage_errors():
-                stack.enter_context(lock)
-        except OSError as error:
-            raise UsageError(f"--output-dir: {folder} cannot be written to: {error.strerror or error}") from error
-        yield
-
-
 def check_apart(data: str, folder: Path) -> None:
     """`UsageError` for an output folder that holds DATA, which would be replaced, or that DATA would then include."""
     source, folder = Path(data).resolve(), folder.resolve()
@@ -48,16 +36,21 @@ def check_apart(data: str, folder: Path) -> None:
         raise UsageError(f"--output-dir: {folder} is in DATA, {data}, and would be a part of it: give another folder")
 
 
-def check_output_dir(folder: Path, files: Iterable[str] = (), folders: Iterable[str] = ()) -> None:
+@contextmanager
+def output_folder(
+    folder: Path, lock: AbstractContextManager[None], files: Iterable[str] = (), folders: Iterable[str] = ()
+) -> Iterator[None]:
     """
-    See whether names are free, or taken by what is of the same kind.
+    A context with an output folder to oneself. What is in it stays.
 
     Args:
-        folder (`Path`): The folder.
+        folder (`Path`): The folder; the lock makes it.
+        lock (context manager): Of [`~locking.sole_writer`] or of a training.
         files, folders (iterable of `str`): Names that will be written there.
 
     Raises:
-        `UsageError`: If it is a file, or if there is a folder of a file's name or the reverse.
+        `UsageError`: If it is a file, if there is a folder of a file's name or the reverse, if it cannot be written
+            to, or if another process writes there.
     """
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--output-dir: {folder} is a file; give the name of a folder")
@@ -67,22 +60,16 @@ def check_output_dir(folder: Path, files: Iterable[str] = (), folders: Iterable[
     for name in folders:
         if (folder / name).exists() and not (folder / name).is_dir():
             raise UsageError(f"--output-dir: {folder / name} is a file, where a folder is to be written")
-
-
-def prepare_output_dir(folder: Path, files: Iterable[str] = (), folders: Iterable[str] = ()) -> None:
-    """
-    [`check_output_dir`], make the folder if there is none, and see whether one can write to it. What is in it stays.
-
-    Raises:
-        `UsageError`: As there, and if it cannot be written to.
-    """
-    check_output_dir(folder, files, folders)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise UsageError(f"--output-dir: {folder} cannot be written to: {error.strerror or error}") from error
+    with ExitStack() as stack:
+        try:
+            with usage_errors():
+                stack.enter_context(lock)
+            if folder.is_dir():  # on the machine of the process that writes
+                with tempfile.TemporaryFile(dir=folder):
+                    pass
+        except OSError as error:
+            raise UsageError(f"--output-dir: {folder} cannot be written to: {error.strerror or error}") from error
+        yield
 
 
 def write_json(path: Path, value: Any) -> None:

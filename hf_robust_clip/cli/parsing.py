@@ -50,8 +50,8 @@ class Parser(argparse.ArgumentParser):
 class ConfigParser(Parser):
     """
     A [`Parser`] whose arguments can also stand in a YAML file: `--config FILE`, with the names of the flags, without
-    dashes in front and with underscores. What is given on the command line goes before the file, and the file before
-    the defaults. `--dry-run` is for the command to heed, with [`dump`].
+    dashes in front and with underscores. The command line overrides the file, and the file overrides the defaults.
+    `--dry-run` is for the command to heed, with [`dump`].
 
     Args:
         required (sequence of `str`): Names that must come from either.
@@ -84,17 +84,17 @@ class ConfigParser(Parser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         arguments = sys.argv[1:] if args is None else list(args)
         settings = self.settings
-        # An argument that starts as None, which no flag gives, is one that was not given.
+        # No flag gives None: an argument that still is None was not on the command line.
         blank = argparse.Namespace(**dict.fromkeys(settings))
         parsed, extras = super().parse_known_args(arguments, blank)
-        given = {name: value for name, value in vars(parsed).items() if value is not None}
-        config = self._read(given["config"]) if "config" in given else {}
+        from_flags = {name: value for name, value in vars(parsed).items() if value is not None}
+        config = self._read(from_flags["config"]) if "config" in from_flags else {}
         # A default that is text is what the flag makes of it, as argparse has it.
         defaults = {
             name: self._get_value(action, action.default) if isinstance(action.default, str) else action.default
             for name, action in settings.items()
         }
-        values = defaults | config | given
+        values = defaults | config | from_flags
         missing = [name for name in self.required if values[name] is None]
         if missing:
             names = ["/".join(settings[name].option_strings[:1]) or name.upper() for name in missing]
@@ -103,7 +103,7 @@ class ConfigParser(Parser):
 
     def resolved(self, args: argparse.Namespace) -> dict[str, Any]:
         """The arguments as plain data, without secrets and without those that are `None`."""
-        values = {name: _plain(getattr(args, name)) for name in self.settings if name not in SECRETS}
+        values = {name: _for_yaml(getattr(args, name)) for name in self.settings if name not in SECRETS}
         return {name: value for name, value in values.items() if value is not None}
 
     def dump(self, args: argparse.Namespace) -> str:
@@ -158,14 +158,14 @@ class ConfigParser(Parser):
         return values if several else values[0]
 
 
-def _plain(value: Any) -> Any:
+def _for_yaml(value: Any) -> Any:
     """The same of what YAML and JSON have."""
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, float) and not math.isfinite(value):
-        return str(value)  # as a flag has it; YAML's .inf is none
+        return str(value)  # as a flag has it, which YAML's .inf is not
     if isinstance(value, Mapping):
-        return {str(key): _plain(entry) for key, entry in value.items()}
+        return {str(key): _for_yaml(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(entry) for entry in value]
+        return [_for_yaml(entry) for entry in value]
     return str(value) if isinstance(value, Path) else value

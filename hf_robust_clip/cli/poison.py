@@ -18,17 +18,9 @@ from .flags import (
     check_whole,
     parse_trigger,
     spelled,
+    value_of,
 )
-from .output import (
-    UsageError,
-    check_apart,
-    check_output_dir,
-    prepare_output_dir,
-    say,
-    usage_errors,
-    with_folder,
-    write_json,
-)
+from .output import UsageError, check_apart, output_folder, say, usage_errors, write_json
 
 MODES = ("backdoor", "label_consistent", "targeted", "text_query")
 MANIFEST, DATA = "poison_manifest.json", Path("data", "train.parquet")
@@ -84,11 +76,9 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         say(args.parser.dump(args).rstrip())
         return 0
-    written: Any = {"files": (MANIFEST, str(DATA)), "folders": (DATA.parent.name,)}
-    check_output_dir(args.output_dir, **written)
-    with with_folder(args.output_dir, sole_writer(args.output_dir, "--output-dir", "a poisoning")):
+    lock = sole_writer(args.output_dir, "--output-dir", "a poisoning")
+    with output_folder(args.output_dir, lock, files=(MANIFEST, str(DATA)), folders=(DATA.parent.name,)):
         _check_folder(args)
-        prepare_output_dir(args.output_dir, **written)
         # What follows imports torch and datasets, which takes seconds.
         from .progress import quiet_libraries
 
@@ -152,7 +142,7 @@ def _check(args: argparse.Namespace) -> None:
     if args.rate is not None and not 0 < args.rate <= 1:
         raise UsageError(f"--rate: {args.rate} is not a share; accepted is a number above 0 and at most 1")
     for flag, least in (("--count", 1), ("--image-size", 1), ("--seed", 0), ("--source-index", 0)):
-        check_whole(flag, getattr(args, flag[2:].replace("-", "_")), least)
+        check_whole(flag, value_of(args, flag), least)
     if (args.trigger is None) != (args.mode == "targeted"):
         needs = "takes no --trigger" if args.mode == "targeted" else "needs a --trigger"
         raise UsageError(f"--mode {args.mode} {needs}")

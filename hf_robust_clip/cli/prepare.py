@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .flags import add_columns, add_pairs, check_source, check_whole, spelled
+from .flags import add_columns, add_pairs, check_source, check_whole, spelled, value_of
 from .output import check_apart, say, usage_errors
 
 
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the sub-command as its arguments say."""
     check_source("DATA", args.data)
     for flag, least in (("--rows-per-shard", 1), ("--num-proc", 1)):
-        check_whole(flag, getattr(args, flag[2:].replace("-", "_")), least)
+        check_whole(flag, value_of(args, flag), least)
     check_apart(args.data, args.output_dir)
     if args.dry_run:
         say(args.parser.dump(args).rstrip())

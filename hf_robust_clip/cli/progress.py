@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from logging import LogRecord
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from transformers.utils import logging
 from .output import say
 
 if TYPE_CHECKING:
-    from ..trainers.trainer import CLIPTrainer
+    from ..trainers.means import RecentLoss
 
 #: Seconds after which a line is due.
 _MINUTE = 60.0
@@ -92,7 +93,7 @@ class TrainingLog(TrainerCallback):
     trainer has logged in between or not; the device is waited for once a line.
 
     Args:
-        trainer ([`CLIPTrainer`]): Whose training it is. The loss is that of the first process.
+        loss ([`~trainers.means.RecentLoss`]): That of the first process.
         figures (`dict[str, str]`): Names of metrics to show, and what to call them, once they were measured.
         indent (`str`): What stands before each line.
         brief (`bool`): Whether to leave out all but the lines of minutes.
@@ -101,13 +102,13 @@ class TrainingLog(TrainerCallback):
 
     def __init__(
         self,
-        trainer: CLIPTrainer,
+        loss: RecentLoss,
         figures: dict[str, str],
         indent: str = "",
         brief: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.trainer, self.figures, self.indent, self.brief, self.clock = trainer, figures, indent, brief, clock
+        self.loss, self.figures, self.indent, self.brief, self.clock = loss, figures, indent, brief, clock
         self._begun = self._said = self._measured = clock()
         self._first_step = 0
         self._latest: dict[str, float] = {}
@@ -115,7 +116,7 @@ class TrainingLog(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.trainer.recent_loss.take()
+        self.loss.take()
         self._begun = self._said = self._measured = self.clock()
         self._first_step = state.global_step
         if not self.brief:
@@ -136,7 +137,7 @@ class TrainingLog(TrainerCallback):
     ) -> None:
         self._latest = {**self._latest, **(kwargs.get("metrics") or {})}
         # An evaluation is not a part of the training's throughput.
-        self.trainer.recent_loss.take()
+        self.loss.take()
         self._measured = self.clock()
 
     def on_train_end(
@@ -147,7 +148,7 @@ class TrainingLog(TrainerCallback):
             self._say(args, state, now, f"{timedelta(seconds=round(now - self._begun))} in all")
 
     def _say(self, args: TrainingArguments, state: TrainerState, now: float, end: str) -> None:
-        loss, rows = self.trainer.recent_loss.take()
+        loss, rows = self.loss.take()
         parts = [end]
         if rows > 0:
             rate = rows * args.world_size / max(now - self._measured, 1e-9)
@@ -157,28 +158,31 @@ class TrainingLog(TrainerCallback):
         self._said = self._measured = now
 
 
-def follow(
-    trainer: CLIPTrainer, figures: dict[str, str], bar: bool = True, indent: str = "", brief: bool = False
-) -> None:
-    """Show a trainer's progress: by a bar on a terminal, if one is wanted, else by the lines of [`TrainingLog`]."""
+def progress_callback(
+    loss: RecentLoss, figures: dict[str, str], bar: bool = True, indent: str = "", brief: bool = False
+) -> TrainerCallback:
+    """What shows a training's progress: a bar on a terminal, if one is wanted, else the lines of [`TrainingLog`]."""
     if bar and sys.stderr.isatty():
-        trainer.add_callback(TrainingBar(f"{indent}training", figures))
-    else:
-        trainer.add_callback(TrainingLog(trainer, figures, indent, brief))
+        return TrainingBar(f"{indent}training", figures)
+    return TrainingLog(loss, figures, indent, brief)
 
 
 @contextmanager
-def quiet_trainers() -> Iterator[None]:
-    """Leave to the figures what the trainers warn of: that matching collapsed, that a split separates nothing."""
-    with _quiet("hf_robust_clip.trainers"), _quiet("hf_robust_clip.defences"):
+def _quiet(*parts: str) -> Iterator[None]:
+    loggers = {logger: logger.level for logger in (logging.get_logger(f"hf_robust_clip.{part}") for part in parts)}
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
         yield
+    finally:
+        for logger, level in loggers.items():
+            logger.setLevel(level)
 
 
-@contextmanager
-def quiet_cards() -> Iterator[None]:
-    """Leave to the command what the cards warn of: that a README.md stays as it is."""
-    with _quiet("hf_robust_clip.telling"):
-        yield
+#: Leaves to the figures what trainers and defences warn of: that matching collapsed, that a split separates nothing.
+quiet_trainers = partial(_quiet, "trainers", "defences")
+#: Leaves to the command what the cards warn of: that a README.md stays as it is.
+quiet_cards = partial(_quiet, "telling")
 
 
 @contextmanager
@@ -212,14 +216,3 @@ def quiet_libraries() -> Iterator[None]:
 def _keep(record: LogRecord) -> bool:
     """Whether a message of transformers tells more than this package, which checks weights and tokens itself."""
     return not any(words in record.getMessage() for words in _KNOWN)
-
-
-@contextmanager
-def _quiet(name: str) -> Iterator[None]:
-    logger = logging.get_logger(name)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

@@ -59,7 +59,7 @@ def push(folder: Path, repo_id: str, private: bool, revision: str | None, messag
     Upload a folder, and return the address of the repository.
 
     Raises:
-        `UsageError`: If `repo_id` is no name of a repository.
+        `UsageError`: If `repo_id` cannot be the name of a repository.
         `OSError`: If there is no token, the Hub refuses it, or the upload fails.
     """
     from huggingface_hub import HfApi

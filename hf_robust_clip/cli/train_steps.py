@@ -23,17 +23,8 @@ from ..versions import versions
 from ..wording import listed, shown
 from .info import DEPENDENCIES
 from .measuring import load_data, load_labelled, load_model, make_evaluators
-from .output import (
-    UsageError,
-    check_output_dir,
-    format_table,
-    prepare_output_dir,
-    say,
-    usage_errors,
-    with_folder,
-    write_json,
-)
-from .progress import OnFirstStep, follow
+from .output import UsageError, format_table, output_folder, say, usage_errors, write_json
+from .progress import OnFirstStep, progress_callback
 from .train_flags import check_train, training_arguments
 
 RESULTS = "results.json"
@@ -64,8 +55,7 @@ def train(args: argparse.Namespace) -> int:
             say(args.parser.dump(args).rstrip())
         return 0
     folder = Path(args.output_dir)
-    check_output_dir(folder, files=(RESULTS,))
-    with with_folder(folder, sole_training(arguments, "--output-dir")):
+    with output_folder(folder, sole_training(arguments, "--output-dir"), files=(RESULTS,)):
         return _train(args, arguments, folder)
 
 
@@ -76,7 +66,6 @@ def _train(args: argparse.Namespace, arguments: CLIPTrainingArguments, folder: P
     set_seed(arguments.seed)
     trainer = _make_trainer(args, arguments, resumed=checkpoint is not None)
     if first:
-        prepare_output_dir(folder, files=(RESULTS,))
         if args.overwrite:
             # Not before a step is made: a run that fails at once leaves what was there.
             trainer.add_callback(OnFirstStep(partial(_remove, _of_earlier_run(folder))))
@@ -210,7 +199,8 @@ def _make_trainer(args: argparse.Namespace, arguments: CLIPTrainingArguments, re
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     if arguments.process_index == 0:
-        follow(trainer, _followed(evaluators), bar=not args.disable_tqdm)
+        metrics = _followed(evaluators)
+        trainer.add_callback(progress_callback(trainer.recent_loss, metrics, bar=not args.disable_tqdm))
     return trainer
 
 

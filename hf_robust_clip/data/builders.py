@@ -8,6 +8,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -23,8 +24,9 @@ from datasets.table import table_cast
 from datasets.utils.file_utils import xopen
 
 from .. import __version__
+from ..files import check_pointer
 from ..wording import listed, shortened, shown
-from .confining import check_path, check_pointer, whole_paths
+from .confining import check_path, whole_paths
 from .tables import BATCH_ROWS, READERS, table_kind, text_of
 
 #: The column with the path of an image in a table that lies with images.
@@ -122,7 +124,8 @@ class _Tables(datasets.ArrowBasedBuilder):
                         f"{shortened(file, 200)} has the columns {listed(table.column_names)}, and the first table "
                         f"has {listed(features)}; accepted are tables of the same columns"
                     )
-                yield Key(number, batch), table_cast(table.select(list(features)), features.arrow_schema)
+                if len(table):  # `datasets` casts no column without chunks
+                    yield Key(number, batch), table_cast(table.select(list(features)), features.arrow_schema)
 
     def _read(self, file: str, features: datasets.Features | None, split: str | None = None) -> Iterator[pa.Table]:
         config = self.config
@@ -281,7 +284,7 @@ def _listing(paths: Sequence[str], kind: str, about: str) -> DataFilesList:
         beside = filter(os.path.isfile, caption_files(path)) if kind == "captioned" else ()
         origin = about
         for file in (check_path(path), *beside):
-            check_pointer(file)
+            check_pointer(Path(file))
             stat = os.stat(file)
             origin += f"{file} {stat.st_mtime_ns} {stat.st_ctime_ns} {stat.st_size} "
         origins.append((origin,))

@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 import yaml
 from huggingface_hub import metadata_load
 
+from ..files import check_pointer
 from ..settings import read_settings
 from ..wording import listed, shortened, shown
 
@@ -19,8 +20,6 @@ from ..wording import listed, shortened, shown
 _CARDS = {"README.md": metadata_load, ".huggingface.yaml": read_settings}
 #: The same of a folder made with `save_to_disk`.
 STATE_FILE = "state.json"
-#: What a file starts with that Git LFS left in place of another.
-_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def whole_paths(images: pa.ChunkedArray, root: str, start: str, where: str, first: int = 0) -> pa.ChunkedArray:
@@ -44,7 +43,8 @@ def whole_paths(images: pa.ChunkedArray, root: str, start: str, where: str, firs
         opened = pc.if_else(pc.is_null(held), paths, None)
         if opened.null_count < len(chunk):
             found = [_inside(name, root, start, f"row {row} of {where}") for row, name in enumerate(opened, first)]
-            check_pointer(next(filter(None, found), ""))  # one for all: Git LFS leaves pointers of a kind of file
+            for path in list(filter(None, found))[:1]:
+                check_pointer(Path(path))  # one for all: Git LFS leaves pointers of a kind of file
             whole = pc.coalesce(pa.array(found, pa.string()), paths)
             chunk, is_same = pa.StructArray.from_arrays([held, whole], ["bytes", "path"]), False
         chunks.append(chunk)
@@ -92,17 +92,6 @@ def check_path(path: str) -> str:
             "be read; give it another name"
         )
     return path
-
-
-def check_pointer(path: str) -> None:
-    """Refuse a file that Git LFS left in place of another."""
-    if os.path.isfile(path) and os.path.getsize(path) < 1024:
-        with open(path, "rb") as file:
-            if file.read(len(_POINTER)) == _POINTER:
-                raise ValueError(
-                    f"{shortened(str(path), 200)} is a Git LFS pointer, and not the file itself; get that with "
-                    "`git lfs pull`"
-                )
 
 
 def stored_files(folder: Path) -> list[str]:

@@ -20,10 +20,11 @@ from datasets.info import DatasetInfosDict
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from fsspec.utils import glob_translate
 
+from ..files import check_pointer
 from ..locking import LOCK_FILES
 from ..wording import listed, shown
 from .builders import caption_files, make_builder, named_images, read_caption, read_table
-from .confining import card_of, check_path, check_pointer
+from .confining import card_of, check_path
 from .tables import READERS, table_kind
 
 _TABLES = (*READERS, ".parquet")
@@ -102,7 +103,7 @@ class Folder:
             names = _matched(self._names, named)
             absent = [name for name in named if name not in names and (name.startswith("..") or not has_magic(name))]
         if absent:
-            raise ValueError(f"the card of {self._shown} names {listed(absent)}, which it has not")
+            raise ValueError(f"the card of {self._shown} names {listed(absent)}, which it does not have")
         images = [name for name in names if _is_image(name)]
         tables = [name for name in names if images and _is_of_images(name)]
         captions = {} if tables else self._captions(images, names)
@@ -152,7 +153,7 @@ class Folder:
         self._options = {**self._options, "of_images": True}
         self.files = {split: self._absolute(above or some) for split, some in own.items() if some or split in splits}
         for table in self._absolute(tables):
-            check_pointer(table)
+            check_pointer(Path(table))
             self._used.update(path for batch in read_table(table) for path in named_images(table, batch) if path)
         if above:
             within = {split: self._absolute(some) for split, some in splits.items()}

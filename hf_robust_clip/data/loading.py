@@ -14,10 +14,11 @@ from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 from transformers.utils import logging
 
 from ..columns import captions_of, check_columns, naming
+from ..files import check_pointer
 from ..kinds import kind
 from ..wording import listed, said, shown
 from .builders import make_builder, no_rows
-from .confining import STATE_FILE, check_path, check_pointer, stored_files, whole_paths
+from .confining import STATE_FILE, check_path, stored_files, whole_paths
 from .folders import Folder, may_hold_captions
 from .rows import column_values
 from .tables import READERS
@@ -154,7 +155,7 @@ def _load_saved(path: Path, split: str, source: str, image_column: str) -> datas
         _check_split(split, sorted(file.parent.name for file in path.glob(f"*/{STATE_FILE}")), source)
         path /= split
     for name in stored_files(path):
-        check_pointer(str(path / name))
+        check_pointer(path / name)
     dataset = _of_images(datasets.load_from_disk(str(path)), image_column, source)
     for name in [name for name, feature in dataset.features.items() if isinstance(feature, datasets.Image)]:
         images, feature = dataset.data.column(name), dataset.features[name]

@@ -81,7 +81,7 @@ def read_json(path: str, features: datasets.Features | None = None, **_: Any) ->
         where = f"{shortened(path, 200)}, rows {first:,} to {first + len(batch) - 1:,}"
         if unknown:
             raise ValueError(
-                f"{where} have {listed(sorted(unknown))}, which the first rows have not; accepted are rows that have "
+                f"{where} have {listed(sorted(unknown))}, which the first rows lack; accepted are rows that have "
                 "what the first have: give these columns in one of them, with null"
             )
         arrays = [_json_column(where, name, [row.get(name) for row in batch], features) for name in features]
@@ -263,7 +263,7 @@ def _json_column(where: str, name: str, values: Sequence[Any], features: dataset
             texts = [None if value is None else json.dumps(value) for value in values]
             return pa.array(texts, pa.string()).cast(kind)
         if pa.types.is_nested(kind) and not _has_fields_of(kind, pa.infer_type(values)):
-            raise ValueError("its objects have fields that those of the first rows have not")
+            raise ValueError("its objects have fields that those of the first rows lack")
         return pa.array(values, kind)
     except (ValueError, TypeError, OverflowError, pa.ArrowException) as error:
         raise ValueError(

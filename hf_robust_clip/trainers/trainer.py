@@ -44,6 +44,7 @@ from ..telling import (
     Control,
     MatchedPair,
     RunPictures,
+    Study,
     check_report_extra,
     kept_card,
     license_of,
@@ -842,7 +843,12 @@ class CLIPTrainer(Trainer):
         """What training pairs are matched with, where the defence matches."""
         return []
 
-    def save_report(self, path: str | os.PathLike[str], controls: Mapping[str, RunRecord] | None = None) -> None:
+    def save_report(
+        self,
+        path: str | os.PathLike[str],
+        controls: Mapping[str, RunRecord] | Sequence[Control] | None = None,
+        study: Study | None = None,
+    ) -> None:
         """
         Write the report of this run as one HTML file that needs nothing beside it. Its pictures take the model as it
         is and the evaluators' images; call it on all ranks.
@@ -850,7 +856,8 @@ class CLIPTrainer(Trainer):
         Args:
             path (`str` or path): Of the file, such as `"report.html"`. Its folder is made, a file there replaced.
             controls (mapping of `str` to [`RunRecord`], *optional*): Other runs, whose figures stand beside those of
-                this one, and what to call them.
+                this one, and what to call them; or a list of [`~telling.Control`]s, which have pictures as well.
+            study ([`~telling.Study`], *optional*): What the page says of the experiment that these runs make.
 
         Raises:
             `ValueError`: If it is a folder.
@@ -865,8 +872,9 @@ class CLIPTrainer(Trainer):
         pictures = self.pictures()
         if self.args.should_save:
             file.parent.mkdir(parents=True, exist_ok=True)
-            others = [Control(label, record) for label, record in (controls or {}).items()]
-            write_text(file, render_run_report(self.record(), pictures, others))
+            if isinstance(controls, Mapping):
+                controls = [Control(label, record) for label, record in controls.items()]
+            write_text(file, render_run_report(self.record(), pictures, controls or (), study))
 
     def create_model_card(
         self,

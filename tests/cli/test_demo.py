@@ -7,39 +7,38 @@ from transformers import AutoProcessor, CLIPModel
 
 from hf_robust_clip.attacks.poisoning import replay_manifest
 from hf_robust_clip.cli import demo, demo_steps
-from hf_robust_clip.cli.demo import results_table, run_demo
+from hf_robust_clip.cli.demo import run_demo
 from hf_robust_clip.cli.demo_recipe import (
-    CLEAN_SEED_OFFSET,
     CONTROLS,
     DEFENCES,
-    LABELS,
+    FINETUNING,
+    MODELS,
     PRETRAINING,
     QUICK,
-    Recipe,
-    default_recipe,
     title_of,
 )
-from hf_robust_clip.cli.demo_trainers import matching_record
+from hf_robust_clip.cli.demo_steps import results_table
 from hf_robust_clip.cli.main import main
+from hf_robust_clip.cli.rows import CLEAN_SEED_OFFSET, row_arguments
 from hf_robust_clip.data.digits import load_digit_pairs
 from hf_robust_clip.defences.split import BINS, SplitRecord
 from hf_robust_clip.telling import page, plots
 from hf_robust_clip.versions import versions
 
-MODELS = ("poisoned", "finetuned", "cleanclip")
+LABELS = {name: row.title for name, row in MODELS.items()}
+TUNED = ("poisoned", "finetuned", "cleanclip")
 SHARES = ("clean_accuracy", "attack_success_rate", "triggered_accuracy")
-TINY = Recipe(renderings=1, poison_rate=0.05, batch_size=128, warmup_steps=2, pretrain_epochs=1, finetune_epochs=1)
+TINY = replace(FINETUNING, renderings=1, poison_rate=0.05).with_arguments(
+    all={"per_device_train_batch_size": 128, "warmup_steps": 2},
+    pretraining={"num_train_epochs": 1},
+    finetuning={"num_train_epochs": 1},
+)
 #: With a matching epoch and two splits.
-TINY_PRETRAINING = replace(
-    TINY,
-    batch_size=64,
-    pretrain_epochs=3,
-    roclip_pool_size=100,
-    roclip_matching_start_epoch=1,
-    roclip_matching_steps=None,
-    safeclip_warmup_unimodal_epochs=0,
-    safeclip_warmup_cross_epochs=1,
-    safeclip_pool_size=100,
+TINY_PRETRAINING = TINY.with_arguments(
+    all={"per_device_train_batch_size": 64},
+    pretraining={"num_train_epochs": 3},
+    roclip={"pool_size": 100, "matching_start_epoch": 1, "steps_per_matching_epoch": None},
+    safeclip={"warmup_unimodal_epochs": 0, "warmup_cross_epochs": 1, "unimodal_pool_size": 100},
 )
 
 
@@ -75,13 +74,20 @@ def test_results_hold_every_figure(outcome):
     folder, returned = outcome
     results = json.loads((folder / "results.json").read_text())
     assert results == returned
-    assert set(results) == {*MODELS, "setup", "curves"}
-    for name in MODELS:
+    assert set(results) == {*TUNED, "setup", "curves"}
+    for name in TUNED:
         figures = results[name]
         assert set(figures) == {*SHARES, "trigger_distance", "seconds"}
         assert all(0 <= figures[share] <= 1 for share in SHARES)
         assert 0 <= figures["trigger_distance"] <= 2 and figures["seconds"] > 0
         assert figures["attack_success_rate"] + figures["triggered_accuracy"] <= 1 + 1e-6
+
+
+def assert_recipe(written, recipe, models):
+    """That the setup has the numbers of these models, and of no others."""
+    arguments = {name: row_arguments(MODELS, recipe.arguments, name) for name in models}
+    augmentation = dict(recipe.image_augmentation)
+    assert written == {"renderings": 1, "arguments": arguments, "image_augmentation": augmentation}
 
 
 def test_setup_is_enough_to_do_it_again(outcome):
@@ -92,15 +98,14 @@ def test_setup_is_enough_to_do_it_again(outcome):
     assert setup["pairs"] == 1397 and setup["poisons"] == 70
     assert math.isclose(setup["poison_rate"], 70 / 1397)
     assert 0 < setup["attacked_images"] < setup["test_images"] == 400
-    assert Recipe(**setup["recipe"]) == TINY
-    assert not any(name.startswith(("defence_", "roclip_", "safeclip_")) for name in setup["recipe"])
+    assert_recipe(setup["recipe"], TINY, TUNED)
     assert set(setup["versions"]) == set(versions()) and setup["versions"]["torch"]
-    assert setup["seconds"] > sum(outcome[1][name]["seconds"] for name in MODELS)
+    assert setup["seconds"] > sum(outcome[1][name]["seconds"] for name in TUNED)
 
 
 def test_curves_start_before_training_and_end_with_the_results(outcome):
     results = outcome[1]
-    for name in MODELS:
+    for name in TUNED:
         curve = results["curves"][name]
         assert [point["epoch"] for point in curve] == [0, 1]
         for measure in ("clean_accuracy", "attack_success_rate"):
@@ -110,7 +115,7 @@ def test_curves_start_before_training_and_end_with_the_results(outcome):
 
 
 def test_checkpoints_load(outcome):
-    for name in MODELS:
+    for name in TUNED:
         model = CLIPModel.from_pretrained(outcome[0] / name)
         tokens = AutoProcessor.from_pretrained(outcome[0] / name)(text=["the digit eight"], return_tensors="pt")
         assert model.get_text_features(**tokens).pooler_output.isfinite().all()
@@ -131,7 +136,7 @@ def test_the_report_is_written_and_labelled(outcome):
 def test_only_its_own_files_are_touched(outcome):
     folder = outcome[0]
     assert (folder / "notes.txt").read_text() == "mine"
-    own = {*MODELS, "results.json", "report.html", "poison_manifest.json"}
+    own = {*TUNED, "results.json", "report.html", "poison_manifest.json"}
     assert {path.name for path in folder.iterdir()} == {"notes.txt", *own}
 
 
@@ -145,7 +150,8 @@ def test_all_defences_share_one_poisoned_model(all_three):
     assert json.loads((folder / "results.json").read_text()) == results
     assert list(results)[:6] == list(DEFENCES["all"]) == list(LABELS)
     assert set(results) == {*LABELS, "setup", "curves", "matching", "splits"}
-    assert results["setup"]["defence"] == "all" and Recipe(**results["setup"]["recipe"]) == TINY_PRETRAINING
+    assert results["setup"]["defence"] == "all"
+    assert_recipe(results["setup"]["recipe"], TINY_PRETRAINING, MODELS)
     starts = {model: results["curves"][model][0] for model in LABELS}
     # What is pre-trained starts from one set of weights, what is fine-tuned from the poisoned model.
     assert starts["poisoned"] == starts["augmentation"] == starts["roclip"] == starts["safeclip"]
@@ -200,7 +206,7 @@ def test_the_table_has_the_control_and_one_decimal(all_three):
 def test_roclip_that_never_matches_is_augmentation_alone(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(page, "themed", lambda draw: {"light": "", "dark": ""})
     monkeypatch.setattr(demo_steps, "load_digit_pairs", few_digit_pairs)
-    recipe = replace(TINY, roclip_matching_start_epoch=9)
+    recipe = TINY.with_arguments(roclip={"matching_start_epoch": 9, "steps_per_matching_epoch": None})
     results = run_demo(tmp_path, recipe=recipe, defence="roclip")
     control, defence = ({**results[model], "seconds": 0} for model in ("augmentation", "roclip"))
     assert control == defence != {**results["poisoned"], "seconds": 0}
@@ -208,32 +214,24 @@ def test_roclip_that_never_matches_is_augmentation_alone(tmp_path, capsys, monke
     assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == set(DEFENCES["roclip"])
     printed = capsys.readouterr().out
     assert "[4/4]" in printed and "never matched" in printed
-    assert set(results["setup"]["recipe"]).isdisjoint({"finetune_epochs", "image_noise", "safeclip_cap"})
+    assert_recipe(results["setup"]["recipe"], recipe, DEFENCES["roclip"])
 
 
-def test_what_is_noted_down_is_json():
-    nan = float("nan")
-    log = [
-        {"eval_loss": 1.0, "epoch": 1.0},
-        {"loss": 1.0, "clean_pair_similarity": nan, "epoch": 0.9999},
-        {"train_loss": 1.0, "epoch": 1.0},
-    ]
-    assert matching_record(log) == [{"epoch": 1, "matching": False, "clean_pair_similarity": None}]
-
-
-def test_the_recipe_fits_the_defence():
-    assert default_recipe("cleanclip") == Recipe()
-    assert default_recipe("roclip") == default_recipe("safeclip") == default_recipe("all") == PRETRAINING
-    assert {default_recipe(defence, quick=True) for defence in DEFENCES} == {QUICK}
+def test_the_recipes_defend_before_they_end():
     for recipe in (PRETRAINING, QUICK):
-        assert recipe.roclip_matching_start_epoch < recipe.pretrain_epochs
-        assert recipe.safeclip_warmup_unimodal_epochs + recipe.safeclip_warmup_cross_epochs < recipe.pretrain_epochs
+        roclip, safeclip = (row_arguments(MODELS, recipe.arguments, name) for name in ("roclip", "safeclip"))
+        epochs = roclip["num_train_epochs"]
+        steps = 1397 * recipe.renderings // roclip["per_device_train_batch_size"]
+        assert roclip["matching_start_epoch"] * roclip["steps_per_matching_epoch"] < epochs * steps
+        assert safeclip["warmup_unimodal_epochs"] + safeclip["warmup_cross_epochs"] < epochs
 
 
 def test_quick_is_less_of_the_same():
-    recipe = Recipe()
-    assert QUICK.renderings * QUICK.pretrain_epochs < recipe.renderings * recipe.pretrain_epochs / 4
-    assert QUICK.renderings * QUICK.finetune_epochs < recipe.renderings * recipe.finetune_epochs / 4
+    for phase in ("pretraining", "finetuning"):
+        quick, full = (
+            recipe.renderings * recipe.arguments[phase]["num_train_epochs"] for recipe in (QUICK, FINETUNING)
+        )
+        assert quick < full / 4
 
 
 def fails_with_one_line(capsys, arguments, expected=2):

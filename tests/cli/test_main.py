@@ -126,6 +126,17 @@ def test_exit_codes(error: BaseException, code: int, tmp_path: Path, capsys: Any
                 main(wherever)
 
 
+def test_an_error_of_the_network_is_one_line(capsys: Any, monkeypatch: Any) -> None:
+    from huggingface_hub.errors import HTTPError
+
+    def fail(args: Any) -> None:
+        raise HTTPError("no such\nhost")
+
+    monkeypatch.setattr(evaluation, "evaluate", fail)
+    assert main(["evaluate", "model", "--data", "images"]) == 1
+    assert capsys.readouterr().err == "hf-robust-clip evaluate: error: no such host\n"
+
+
 def test_an_error_has_an_end(capsys: Any, monkeypatch: Any) -> None:
     def fail(args: Any) -> None:
         raise RuntimeError("first " + "x" * 5000 + " last")

@@ -107,9 +107,9 @@ def test_one_value_stands_for_a_list_of_one(tmp_path: Path) -> None:
         ({"mode": "three"}, "--mode: invalid choice: 'three' (choose from"),
         ("- a\n- b\n", "is a list; accepted is a mapping"),
         ("", "is empty; accepted is a mapping"),
-        ("a: [", "is no YAML, line"),
+        ("a: [", "is not YAML, line"),
         ("steps: 1\nsteps: 2\n", "a key stands there twice"),
-        ("<<: {steps: 1, name: a}", "is no YAML, line 1"),
+        ("<<: {steps: 1, name: a}", "is not YAML, line 1"),
     ],
 )
 def test_what_does_not_fit_is_named(capsys: Any, tmp_path: Path, config: object, expected: str) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from hf_robust_clip.cli import progress
-from hf_robust_clip.cli.progress import TrainingBar, TrainingLog, follow
+from hf_robust_clip.cli.progress import TrainingBar, TrainingLog, progress_callback
 from hf_robust_clip.trainers.means import RecentLoss
 
 
@@ -32,7 +32,7 @@ def lines_of(capsys: Any, steps: int, seconds: float, first: int = 0, **options:
     trainer: Any = SimpleNamespace(recent_loss=recent)
     args: Any = SimpleNamespace(world_size=2)
     state: Any = SimpleNamespace(global_step=first, max_steps=steps)
-    log = TrainingLog(trainer, {"eval_clean_accuracy": "clean"}, clock=clock, **options)
+    log = TrainingLog(trainer.recent_loss, {"eval_clean_accuracy": "clean"}, clock=clock, **options)
     found: list[tuple[float, str]] = []
 
     def call(event: Any, **kwargs: Any) -> None:
@@ -104,5 +104,5 @@ def test_a_bar_where_it_is_seen_and_wanted(
     found: list[Any] = []
     monkeypatch.setattr(progress.sys.stderr, "isatty", lambda: terminal and given)
     trainer: Any = SimpleNamespace(add_callback=found.append, recent_loss=RecentLoss())
-    follow(trainer, {}, bar=bar)
+    trainer.add_callback(progress_callback(trainer.recent_loss, {}, bar=bar))
     assert type(found[0]) is (expected if given else TrainingLog)

@@ -178,7 +178,7 @@ def test_the_card_of_a_folder_names_its_own_files(folder: Path) -> None:
             entry = entry.replace("ABOVE", str(folder.parent))
             (folder / name).write_text(f"{fence}configs:\n- config_name: default\n  {entry}\n{fence}")
             for load in (load_pairs, stream_pairs):
-                with pytest.raises(ValueError, match=r"the card of '.*data' names '.*', which it has not"):
+                with pytest.raises(ValueError, match=r"the card of '.*data' names '.*', which it does not have"):
                     load(str(folder))
         (folder / name).write_text(f"{fence}configs:\n- config_name: default\n  data_files: '*.csv'\n{fence}")
     assert len(load_pairs(str(folder))) == 1

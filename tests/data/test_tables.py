@@ -178,7 +178,7 @@ def test_a_field_that_comes_late_is_not_lost(tmp_path: Path, monkeypatch: pytest
     for late in ({"y": 2}, {"x": 1, "z": {"a": 1}}):
         lines = [{"image": "a", "s": {"x": 1}}] * 2 + [{"image": "a", "s": late}]
         (tmp_path / "t.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        with pytest.raises(ValueError, match=r"rows 2 to 2, column 's': its objects have fields that .* have not"):
+        with pytest.raises(ValueError, match=r"rows 2 to 2, column 's': its objects have fields that .* lack"):
             list(read_json(str(tmp_path / "t.jsonl")))
 
 
