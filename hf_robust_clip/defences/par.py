@@ -192,17 +192,19 @@ class PAR(Defence):
 
     def reference(self, encoder: Any, inputs: dict[str, torch.Tensor]) -> Embeddings:
         """What the suspect model makes of the same inputs."""
-        tokens = self._tokens.take() if self._tokens is not None else []
+        listening = self._tokens
+        tokens = listening.take() if listening is not None else []
         model = self._copy[0] if self._copy else encoder
         device = inputs["input_ids"].device
         if self._copy and model.logit_scale.device != device:  # with FSDP, the encoder was not there yet
             model.to(device)
         with inference(model), without_adapters(model):
-            if not self.repel_layers:
+            if listening is None:
                 return encode_pairs(model, inputs)
             with ClassTokens(model) as frozen:
                 embeddings = encode_pairs(model, inputs)
         self._layers = list(zip(tokens, frozen.take(), strict=True))
+        listening.take()  # of the frozen pass, where it is the same tower
         return embeddings
 
     def forward(self, views: dict[str, Embeddings], scale: torch.Tensor, batch: Batch) -> dict[str, torch.Tensor]:
@@ -239,11 +241,12 @@ class PAR(Defence):
     @classmethod
     def findings(cls, record: RunRecord) -> Iterator[Statement]:
         """How far the embeddings have gone from the suspect model's."""
-        last = next((entry.numbers for entry in reversed(record.log) if "image_distance" in entry.numbers), None)
-        if last is not None:
-            images, texts = last["image_distance"], last.get("text_distance")
-            rest = f", by the end of training: squared distances from its embeddings of {images:.2f} in images and "
-            yield Statement("result", "PAR left the suspect model", f"{rest}{texts:.2f} in captions, of at most 4.")
+        for entry in reversed(record.log):
+            images, texts = (entry.numbers.get(f"{side}_distance") for side in ("image", "text"))
+            if images is not None and texts is not None:
+                rest = f": in the end their mean squared distance from the suspect model's is {images:.2f} in images "
+                yield Statement("result", "PAR moved embeddings", f"{rest}and {texts:.2f} in captions, of at most 4.")
+                return
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         saved = state_dict.get(f"{prefix}suspect")

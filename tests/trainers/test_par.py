@@ -218,7 +218,7 @@ def test_embeddings_go_further_than_by_plain_fine_tuning(tmp_path: Path) -> None
                 assert entry[f"{side}_repulsion_loss"] == pytest.approx(expected, rel=1e-5, abs=1e-8)
     assert far[2.15] > far[0.0] > 0
     findings = list(PAR.findings(trainer.record()))
-    assert [found.head for found in findings] == ["PAR left the suspect model"]
+    assert [found.head for found in findings] == ["PAR moved embeddings"]
     assert f"{log[-1]['image_distance']:.2f} in images" in findings[0].text
 
 
