@@ -11,7 +11,7 @@ success of a cleaned model less that of its cleaned twin under the same trigger.
 seed that is not reported; those with the best accuracy less mean attack success are then used.
 
 Each result is saved as it comes in `benchmarks/results/unbind/digits.json`, and is not computed again. The table goes
-next to it, as Markdown.
+next to it, as Markdown, and with `--docs` into docs/unbind.md.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 import torch
 from bench.grid import Results
+from bench.marked import put_between, table_marks
 from bench.material import Material, load_material, start_model
 from bench.study import digest, load_study
 from datasets import disable_progress_bars
@@ -41,6 +42,7 @@ from hf_robust_clip.trainers.defended import TRAINERS
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "unbind" / "digits.json"
+PAGE = ROOT / "docs" / "unbind.md"
 STUDY = load_study("digits")
 #: Its share of the pairs, and of each attack its trigger and its target.
 RATE = 0.01
@@ -257,6 +259,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), help="(default: all)")
     parser.add_argument("--search", type=float, nargs="+", choices=_TRIED, help="learning rates to try first")
     parser.add_argument("--single", nargs="*", choices=[*ATTACKS], help="one backdoor a model: these; by default all")
+    parser.add_argument("--docs", action="store_true", help="put the table into docs/unbind.md")
     parser.add_argument("--work", type=Path, default=ROOT / "bench-output" / "unbind", help="folder for the models")
     options = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
@@ -275,6 +278,8 @@ def main() -> None:
     text = table(results)
     results.save(versions={"torch": torch.__version__})
     RESULTS.with_suffix(".md").write_text(text)
+    if options.docs:
+        put_between(PAGE, table_marks("unbind", "unbind_table.py --docs"), "\n" + text)
     print(text)
 
 
