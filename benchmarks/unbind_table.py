@@ -74,11 +74,11 @@ _TRIED = (0.001, 0.002, 0.004)
 ARMS: dict[str, Arm] = {
     "plain": Arm("plain fine-tuning", "clip"),
     "cleanclip": Arm("CleanCLIP", "cleanclip", STUDY.row_arguments("cleanclip"), STUDY.row_augmentation("cleanclip")),
-    "random": Arm("random universal perturbations", "unbind", {"adversary": "none"}, rates=_TRIED),
-    "unbind": Arm("Unbind, with its adversary", "unbind", {"adversary": "universal"}, rates=_TRIED),
-    "no_add": Arm("without additions", "unbind", {"families": "patch=3,warp=3"}),
-    "no_patch": Arm("without patches", "unbind", {"families": "add=3,warp=3"}),
-    "no_warp": Arm("without warps", "unbind", {"families": "add=3,patch=3"}),
+    "random": Arm("Unbind, perturbations drawn at random", "unbind", {"adversary": "none"}, rates=_TRIED),
+    "unbind": Arm("Unbind, perturbations that learn", "unbind", {"adversary": "universal"}, rates=_TRIED),
+    "no_add": Arm("Unbind without additions", "unbind", {"adversary": "none", "families": "patch=3,warp=3"}),
+    "no_patch": Arm("Unbind without patches", "unbind", {"adversary": "none", "families": "add=3,warp=3"}),
+    "no_warp": Arm("Unbind without warps", "unbind", {"adversary": "none", "families": "add=3,patch=3"}),
 }
 
 
@@ -212,7 +212,7 @@ def chosen_rate(arm: str, results: Results) -> float:
         return float(result["accuracy"] - mean(result["success"].values()))
 
     # The arms without a family have the rate of the whole.
-    return max(there, key=score).rate if there else chosen_rate("unbind", results) if arm.startswith("no_") else 0.002
+    return max(there, key=score).rate if there else chosen_rate("random", results) if arm.startswith("no_") else 0.002
 
 
 def table(results: Results) -> str:
