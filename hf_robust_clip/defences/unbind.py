@@ -56,8 +56,8 @@ class UnbindTrainingArguments(CLIPTrainingArguments):
         families (`dict` or `str`, *optional*): How many perturbations there are of each family, such as
             `{"add": 2, "patch": 2, "warp": 2}` or `"add=2,patch=2,warp=2"`, which is the default. One that is left
             out has none. See [`~augment.universal.Family`] for one of your own.
-        adversary (`str`, defaults to `"universal"`): `"universal"`: each step moves the perturbations to where the
-            loss is larger. `"none"`: each step draws them anew.
+        adversary (`str`, defaults to `"none"`): `"none"`: each step draws the perturbations anew. `"universal"`: each
+            step moves them to where the loss is larger, which was not shown to be worth its cost.
         perturbed_weight (`float`, *optional*): Weight of the CLIP loss of perturbed images, at least 0. `None`: 1 of
             `"plain"`, 0.5 of `"photos"`.
         unimodal_weight (`float`, *optional*): Weight of CleanCLIP's terms, between images and their perturbed copies
@@ -68,8 +68,10 @@ class UnbindTrainingArguments(CLIPTrainingArguments):
         add_budget (`float`, defaults to 0.08): Largest root mean square of an added pattern, on the scale [0, 1].
         warp_budget (`float`, *optional*): Largest mean shift of a warp, as a share of the side. `None`: 0.1 of
             `"plain"`, 0.14 of `"photos"`.
-        ascent (`float`, defaults to 0.2): How far a step moves a perturbation, as a share of its budget, above 0.
-        redraw (`float`, defaults to 0.15): Probability, in [0, 1], that a step draws a perturbation anew instead.
+        ascent (`float`, defaults to 0.2): Of the adversary: how far a step moves a perturbation, as a share of its
+            budget, above 0.
+        redraw (`float`, defaults to 0.15): Of the adversary: probability, in [0, 1], that a step draws a perturbation
+            anew instead.
     """
 
     per_device_train_batch_size: int = field(default=64, metadata={"help": "Batch size per device for training."})
@@ -93,7 +95,7 @@ class UnbindTrainingArguments(CLIPTrainingArguments):
         default=None, metadata={"help": "Perturbations of each family; by default add=2,patch=2,warp=2."}
     )
     adversary: str = field(
-        default="universal", metadata={"help": "What moves the perturbations: universal, or none, which draws them."}
+        default="none", metadata={"help": "What moves the perturbations: universal, or none, which draws them anew."}
     )
     perturbed_weight: float | None = field(
         default=None, metadata={"help": "Weight of the CLIP loss of perturbed images; else the preset's."}
@@ -112,8 +114,10 @@ class UnbindTrainingArguments(CLIPTrainingArguments):
         default=None,
         metadata={"help": "Largest mean shift of a warp, as a share of the side; else the preset's."},
     )
-    ascent: float = field(default=0.2, metadata={"help": "How far a step moves a perturbation: share of its budget."})
-    redraw: float = field(default=0.15, metadata={"help": "Probability that a step draws a perturbation anew."})
+    ascent: float = field(
+        default=0.2, metadata={"help": "Of the adversary: how far a step goes, as a share of the budget."}
+    )
+    redraw: float = field(default=0.15, metadata={"help": "Of the adversary: probability that a step draws one anew."})
 
     def __post_init__(self) -> None:
         check_choice(self, "preset", PRESETS)
@@ -150,8 +154,8 @@ def check_unbind(args: Any) -> None:
 
 class Perturbations(nn.Module):
     """
-    A pool of universal perturbations that learns beside a model. Its buffers hold the parameters of each family, the
-    same on every rank.
+    A pool of universal perturbations, which can learn beside a model. Its buffers hold the parameters of each family,
+    the same on every rank.
 
     Args:
         families (mapping of [`~augment.universal.Family`] to `int`): How many there are of each.
@@ -293,13 +297,13 @@ class Unbind(Defence):
     """
     Beside the images as they are, the model learns the captions of images under a small pool of universal
     perturbations, each the same for all images that it is dealt: additions, patches and warps. They must not change
-    what an image means, so that a trigger, which is such a perturbation, loses its meaning. The pool learns against
-    the model, by the gradients that each step has anyway.
+    what an image means, so that a trigger, which is such a perturbation, loses its meaning. The pool is drawn anew at
+    each step, or learns against the model, by the gradients that each step has anyway.
 
     Args:
         families (mapping or `str`): How many perturbations there are of each family. Keys are names, or objects of
             [`~augment.universal.Family`], which have budgets of their own.
-        adversary (`str`): `"universal"`, or `"none"`: every step draws all perturbations anew.
+        adversary (`str`): `"none"`: every step draws all perturbations anew; or `"universal"`.
         perturbed_weight (`float`): Of the CLIP loss of perturbed images.
         unimodal_weight (`float`): Of CleanCLIP's terms within each modality. 0: captions are encoded once, and not
             augmented.
@@ -352,7 +356,7 @@ class Unbind(Defence):
     def __init__(
         self,
         families: Mapping[str | Family, int] | str = "add=2,patch=2,warp=2",
-        adversary: str = "universal",
+        adversary: str = "none",
         perturbed_weight: float = 1.0,
         unimodal_weight: float = 0.0,
         fade_from: float = 0.6,

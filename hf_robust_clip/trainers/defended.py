@@ -82,8 +82,8 @@ class UnbindTrainer(CLIPTrainer):
     """
     Fine-tune a suspected CLIP on clean pairs so that a backdoor loses its hold: images under a small pool of universal
     perturbations, each the same for all images that it is dealt, keep their captions. A trigger is such a
-    perturbation. The pool learns against the model, by the gradients that each step has anyway; with
-    `adversary="none"` it is drawn anew instead. It is this package's own; docs/unbind.md says what was measured of it.
+    perturbation. Each step draws the pool anew; with `adversary="universal"` it learns against the model instead, by
+    the gradients that each step has anyway. It is this package's own; docs/unbind.md says what was measured of it.
 
     It needs pairs that are clean: a few poisons left among them undo it. Triggers that are far from every family of
     perturbations are not covered. Measure, with [`AttackSuccessEvaluator`], and do not resume the optimizer of the

@@ -73,7 +73,14 @@ TRAINERS: dict[type[CLIPTrainer], dict[str, Any]] = {
     CleanCLIPTrainer: {"rows": WORLD * 8, "max_steps": 1, "learning_rate": 1.0},
     PARTrainer: {"rows": WORLD * 8 * 3, "max_steps": 3, "learning_rate": 0.01, "paper_schedule": False},
     # One perturbation: which image has which is drawn by a process for its own batch.
-    UnbindTrainer: {"rows": WORLD * 8 * 3, "max_steps": 3, "learning_rate": 0.01, "families": "warp=1", "redraw": 0.0},
+    UnbindTrainer: {
+        "rows": WORLD * 8 * 3,
+        "max_steps": 3,
+        "learning_rate": 0.01,
+        "adversary": "universal",
+        "families": "warp=1",
+        "redraw": 0.0,
+    },
     RoCLIPTrainer: {
         "rows": WORLD * 8 * 3,
         "max_steps": 3,
@@ -116,7 +123,7 @@ RESUMED: dict[str, tuple[type[CLIPTrainer], int, dict[str, Any]]] = {
     "CLIPTrainer": (CLIPTrainer, 3, {"num_train_epochs": 2}),
     "CleanCLIPTrainer, 2 workers": (CleanCLIPTrainer, 3, {"num_train_epochs": 2, "dataloader_num_workers": 2}),
     "PARTrainer": (PARTrainer, 3, {"num_train_epochs": 2}),
-    "UnbindTrainer": (UnbindTrainer, 3, {"num_train_epochs": 2}),
+    "UnbindTrainer": (UnbindTrainer, 3, {"num_train_epochs": 2, "adversary": "universal"}),
     "RoCLIPTrainer": (RoCLIPTrainer, 6, {"num_train_epochs": 2}),
     "SafeCLIPTrainer": (SafeCLIPTrainer, 10, {"num_train_epochs": 4, **SPLIT}),
 }

@@ -1,4 +1,4 @@
-"""Unbind: a pool of universal perturbations that learns beside the model, by the gradients that there are anyway."""
+"""Unbind: a pool of universal perturbations, drawn at random or by the gradients that there are anyway."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ONE: dict[str, Any] = {"families": "add=1", "redraw": 0.0, "train_sampling_strat
 
 def unbind(folder: Path, **overrides: Any) -> CLIPTrainer:
     overrides["model"] = overrides["model"] if "model" in overrides else small_model()
-    return make_trainer(UnbindTrainer, folder, **{"max_steps": 3, **overrides})
+    return make_trainer(UnbindTrainer, folder, **{"max_steps": 3, "adversary": "universal", **overrides})
 
 
 def one(folder: Path, **overrides: Any) -> CLIPTrainer:
@@ -133,10 +133,10 @@ def test_gradients_of_several_batches_add_up() -> None:
 @pytest.mark.parametrize(
     "given",
     [
-        {"preset": "photos", "gradient_accumulation_steps": 2},
-        {"adversary": "none"},
-        {"contrastive_chunk_size": 3},
-        {"families": {"warp": 1, "patch": 4}, "redraw": 0.5, "dataloader_num_workers": 1},
+        {"preset": "photos", "gradient_accumulation_steps": 2, "adversary": "universal"},
+        {},
+        {"contrastive_chunk_size": 3, "adversary": "universal"},
+        {"families": {"warp": 1, "patch": 4}, "redraw": 0.5, "adversary": "universal", "dataloader_num_workers": 1},
     ],
     ids=str,
 )
@@ -267,7 +267,7 @@ def test_families_of_ones_own_and_with_budgets_of_their_own(tmp_path: Path) -> N
         CLIPTrainer,
         tmp_path,
         max_steps=2,
-        defence=Unbind(families={Fog(budget=0.1): 2, Warp(budget=0.01): 1, "patch": 1}),
+        defence=Unbind(adversary="universal", families={Fog(budget=0.1): 2, Warp(budget=0.01): 1, "patch": 1}),
     )
     for trainer in (named, objects):
         trainer.train()
@@ -291,7 +291,7 @@ def test_adapters_are_trained_under_it(tmp_path: Path) -> None:
 
 
 def test_a_step_that_an_epoch_ended_within_leaves_no_gradients(tmp_path: Path) -> None:
-    defence = Unbind()
+    defence = Unbind(adversary="universal")
     defence.pool(torch.rand(6, 3, 8, 8)).sum().backward()
     defence.begin_epoch(1, None)
     assert all(part.grad is None and not part.requires_grad for part in defence.buffers())
