@@ -547,3 +547,5 @@ def two(output: Path) -> None:
 
 if __name__ == "__main__":
     {"two": two, "four": four}[sys.argv[1]](Path(sys.argv[2]))
+    # Or a thread of the group may outlive the interpreter, which then aborts.
+    PartialState().destroy_process_group()
