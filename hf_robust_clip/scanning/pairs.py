@@ -247,6 +247,7 @@ def scan_pairs(
     check_processor(processor, "processor")
     columns = (image_column, caption_column)
     sample = np.sort(np.random.default_rng(seed).permutation(len(dataset))[:SAMPLE])
+    words = Words(_sampled_words(dataset, caption_column, sample))
     group_votes, worst = np.zeros(len(dataset), dtype=np.float32), np.zeros(len(dataset), dtype=np.float32)
     found: list[tuple[int, Direction, NDArray[np.int64], NDArray[np.int64]]] = []
     with tempfile.TemporaryDirectory(dir=cache_dir) as folder:
@@ -254,8 +255,7 @@ def scan_pairs(
             encoder = load_dual_encoder(model)
             place = Path(folder, str(number))
             features, prints = read_features(encoder, processor, dataset, *columns, place, batch_size, num_workers)
-            words = _sampled_words(dataset, caption_column, sample)
-            directions = find_groups(features.pooled[sample], Words(words), COMPONENTS, seed)
+            directions = find_groups(features.pooled[sample], words, COMPONENTS, seed)
             strongest = _one_a_word(directions)
             members: dict[str, list[tuple[float, int]]] = {group.word: [] for group in strongest}
             others: dict[str, list[int]] = {group.word: [] for group in strongest}

@@ -225,14 +225,10 @@ def check_saved_weights(model: Any, checkpoint: str) -> None:
         saved = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
     else:
         return  # of an engine, which checks them itself
-    ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ()) | set(_tied(model))
+    left_out = (getattr(model, name, None) or () for name in ("_keys_to_ignore_on_save", "all_tied_weights_keys"))
+    ignored = set().union(*left_out)
     own = set(model.state_dict())
     check_weights(model, {"missing_keys": own - saved - ignored, "unexpected_keys": saved - own}, "the checkpoint")
-
-
-def _tied(model: Any) -> Mapping[str, Any]:
-    tied: Mapping[str, Any] = getattr(model, "all_tied_weights_keys", None) or {}
-    return tied
 
 
 def check_resumed(
