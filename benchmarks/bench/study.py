@@ -20,6 +20,7 @@ DIGITS = "digits"
 
 ROWS: dict[str, Row] = {
     "undefended": Row("undefended", "clip"),
+    "twin": Row("never poisoned", "clip", control="undefended"),
     "plain": Row("plain fine-tuning", "clip", start="undefended"),
     "cleanclip": Row("CleanCLIP", "cleanclip", start="undefended", control="plain"),
     "par": Row("PAR", "par", start="undefended", control="plain"),
@@ -30,7 +31,9 @@ ROWS: dict[str, Row] = {
     "rebound": Row("plain fine-tuning after CleanCLIP", "clip", start="cleanclip", control="plain"),
 }
 #: The rows of the table; a study can name others of those above.
-GRID = ("undefended", "plain", "cleanclip", "augmentation", "roclip", "safeclip")
+GRID = ("undefended", "twin", "plain", "cleanclip", "par", "unbind", "augmentation", "roclip", "safeclip")
+#: Trained on pairs without poisons, and measured under each attack.
+TWIN = "twin"
 PHASES = ("all", "pretraining", "finetuning")
 MEASURES = ("zero_shot", "attack", "linear_probe", "retrieval")
 
