@@ -46,7 +46,7 @@ class Search:
     Args:
         attack (mapping): As one of `Study.attacks`.
         seeds (sequence of `int`): None of `Study.seeds`.
-        learning_rates (mapping): Of `pretraining` and `finetuning` to the rates tried.
+        learning_rates (mapping): Of `pretraining` and `finetuning`, or of a row, to the rates tried.
     """
 
     attack: Mapping[str, Any]
@@ -112,7 +112,7 @@ class Study:
         _check_names("measures", self.measures, MEASURES)
         _check_names("arguments", self.arguments, (*PHASES, *ROWS))
         _check_names("image_augmentation", self.image_augmentation, tuple(ROWS))
-        _check_names("search.learning_rates", self.search.learning_rates, PHASES[1:])
+        _check_names("search.learning_rates", self.search.learning_rates, (*PHASES[1:], *ROWS))
         if not self.attacks:
             raise ValueError("attacks is empty; a study needs at least one")
         common = sorted(set(self.seeds) & set(self.search.seeds))
@@ -138,7 +138,8 @@ class Study:
     def rates(self, row: str) -> list[float]:
         """The learning rates that the search tries for a row."""
         phase = "finetuning" if ROWS[row].start else "pretraining"
-        return [float(rate) for rate in self.search.learning_rates.get(phase, ())]
+        rates = self.search.learning_rates
+        return [float(rate) for rate in rates.get(row, rates.get(phase, ()))]
 
 
 def load_study(name: str) -> Study:
