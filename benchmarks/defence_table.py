@@ -84,14 +84,18 @@ def choose(study: Study, row: str, results: Results, chosen: Mapping[str, float]
     return max(cells, key=lambda rate: score(cells[rate]))
 
 
+def found_before(study: Study, results: Results) -> dict[str, float]:
+    """The rates that an earlier search chose, of those rows and rates that are still searched."""
+    chosen = results.content.get("study", {}).get("chosen", {})
+    return {row: rate for row, rate in chosen.items() if row in study.rows and rate in study.rates(row)}
+
+
 def search(study: Study, results: Results, rows: Sequence[str], **run: Any) -> dict[str, float]:
     """
     The best learning rate of each of some rows: the undefended one's first, since others start from its model. Those
     of the other rows are as they were found before.
     """
-    chosen = {
-        row: rate for row, rate in results.content.get("study", {}).get("chosen", {}).items() if row in study.rows
-    }
+    chosen = found_before(study, results)
     for some in (["undefended"], [row for row in rows if row != "undefended"]):
         searched = [row for row in some if study.rates(row) and row != TWIN]
         cells = [cell for row in searched for group in search_cells(study, row, chosen).values() for cell in group]
@@ -133,6 +137,7 @@ def describe(study: Study, chosen: Mapping[str, float], cells: list[Cell]) -> di
         "note": study.note,
         "rows": list(study.rows),
         "attacks": list(study.attacks),
+        "seeds": list(study.seeds),
         "balanced": isinstance(study.classes, Mapping),
         "search": f"{attack}; seed {seeds}",
         "chosen": dict(chosen),
@@ -214,9 +219,9 @@ def main() -> None:
             parser.error(f"--{name} {unknown.pop()} is not of the study; accepted are {list(getattr(study, name))}")
     results = Results(RESULTS / f"{study.name}.json")
     if options.table:
-        chosen = results.content.get("study", {}).get("chosen")
-        if chosen is None:
+        if "study" not in results.content:
             parser.error(f"--table: {results.path} has no results of the study yet")
+        chosen = found_before(study, results)
         results.save(study=describe(study, chosen, table_cells(study, chosen)))
     else:
         try:
