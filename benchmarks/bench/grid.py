@@ -56,7 +56,9 @@ class Results:
 
     def has(self, cell: Cell) -> bool:
         """Whether the cell's model has been measured, by today's measures."""
-        return self.cells.get(cell.key, {}).get("measuring") == cell.measuring()
+        wanted, measured = cell.measuring(), self.cells.get(cell.key, {}).get("measuring") or {}
+        # A rebound that nobody asks for does no harm.
+        return wanted | ({} if wanted["rebound"] else {"rebound": measured.get("rebound")}) == measured
 
     def of(self, cell: Cell) -> dict[str, Any]:
         """The result of a cell."""
