@@ -165,7 +165,7 @@ class PoisonSpec:
             # What the other modes take of themselves.
             object.__setattr__(self, "templates", OWN_CAPTIONS if self.mode == "backdoor" else None)
             return
-        templates = text_list("templates", self.templates, "'data', or a list of at least one template")
+        templates = text_list("templates", self.templates, "a list of at least one template, or 'data'")
         if not templates:
             raise ValueError("templates is empty; accepted is a list of at least one template")
         object.__setattr__(self, "templates", templates)

@@ -460,7 +460,7 @@ def test_replay_refuses_what_it_was_not_made_for():
         ({"image_size": 2049}, "image_size=2049; accepted is .* at most 2048"),
         ({"target": "d\ud800g"}, r"target: 'd\\ud800g' cannot be encoded"),
         ({"templates": ["a {}", "\ud800 {}"]}, r"templates: '\\ud800 \{\}' cannot be encoded"),
-        ({"templates": "a {}"}, "templates must be 'data', or a list of at least one template, but is 'a {}'"),
+        ({"templates": "a {}"}, "templates must be a list of at least one template, or 'data', but is 'a {}'"),
         ({"templates": []}, "at least one template"),
         ({"templates": ["a dog"]}, "'a dog'.*exactly one {}"),
         ({"templates": ["a {}"], "mode": "label_consistent"}, "keeps the captions"),
