@@ -10,7 +10,8 @@ where it was interrupted. At the end it writes the table next to that file, as M
 `--docs` in short into docs/results.md, and with all studies' tables into README.md.
 
 The search takes, of a row's rates, the one with the largest clean accuracy less attack success; for the undefended
-model, whose user knows of no attack, the one with the largest clean accuracy.
+model, whose user knows of no attack, the one with the largest clean accuracy. A best rate at the end of those tried is
+followed by one beyond it.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ from bench.table import accuracy_title, overview, page, summary, table_figures
 RESULTS = ROOT / "benchmarks" / "results" / "defences"
 #: The page of the tables, and the one that shows them all in one table.
 PAGE, README = ROOT / "docs" / "results.md", ROOT / "README.md"
+#: Most rates that are tried for a row, those beyond the study's included.
+MOST_RATES = 8
 #: The studies of that one table, and what their data is called there.
 SHOWN = {"digits": "digits", "cifar10": "CIFAR-10", "flickr8k": "Flickr8k, balanced accuracy"}
 
@@ -57,18 +60,26 @@ def make_cell(
     return with_learning_rate(cell, chosen.get("undefended" if row == TWIN else row))
 
 
-def search_cells(study: Study, row: str, chosen: Mapping[str, float]) -> dict[float, list[Cell]]:
-    """The cells of the search for a row's learning rate, by rate."""
+def search_cells(
+    study: Study, row: str, chosen: Mapping[str, float], rates: Sequence[float] | None = None
+) -> dict[float, list[Cell]]:
+    """The cells of the search for a row's learning rate, by rate; `None`: those of the study."""
     return {
         rate: [
             make_cell(study, row, "search", study.search.attack, seed, {**chosen, row: rate})
             for seed in study.search.seeds
         ]
-        for rate in study.rates(row)
+        for rate in (study.rates(row) if rates is None else rates)
     }
 
 
-def choose(study: Study, row: str, results: Results, chosen: Mapping[str, float]) -> float:
+def choose(
+    study: Study,
+    row: str,
+    results: Results,
+    chosen: Mapping[str, float],
+    rates: Sequence[float] | None = None,
+) -> float:
     """The best of a row's learning rates."""
 
     def score(cells: list[Cell]) -> float:
@@ -80,30 +91,51 @@ def choose(study: Study, row: str, results: Results, chosen: Mapping[str, float]
                 total -= result["figures"][result["success"]]
         return total
 
-    cells = search_cells(study, row, chosen)
+    cells = search_cells(study, row, chosen, rates)
     return max(cells, key=lambda rate: score(cells[rate]))
+
+
+def rates_tried(study: Study, results: Results) -> dict[str, list[float]]:
+    """Of each row that is searched the study's rates, and those beyond them that an earlier search tried."""
+    before = results.content.get("study", {}).get("tried", {})
+    searched = [row for row in study.rows if study.rates(row) and row != TWIN]
+    return {row: sorted({*study.rates(row), *before.get(row, ())}) for row in searched}
 
 
 def found_before(study: Study, results: Results) -> dict[str, float]:
     """The rates that an earlier search chose, of those rows and rates that are still searched."""
-    chosen = results.content.get("study", {}).get("chosen", {})
-    return {row: rate for row, rate in chosen.items() if row in study.rows and rate in study.rates(row)}
+    chosen, tried = results.content.get("study", {}).get("chosen", {}), rates_tried(study, results)
+    return {row: rate for row, rate in chosen.items() if rate in tried.get(row, ())}
 
 
 def search(study: Study, results: Results, rows: Sequence[str], **run: Any) -> dict[str, float]:
     """
-    The best learning rate of each of some rows: the undefended one's first, since others start from its model. Those
-    of the other rows are as they were found before.
+    The best learning rate of each of some rows: the undefended one's first, since others start from its model. Where
+    the best is the lowest or the highest that was tried, half or twice of it is tried, too. Those of the other rows
+    are as they were found before.
     """
-    chosen = found_before(study, results)
+    chosen, tried = found_before(study, results), rates_tried(study, results)
     for some in (["undefended"], [row for row in rows if row != "undefended"]):
-        searched = [row for row in some if study.rates(row) and row != TWIN]
-        cells = [cell for row in searched for group in search_cells(study, row, chosen).values() for cell in group]
-        # The search asks for accuracy and attack success alone, which earlier measures have, too.
-        if not run_cells([cell for cell in cells if cell.key not in results.cells], results, **run):
-            raise TimeoutError("the search for the learning rates is not done")
-        chosen |= {row: choose(study, row, results, chosen) for row in searched}
+        waiting = [row for row in some if row in tried]
+        while waiting:
+            groups = [group for row in waiting for group in search_cells(study, row, chosen, tried[row]).values()]
+            # The search asks for accuracy and attack success alone, which earlier measures have, too.
+            missing = [cell for group in groups for cell in group if cell.key not in results.cells]
+            if not run_cells(missing, results, **run):
+                raise TimeoutError("the search for the learning rates is not done")
+            chosen |= {row: choose(study, row, results, chosen, tried[row]) for row in waiting}
+            waiting = [row for row in waiting if extend(tried[row], chosen[row])]
+            results.content.setdefault("study", {})["tried"] = tried
     return chosen
+
+
+def extend(rates: list[float], best: float) -> bool:
+    """Add a rate beyond the best one if that is at an end of a row's rates, and they are not too many."""
+    ends = {min(rates): best / 2, max(rates): best * 2}
+    if len(rates) == 1 or len(rates) >= MOST_RATES or best not in ends:
+        return False
+    rates.append(ends[best])
+    return True
 
 
 def table_cells(study: Study, chosen: Mapping[str, float]) -> list[Cell]:
@@ -125,7 +157,9 @@ def table_cells(study: Study, chosen: Mapping[str, float]) -> list[Cell]:
     return cells
 
 
-def describe(study: Study, chosen: Mapping[str, float], cells: list[Cell]) -> dict[str, Any]:
+def describe(
+    study: Study, chosen: Mapping[str, float], cells: list[Cell], tried: Mapping[str, Sequence[float]]
+) -> dict[str, Any]:
     """What the table needs to know of the study."""
     searched = dict(study.search.attack)
     trigger = dict(searched.get("trigger", {}))
@@ -141,6 +175,7 @@ def describe(study: Study, chosen: Mapping[str, float], cells: list[Cell]) -> di
         "balanced": isinstance(study.classes, Mapping),
         "search": f"{attack}; seed {seeds}",
         "chosen": dict(chosen),
+        "tried": {row: sorted(rates) for row, rates in tried.items()},
         "table_keys": [cell.key for cell in cells],
     }
 
@@ -191,9 +226,10 @@ def fill(
     chosen = search(study, results, rows, **run)
     searched = time.perf_counter()
     cells = table_cells(study, chosen)
-    tried = [cell for row in chosen for group in search_cells(study, row, chosen).values() for cell in group]
-    results.keep([*tried, *cells])
-    results.save(study=describe(study, chosen, cells))
+    tried = rates_tried(study, results)
+    groups = [group for row in tried for group in search_cells(study, row, chosen, tried[row]).values()]
+    results.keep([*(cell for group in groups for cell in group), *cells])
+    results.save(study=describe(study, chosen, cells, tried))
     wanted = [cell for cell in cells if cell.row in rows and cell.attack in attacks and cell.seed in seeds]
     run_cells(wanted, results, **run)
     print(f"search {(searched - start) / 60:.1f} min, table {(time.perf_counter() - searched) / 60:.1f} min")
@@ -222,7 +258,7 @@ def main() -> None:
         if "study" not in results.content:
             parser.error(f"--table: {results.path} has no results of the study yet")
         chosen = found_before(study, results)
-        results.save(study=describe(study, chosen, table_cells(study, chosen)))
+        results.save(study=describe(study, chosen, table_cells(study, chosen), rates_tried(study, results)))
     else:
         try:
             fill(study, results, **parts, **run_arguments(options))

@@ -25,7 +25,7 @@ _EXCESS = "excess_success_rate"
 def page(content: Mapping[str, Any]) -> str:
     """The table with what it is of: data, counts, seeds, rates, device, versions."""
     study, cells = content["study"], table_cells(content)
-    chosen = ", ".join(f"{ROWS[row].title} {rate:g}" for row, rate in study["chosen"].items())
+    chosen = ", ".join(f"{ROWS[row].title} {rate:g}{_tried(study, row)}" for row, rate in study["chosen"].items())
     minutes = sum(cell["seconds"] + cell["measuring_seconds"] for cell in cells) / 60
     devices = ", ".join(sorted({cell["device"] for cell in cells}))
     counted = f"{len(cells)} cells"
@@ -41,6 +41,11 @@ def page(content: Mapping[str, Any]) -> str:
         f"Training and measuring {counted} took {minutes:.0f} minutes: {devices}; {versions}.",
     ]
     return "\n".join(lines) + f"\n\n{markdown(content)}"
+
+
+def _tried(study: Mapping[str, Any], row: str) -> str:
+    rates = study.get("tried", {}).get(row, ())
+    return f" (of {min(rates):g} to {max(rates):g})" if len(rates) > 1 else ""
 
 
 def summary(content: Mapping[str, Any]) -> str:

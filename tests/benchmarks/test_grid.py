@@ -13,7 +13,7 @@ from bench.checks import CHECKS, Setting
 from bench.grid import Results, run_cells
 from bench.study import ROWS, TWIN, Search, Study
 from bench.table import page
-from defence_table import choose, describe, make_cell, search_cells, table_cells
+from defence_table import choose, describe, extend, make_cell, search_cells, table_cells
 
 STUDY = Study(
     name="tried",
@@ -63,7 +63,7 @@ def test_results_are_saved_as_they_come_and_read_back(folder: Path) -> None:
 
 def test_a_table_is_made_of_them(folder: Path) -> None:
     results = Results(folder / "results.json")
-    content = {**results.content, "study": describe(STUDY, {}, table_cells(STUDY, {}))}
+    content = {**results.content, "study": describe(STUDY, {}, table_cells(STUDY, {}), {})}
     rows = [line.split("|")[1:5] for line in page(content).splitlines() if line.startswith("|")][2:]
     assert [row[1].split(" (")[0].strip() for row in rows] == ["undefended", "plain fine-tuning"]
     figures = results.of(cell("plain"))["figures"]
@@ -192,6 +192,14 @@ def test_the_search_takes_the_rate_with_the_most_accuracy_less_attack_success(tm
             results.cells[found.key] = {"figures": values, "success": "attack_success_rate"}
     assert choose(STUDY, "undefended", results, {}) == 1e-3
     assert choose(STUDY, "augmentation", results, {}) == 2e-3
+
+
+def test_a_search_goes_beyond_its_ends() -> None:
+    rates = [1e-3, 2e-3]
+    assert extend(rates, 1e-3) and rates == [1e-3, 2e-3, 5e-4]
+    assert extend(rates, 2e-3) and rates[-1] == 4e-3
+    assert not extend(rates, 1e-3) and len(rates) == 4
+    assert not extend([float(number) for number in range(1, 9)], 8.0) and not extend([1e-3], 1e-3)
 
 
 @pytest.mark.parametrize("name", CHECKS)
