@@ -17,7 +17,6 @@ from .flags import (
     any_trigger,
     check_source,
     check_whole,
-    parse_trigger,
     spelled,
     value_of,
 )
@@ -111,14 +110,10 @@ def poison(args: argparse.Namespace) -> dict[str, Any]:
     """
     from ..attacks.poisoning import poison_dataset
     from ..attacks.spec import PoisonSpec
-    from ..attacks.triggers import trigger_from_name
-    from .measuring import load_data
+    from .measuring import load_data, make_trigger
 
     with usage_errors():
-        trigger = None
-        if args.trigger is not None:
-            name, fields = parse_trigger(args.trigger)
-            trigger = trigger_from_name(name, **fields)
+        trigger = None if args.trigger is None else make_trigger(args.trigger)
         spec = PoisonSpec(
             trigger,
             args.target,
