@@ -149,9 +149,9 @@ def table_cells(study: Study, chosen: Mapping[str, float]) -> list[Cell]:
             for row in study.rows:
                 cell = make_cell(study, row, attack, poisoning, seed, chosen)
                 if cell.start is not None:
+                    twin = make_cell(study, row, attack, poisoning, seed, chosen, twin=True)
                     rebound_rate = chosen.get("plain") or study.row_arguments("plain")["learning_rate"]
-                    cells.append(replace(cell, rebound_rate=rebound_rate))
-                    cells.append(make_cell(study, row, attack, poisoning, seed, chosen, twin=True))
+                    cells += [replace(one, rebound_rate=rebound_rate) for one in (cell, twin)]
                 else:
                     cells.append(cell)
     return cells

@@ -212,12 +212,21 @@ class _Twins(_Shown):
 
 
 class _Rebound(_Shown):
-    """Points of attack success gained in plain fine-tuning: at worst on the way, and at the end."""
+    """
+    Points of attack success gained in plain fine-tuning: at worst on the way, and at the end; and what the twin that
+    was cleaned in the same way gains.
+    """
 
     def is_there(self, cell: Mapping[str, Any]) -> bool:
         return bool(cell.get("rebound"))
 
     def text(self, cells: Sequence[Mapping[str, Any]], twins: Mapping[Any, Any]) -> str:
+        of_twins = [twins.get((twin_row(cell["row"]), cell["attack"], cell["seed"]), {}) for cell in cells]
+        gained, by_twins = self._gained(cells), self._gained(of_twins)
+        return f"{gained}; {by_twins}" if gained and by_twins else gained
+
+    @staticmethod
+    def _gained(cells: Sequence[Mapping[str, Any]]) -> str:
         there = [cell for cell in cells if cell.get("rebound")]
         before = [cell["figures"][cell["success"]] for cell in there]
         worst = [max(cell["rebound"]["success"]) - start for cell, start in zip(there, before, strict=True)]
@@ -230,7 +239,7 @@ _COLUMNS: dict[str, _Shown] = {
     "placebos: success, excess of the attack": _Shown(("placebo_success_rate", _EXCESS)),
     "points above its twin": _Twins(()),
     "right in spite of the trigger": _Shown(("triggered_accuracy",)),
-    "points gained in plain steps: worst, end": _Rebound(()),
+    "points gained in plain steps: worst, end; its twin's": _Rebound(()),
     "linear probe: accuracy, attack": _Shown(("linear_probe_accuracy", "linear_probe_attack_success_rate")),
     "first caption found names the target": _Shown(("triggered_top1_names_target",)),
     "photo to caption, caption to photo, R@10": _Shown(("image_to_text_recall_at_10", "text_to_image_recall_at_10")),

@@ -133,12 +133,16 @@ def test_a_twin_and_a_rebound_are_told_in_points() -> None:
     rebound = {"steps": [50, 100], "accuracy": [0.9, 0.9], "success": [0.09, 0.07]}
     cleaned = {**a_cell("cleanclip", 0, 0.9, 0.05), "rebound": rebound}
     twins = [{**a_cell(row, 0, 0.9, 0.02), "key": f"{row}-twin", "twin": True} for row in ("twin", "cleanclip")]
+    twins[1]["rebound"] = {**rebound, "success": [0.03, 0.02]}
     results = content([a_cell("undefended", 0, 0.9, 0.9), cleaned, *twins], rows=["undefended", "twin", "cleanclip"])
     assert [cell["figures"][success] for cell in table_cells(results)] == [0.9, 0.05, 0.02]
     header, _, undefended, twin, shown = rows_of(markdown(results))
-    above, gained = header.index("points above its twin"), header.index("points gained in plain steps: worst, end")
+    above, gained = (
+        header.index("points above its twin"),
+        header.index("points gained in plain steps: worst, end; its twin's"),
+    )
     assert (undefended[above], twin[above], shown[above]) == ("+88.0", "", "+3.0")
-    assert (undefended[gained], shown[gained]) == ("", "+4.0, +2.0")
+    assert (undefended[gained], shown[gained]) == ("", "+4.0, +2.0; +1.0, +0.0")
 
 
 def test_the_worst_case_is_over_the_attacks_that_took() -> None:
