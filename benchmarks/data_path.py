@@ -31,6 +31,7 @@ import numpy as np
 import torch
 import transformers
 from bench.output import write_result
+from bench.plain import CAPTIONS, dataset_of
 from PIL import Image, ImageEnhance, ImageFilter
 from torch.utils.data import DataLoader
 
@@ -41,7 +42,6 @@ from hf_robust_clip.data.scratch import build_processor
 from hf_robust_clip.data.streams import Stream, StreamCollator
 from hf_robust_clip.imaging import decode_image
 
-CAPTIONS = ["a dog runs over the wet snow", "two children play on a beach", "a man climbs a steep rock face"]
 SIZE = 224
 VIEWS = ("first", "second")
 
@@ -86,15 +86,6 @@ def augment_with_pil(image: Image.Image, draw: random.Random) -> Image.Image:
         left, top = draw.randint(0, SIZE - side), draw.randint(0, SIZE - side)
         image.paste((0, 0, 0), (left, top, left + side, top + side))
     return image
-
-
-def dataset_of(files: list[bytes]) -> datasets.Dataset:
-    """Pairs of these files and a caption each."""
-    captions = [CAPTIONS[number % len(CAPTIONS)] for number in range(len(files))]
-    return datasets.Dataset.from_dict(
-        {"image": [{"bytes": file, "path": None} for file in files], "caption": captions},
-        features=datasets.Features({"image": datasets.Image(), "caption": datasets.Value("string")}),
-    )
 
 
 def stages(batch: int, folder: Path) -> dict[str, Callable[[], Any]]:
