@@ -29,7 +29,7 @@ _PUBLIC = {
     "ImageAugmentation": "augment.images",
     "LinearProbeEvaluator": "evaluation.linear_probe",
     "OptimizedPatchTrigger": "attacks.patches",
-    "PairScan": "scanning.pairs",
+    "PairScan": "scanning.found",
     "PairSimilarityCallback": "callbacks",
     "PatchTrigger": "attacks.patches",
     "PhraseTrigger": "attacks.text_triggers",
@@ -107,7 +107,7 @@ if TYPE_CHECKING:
     from .evaluation.zero_shot import ZeroShotEvaluator as ZeroShotEvaluator
     from .mixture import fit_similarity_mixture as fit_similarity_mixture
     from .pool import FeaturePool as FeaturePool
-    from .scanning.pairs import PairScan as PairScan
+    from .scanning.found import PairScan as PairScan
     from .scanning.pairs import scan_pairs as scan_pairs
     from .trainers.checkpoints import newest_checkpoint as newest_checkpoint
     from .trainers.defended import CleanCLIPTrainer as CleanCLIPTrainer
