@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import numbers
 from collections.abc import Collection
 from dataclasses import Field, dataclass, field, fields
 from multiprocessing.context import get_spawning_popen
@@ -130,6 +131,7 @@ class CLIPTrainingArguments(TrainingArguments):
         super().__post_init__()
         if not (self.metric_for_best_model or "loss").endswith("loss"):
             self.greater_is_better = chosen  # transformers takes more for better; `decide_best_metric` knows
+        check_kinds(self)
         for name, accepted in (
             ("image_preset", IMAGE_PRESETS),
             ("text_preset", TEXT_PRESETS),
@@ -167,6 +169,30 @@ class _Token(str):
 
     def __deepcopy__(self, memo: Any) -> _Token:
         return self
+
+
+#: What a field of a plain kind accepts, and what a message calls it.
+_KINDS: dict[str, tuple[type, str]] = {
+    "bool": (bool, "True or False"),
+    "int": (numbers.Integral, "a whole number"),
+    "float": (numbers.Real, "a number"),
+    "str": (str, "a string"),
+    "None": (type(None), "None"),
+}
+
+
+def check_kinds(args: CLIPTrainingArguments) -> None:
+    """That the package's own fields of plain kinds hold values of these kinds: text is not a number."""
+    for item in own_fields(type(args)):
+        declared = item.type if isinstance(item.type, str) else getattr(item.type, "__name__", str(item.type))
+        kinds = [kind.strip() for kind in declared.split("|")]
+        if not set(kinds) <= set(_KINDS):
+            continue
+        value = getattr(args, item.name)
+        is_flag = isinstance(value, bool) and "bool" not in kinds  # which Python counts among the whole numbers
+        if is_flag or not isinstance(value, tuple(_KINDS[kind][0] for kind in kinds)):
+            accepted = " or ".join(_KINDS[kind][1] for kind in kinds)
+            raise ValueError(f"{item.name} must be {accepted}, but is {shown(value)}")
 
 
 def check_choice(args: Any, name: str, accepted: Collection[str]) -> None:
