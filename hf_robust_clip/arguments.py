@@ -183,9 +183,14 @@ _KINDS: dict[str, tuple[type, str]] = {
 
 def check_kinds(args: CLIPTrainingArguments) -> None:
     """That the package's own fields of plain kinds hold values of these kinds: text is not a number."""
+    # Not the types of the fields: HfArgumentParser replaces these, and leaves the None out.
+    written = {
+        name: kind for cls in reversed(type(args).__mro__) for name, kind in inspect.get_annotations(cls).items()
+    }
     for item in own_fields(type(args)):
-        declared = item.type if isinstance(item.type, str) else getattr(item.type, "__name__", str(item.type))
-        kinds = [kind.strip() for kind in declared.split("|")]
+        kind = written.get(item.name, item.type)
+        declared = kind if isinstance(kind, str) else getattr(kind, "__name__", str(kind))
+        kinds = [part.strip() for part in declared.split("|")]
         if not set(kinds) <= set(_KINDS):
             continue
         value = getattr(args, item.name)
