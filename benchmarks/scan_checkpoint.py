@@ -221,14 +221,16 @@ def grid_scans(name: str, work: Path, table: Path, rows: Sequence[str], results:
 
 
 def summary(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Of scans of one kind, without those whose attack did not take."""
+    """Of scans of one kind, without those whose attack did not take, and with warps apart."""
     clean = [one["score"] for one in found if not one["planted"]]
-    poisoned = [one for one in found if one["planted"] and max(one["success"].values()) >= TOOK]
+    took = [one for one in found if one["planted"] and max(one["success"].values()) >= TOOK]
+    poisoned = [one for one in took if "warp" not in one["planted"]]
     above = [(one["score"] > other) + 0.5 * (one["score"] == other) for one in poisoned for other in clean]
     return {
         "poisoned": len(poisoned),
         "clean": len(clean),
-        "did_not_take": [one["key"] for one in found if one["planted"] and one not in poisoned],
+        "did_not_take": [one["key"] for one in found if one["planted"] and one not in took],
+        "warps_named": [one["first"] in one["targets"] for one in took if one not in poisoned],
         "auroc": round(mean(above), 4) if above else None,
         "right_class_first": round(mean(one["first"] in one["targets"] for one in poisoned), 4) if poisoned else None,
         "above_threshold": sum(one["stands_out"] for one in poisoned),
