@@ -18,6 +18,7 @@ from ..data.rows import IndexedDataset, decode_row
 from ..data.streams import Place, Stream
 from ..distributed import rank, world_size
 from ..kinds import is_stream
+from ..wording import shown
 from .duplicates import fingerprint, thumbnail
 
 
