@@ -4,11 +4,12 @@ BIN := $(VENV)/bin
 OUT ?= demo-output
 MINUTES ?= 10
 DEMO_ARGS ?=
+GPU_ARGS ?=
 TEST_ARGS ?=
 # What the environment was made from: when one of them changes, it is brought up to date.
 STAMP := $(VENV)/.made-from-$(shell cat pyproject.toml constraints.txt | cksum | cut -d ' ' -f 1)
 
-.PHONY: demo test test-faults check bench model-cards docs audit fuzz clean
+.PHONY: demo test test-faults test-engines check bench gpu wheels dist model-cards docs audit fuzz clean
 .DEFAULT_GOAL := test
 
 # torch first and by its exact version, so that a build for CPUs that pip has been shown is taken: any later request
@@ -44,8 +45,15 @@ test-faults: $(STAMP)
 	$(BIN)/python tests/faults/many.py
 	$(BIN)/python -m pytest -m faults -s tests/faults
 
+# DeepSpeed on two processes without a GPU, with every stage of ZeRO: a few minutes. `make test` looks at one stage from
+# then on. torch is there by its exact version, which keeps pip from taking another.
+test-engines: $(STAMP)
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation deepspeed
+	$(BIN)/python -m pytest -m engines tests/trainers/test_engines.py $(TEST_ARGS)
+
 bench: $(STAMP)
 	$(BIN)/python benchmarks/step_cost.py --json benchmarks/results/step_cost.json
+	$(BIN)/python benchmarks/peers.py --json benchmarks/results/peers.json
 	$(BIN)/python benchmarks/pool_lookup.py --json benchmarks/results/pool_lookup.json
 	$(BIN)/python benchmarks/evaluation_cost.py --json benchmarks/results/evaluation_cost.json
 	$(BIN)/python benchmarks/memory.py --json benchmarks/results/memory.json
@@ -58,6 +66,18 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/endurance.py --json benchmarks/results/endurance.json
 	$(BIN)/python benchmarks/cost_model.py --json benchmarks/results/cost_model.json
 	$(BIN)/python benchmarks/pages.py
+
+# What a GPU can decide, in some minutes: `make gpu MINUTES=8`. On a bare machine without a network, run the script by
+# itself, with the wheels that `make wheels` has fetched on a machine with the same Python.
+gpu: $(STAMP)
+	$(BIN)/python scripts/gpu.py --minutes $(MINUTES) --json benchmarks/results/gpu.json $(GPU_ARGS)
+
+wheels: $(STAMP)
+	$(BIN)/python scripts/gpu.py --fill wheels
+
+# The wheel and the source distribution, in dist/: checked, and the wheel used in an environment of its own.
+dist: $(STAMP)
+	$(BIN)/python scripts/dist.py
 
 # The reference cards in model_cards/, one for each defence, with the runs that they are made from.
 model-cards: $(STAMP)
@@ -80,4 +100,4 @@ fuzz: $(STAMP)
 	$(BIN)/python scripts/fuzz.py --minutes $(MINUTES)
 
 clean:
-	rm -rf $(VENV) $(OUT) site build *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(OUT) site build dist wheels *.egg-info .pytest_cache .ruff_cache .mypy_cache

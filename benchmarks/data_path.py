@@ -8,7 +8,8 @@ Here a worker decodes an image once, resizes it once, keeps bytes, and tokenizes
 augmentation is for the device. The usual way decodes and augments each view by itself in the worker, with PIL, and
 hands over floats. Both augment captions alike. Then what one view of the pairs costs, read from a dataset of these
 JPEGs, and from what `prepare_dataset` makes of it. Each round measures every contender in turn; ratios are medians
-over rounds. With `--workers`, also the images a second of a loader with so many processes.
+over rounds. Then the pairs a second of a loader with `--workers` processes: from JPEGs, from the prepared dataset, and
+from tar files as WebDataset writes them.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from __future__ import annotations
 import argparse
 import io
 import random
+import resource
 import statistics
+import tarfile
 import tempfile
 import time
 from collections.abc import Callable
@@ -28,6 +31,7 @@ import numpy as np
 import torch
 import transformers
 from bench.output import write_result
+from bench.plain import CAPTIONS, dataset_of
 from PIL import Image, ImageEnhance, ImageFilter
 from torch.utils.data import DataLoader
 
@@ -35,9 +39,9 @@ from hf_robust_clip import CLIPDataCollator, ImageAugmentation, TextAugmentation
 from hf_robust_clip.augment.images import PRESETS, to_float
 from hf_robust_clip.data.rows import IndexedDataset
 from hf_robust_clip.data.scratch import build_processor
+from hf_robust_clip.data.streams import Stream, StreamCollator
 from hf_robust_clip.imaging import decode_image
 
-CAPTIONS = ["a dog runs over the wet snow", "two children play on a beach", "a man climbs a steep rock face"]
 SIZE = 224
 VIEWS = ("first", "second")
 
@@ -82,15 +86,6 @@ def augment_with_pil(image: Image.Image, draw: random.Random) -> Image.Image:
         left, top = draw.randint(0, SIZE - side), draw.randint(0, SIZE - side)
         image.paste((0, 0, 0), (left, top, left + side, top + side))
     return image
-
-
-def dataset_of(files: list[bytes]) -> datasets.Dataset:
-    """Pairs of these files and a caption each."""
-    captions = [CAPTIONS[number % len(CAPTIONS)] for number in range(len(files))]
-    return datasets.Dataset.from_dict(
-        {"image": [{"bytes": file, "path": None} for file in files], "caption": captions},
-        features=datasets.Features({"image": datasets.Image(), "caption": datasets.Value("string")}),
-    )
 
 
 def stages(batch: int, folder: Path) -> dict[str, Callable[[], Any]]:
@@ -149,18 +144,57 @@ def to_bytes(image: Image.Image) -> torch.Tensor:
     return to_float(torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous())
 
 
-def loaded(workers: int, pairs: int, batch: int) -> float:
-    """Pairs a second of a loader, its start left out."""
+def tars(folder: Path, pairs: int, number: int) -> list[str]:
+    """Tar files of JPEGs and a caption each, as WebDataset writes them."""
+    folder.mkdir()
+    paths = [folder / f"{place}.tar" for place in range(number)]
+    for place, path in enumerate(paths):
+        with tarfile.open(path, "w") as tar:
+            for row in range(place, pairs, number):
+                for suffix, content in (("jpg", jpeg(row % 64)), ("txt", CAPTIONS[row % len(CAPTIONS)].encode())):
+                    member = tarfile.TarInfo(f"{row:06d}.{suffix}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+    return [str(path) for path in paths]
+
+
+def sources(pairs: int, batch: int, folder: Path) -> dict[str, Callable[[int], DataLoader[Any]]]:
+    """Loaders of so many workers, by what they read."""
+    processor = build_processor(CAPTIONS, image_size=SIZE)
     files = [jpeg(number) for number in range(64)]
     dataset = dataset_of([files[number % 64] for number in range(pairs)])
-    processor = build_processor(CAPTIONS, image_size=SIZE)
-    collator = CLIPDataCollator(processor, views=VIEWS, text_augmentation=TextAugmentation.from_preset("eda"))
-    rows: Any = IndexedDataset(dataset, "image", "caption")
-    batches = iter(DataLoader(rows, batch_size=batch, num_workers=workers, collate_fn=collator))
-    next(batches)
+    prepared = prepare_dataset(dataset, processor, folder / "prepared", image_format="ppm")
+    tar_files = {"train": tars(folder / "tars", pairs, 4)}
+    stream = datasets.load_dataset(
+        "webdataset", data_files=tar_files, split="train", streaming=True, cache_dir=folder / "cache"
+    )
+    text = TextAugmentation.from_preset("eda")
+
+    def of(rows: Any) -> Callable[[int], DataLoader[Any]]:
+        indexed: Any = IndexedDataset(rows, "image", "caption")
+        collate = CLIPDataCollator(processor, views=VIEWS, text_augmentation=text)
+        return lambda workers: DataLoader(indexed, batch_size=batch, num_workers=workers, collate_fn=collate)
+
+    def streamed(workers: int) -> DataLoader[Any]:
+        collator = CLIPDataCollator(processor, "jpg", "txt", views=VIEWS, text_augmentation=text)
+        batches = Stream(stream, "jpg", "txt", batch, least_rows=1)
+        return DataLoader(batches, batch_size=None, num_workers=workers, collate_fn=StreamCollator(collator))
+
+    return {"JPEG files": of(dataset), "prepared as ppm": of(prepared), "tar files": streamed}
+
+
+def loaded(loader: DataLoader[Any]) -> tuple[float, float]:
+    """Pairs a second of a loader, its start left out, and CPU time of all its processes, in milliseconds a pair."""
+
+    def cpu() -> float:
+        used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+        return sum(one.ru_utime + one.ru_stime for one in used)
+
+    before, batches = cpu(), iter(loader)
+    first = len(next(batches)["pixel_values"])
     start = time.perf_counter()
-    count = sum(len(found["pixel_values"]) for found in batches)
-    return count / (time.perf_counter() - start)
+    count = sum(len(found["pixel_values"]) for found in batches)  # workers end with the last batch
+    return count / (time.perf_counter() - start), 1e3 * (cpu() - before) / (first + count)
 
 
 def main() -> None:
@@ -168,7 +202,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file to write the results to")
     parser.add_argument("--rounds", type=int, default=7, help="rounds measured (default: 7)")
     parser.add_argument("--batch", type=int, default=32, help="pairs in a batch (default: 32)")
-    parser.add_argument("--workers", type=int, nargs="*", default=[], help="numbers of loading processes to try")
+    parser.add_argument(
+        "--workers", type=int, nargs="*", default=[0, 1, 2], help="numbers of loading processes (default: 0 1 2)"
+    )
     options = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
     datasets.disable_progress_bars()
@@ -197,14 +233,26 @@ def main() -> None:
         print(f"| {name} | {statistics.median(times) * 1e3:.2f} |")
     for name, value in ratios.items():
         print(f"{name:>30}: {value:.2f}")
+    loaders = sources(20 * options.batch, options.batch, Path(folder.name))
+    rates: dict[str, list[tuple[float, float]]] = {}
+    for _ in range(3 if options.workers else 0):
+        for name, loader in loaders.items():
+            for workers in options.workers:
+                rates.setdefault(f"{name}, {workers} workers", []).append(loaded(loader(workers)))
     folder.cleanup()
-    rates = {str(workers): loaded(workers, 40 * options.batch, options.batch) for workers in options.workers}
-    for workers, rate in rates.items():
-        print(f"{workers} workers: {rate:.0f} pairs a second")
+    by_loader = {
+        name: tuple(statistics.median(one) for one in zip(*found, strict=True)) for name, found in rates.items()
+    }
+    print("| | pairs a second | CPU, ms a pair |\n|---|---|---|")
+    for name, (speed, cost) in by_loader.items():
+        print(f"| {name} | {speed:.0f} | {cost:.2f} |")
     result = {
         "ratios": ratios,
         "cpu_milliseconds_per_pair": {name: [1e3 * one for one in times] for name, times in seconds.items()},
-        "pairs_per_second_by_workers": rates,
+        "loaders": {
+            name: {"pairs_per_second": speed, "cpu_milliseconds_per_pair": cost}
+            for name, (speed, cost) in by_loader.items()
+        },
         "device": "cpu",
     }
     write_result(options.json, result, ("torch", "transformers", "datasets", "kornia", "pillow", "tokenizers"))

@@ -23,8 +23,7 @@ import torch
 import transformers
 from bench.cell import TRAINERS
 from bench.output import write_result
-from bench.phases import CAPTIONS
-from step_cost import make_rows
+from bench.plain import CAPTIONS, make_rows
 from torch.profiler import ProfilerActivity, profile
 from transformers import PrinterCallback, TrainerCallback
 

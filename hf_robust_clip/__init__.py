@@ -21,11 +21,13 @@ _PUBLIC = {
     "CLIPDataCollator": "data.collator",
     "CLIPTrainer": "trainers.trainer",
     "CLIPTrainingArguments": "arguments",
+    "CheckpointScan": "scanning.checkpoint",
     "ColorCurveTrigger": "attacks.transforms",
     "Defence": "defences.base",
     "Embeddings": "batch",
     "Evaluator": "evaluation.base",
     "FeaturePool": "pool",
+    "FoundTrigger": "attacks.found",
     "ImageAugmentation": "augment.images",
     "LinearProbeEvaluator": "evaluation.linear_probe",
     "OptimizedPatchTrigger": "attacks.patches",
@@ -46,7 +48,9 @@ _PUBLIC = {
     "WarpTrigger": "attacks.transforms",
     "WordTrigger": "attacks.text_triggers",
     "ZeroShotEvaluator": "evaluation.zero_shot",
+    "cluster_captions": "scanning.checkpoint",
     "fit_similarity_mixture": "mixture",
+    "load_found": "attacks.found",
     "load_pairs": "data.loading",
     "losses": "losses",
     "newest_checkpoint": "trainers.checkpoints",
@@ -55,6 +59,7 @@ _PUBLIC = {
     "poison_stream": "attacks.streaming",
     "prepare_dataset": "data.preparing",
     "replay_manifest": "attacks.poisoning",
+    "scan_checkpoint": "scanning.checkpoint",
     "scan_pairs": "scanning.pairs",
     "targeted_specs": "attacks.spec",
 }
@@ -69,6 +74,8 @@ if TYPE_CHECKING:
     from .attacks.blends import BlendedTrianglesTrigger as BlendedTrianglesTrigger
     from .attacks.blends import BlendedTrigger as BlendedTrigger
     from .attacks.blends import RedTextTrigger as RedTextTrigger
+    from .attacks.found import FoundTrigger as FoundTrigger
+    from .attacks.found import load_found as load_found
     from .attacks.optimizing import optimize_patch as optimize_patch
     from .attacks.patches import OptimizedPatchTrigger as OptimizedPatchTrigger
     from .attacks.patches import PatchTrigger as PatchTrigger
@@ -107,6 +114,9 @@ if TYPE_CHECKING:
     from .evaluation.zero_shot import ZeroShotEvaluator as ZeroShotEvaluator
     from .mixture import fit_similarity_mixture as fit_similarity_mixture
     from .pool import FeaturePool as FeaturePool
+    from .scanning.checkpoint import CheckpointScan as CheckpointScan
+    from .scanning.checkpoint import cluster_captions as cluster_captions
+    from .scanning.checkpoint import scan_checkpoint as scan_checkpoint
     from .scanning.found import PairScan as PairScan
     from .scanning.pairs import scan_pairs as scan_pairs
     from .trainers.checkpoints import newest_checkpoint as newest_checkpoint

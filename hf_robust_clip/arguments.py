@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection
+import numbers
+from collections.abc import Collection, Sequence
 from dataclasses import Field, dataclass, field, fields
 from multiprocessing.context import get_spawning_popen
 from typing import Any
@@ -130,6 +131,7 @@ class CLIPTrainingArguments(TrainingArguments):
         super().__post_init__()
         if not (self.metric_for_best_model or "loss").endswith("loss"):
             self.greater_is_better = chosen  # transformers takes more for better; `decide_best_metric` knows
+        check_kinds(self)
         for name, accepted in (
             ("image_preset", IMAGE_PRESETS),
             ("text_preset", TEXT_PRESETS),
@@ -169,6 +171,33 @@ class _Token(str):
         return self
 
 
+#: What a field of a plain kind accepts, and what a message calls it.
+_KINDS: dict[str, tuple[type, str]] = {
+    "bool": (bool, "True or False"),
+    "int": (numbers.Integral, "a whole number"),
+    "float": (numbers.Real, "a number"),
+    "str": (str, "a string"),
+    "None": (type(None), "None"),
+}
+
+
+def _accepted(kinds: Sequence[str]) -> str:
+    return " or ".join(_KINDS[kind][1] for kind in kinds)
+
+
+def check_kinds(args: CLIPTrainingArguments) -> None:
+    """That the package's own fields of plain kinds hold values of these kinds: text is not a number."""
+    for name, annotation in _own_annotations(type(args), TrainingArguments).items():
+        declared = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", str(annotation))
+        kinds = [kind.strip() for kind in declared.split("|")]
+        if not set(kinds) <= set(_KINDS):
+            continue
+        value = getattr(args, name)
+        is_flag = isinstance(value, bool) and "bool" not in kinds  # which Python counts among the whole numbers
+        if is_flag or not isinstance(value, tuple(_KINDS[kind][0] for kind in kinds)):
+            raise ValueError(f"{name} must be {_accepted(kinds)}, but is {shown(value)}")
+
+
 def check_choice(args: Any, name: str, accepted: Collection[str]) -> None:
     if getattr(args, name) not in accepted:
         raise ValueError(f"{name} must be one of {listed(accepted)}, but is {shown(getattr(args, name))}")
@@ -184,10 +213,11 @@ def own_fields(
     arguments: type[TrainingArguments], base: type[TrainingArguments] = TrainingArguments
 ) -> list[Field[Any]]:
     """The fields that a class of arguments adds to one that it derives from, or gives another default."""
-    names = {
-        name
-        for cls in arguments.__mro__
-        if issubclass(cls, base) and cls is not base
-        for name in inspect.get_annotations(cls)
-    }
+    names = _own_annotations(arguments, base)
     return [item for item in fields(arguments) if item.name in names]
+
+
+def _own_annotations(arguments: type[TrainingArguments], base: type[TrainingArguments]) -> dict[str, Any]:
+    """As they are written: `HfArgumentParser` writes other types into the fields."""
+    classes = [cls for cls in arguments.__mro__ if issubclass(cls, base) and cls is not base]
+    return {name: kind for cls in reversed(classes) for name, kind in inspect.get_annotations(cls).items()}

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from sklearn.mixture import GaussianMixture
 
 #: The mixture is fitted to no more similarities than these, drawn at random; all of them get a probability.
 MAX_FITTED = 1_000_000
@@ -104,6 +103,8 @@ class SimilarityMixture:
             return cls(np.full(2, lowest), np.full(2, MIN_SPREAD**2), np.full(2, 0.5))
         if len(values) > MAX_FITTED:
             values = np.random.default_rng(seed).choice(values, MAX_FITTED, replace=False)
+        from sklearn.mixture import GaussianMixture  # takes a second, which most trainings need not wait for
+
         values = values.astype(np.float64)
         centre, scale = values.mean(), values.std()
         # In units of the data, so that the floor on the variances is a millionth of the data's. The tolerance is on

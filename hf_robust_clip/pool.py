@@ -145,7 +145,7 @@ class FeaturePool(nn.Module):
         Raises:
             `ValueError`: If the pool is empty, or the queries are not as described.
         """
-        return self.features[self.nearest_slots(queries)].to(queries.dtype)
+        return self.features.index_select(0, self.nearest_slots(queries)).to(queries.dtype)
 
     @torch.no_grad()
     def nearest_slots(self, queries: torch.Tensor) -> torch.Tensor:

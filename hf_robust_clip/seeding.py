@@ -38,8 +38,8 @@ def forked_rng(seed: int, device: torch.device) -> Iterator[None]:
     """
     Run a block under torch's global generators seeded with `seed`, then put their states back.
 
-    Kornia's augmentations draw from the global generators and take no generator of their own. The CPU's generator and,
-    for a CUDA device, that of `device` are saved and restored; others are left alone.
+    Augmentations and dropout draw from the global generators. The CPU's generator and, for a CUDA device, that of
+    `device` are saved and restored; others are left alone.
     """
     on_cuda = device.type == "cuda"
     with torch.random.fork_rng(devices=[device] if on_cuda else []):

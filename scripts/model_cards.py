@@ -95,7 +95,7 @@ def train(folder: Path, recipe: Recipe = PRETRAINING, pairs: int | None = None) 
     poisoned.info.dataset_name = "digits"
     shared: dict[str, Any] = {
         "processing_class": digit_processor(),
-        "evaluators": digit_evaluators(test, trigger, recipe.target, placebos=0),
+        "evaluators": digit_evaluators(test, trigger, recipe.target),
     }
     with tempfile.TemporaryDirectory() as scratch:
 

@@ -33,6 +33,7 @@ from hf_robust_clip import (
     poison_stream,
     prepare_dataset,
     replay_manifest,
+    scan_checkpoint,
     targeted_specs,
 )
 from hf_robust_clip.data.digits import CLASS_NAMES
@@ -56,6 +57,7 @@ DATASETS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "ZeroShotEvaluator": ("dataset", lambda data: ZeroShotEvaluator(data, NAMES)),
     "AttackSuccessEvaluator": ("dataset", lambda data: AttackSuccessEvaluator(data, PATCH, "cat", NAMES)),
     "PoisonSuccessEvaluator": ("dataset", lambda data: PoisonSuccessEvaluator(data, ["cat"], NAMES)),
+    "scan_checkpoint": ("images", lambda data: scan_checkpoint(None, None, data, ["a", "b", "c"])),
     "RetrievalEvaluator": ("dataset", RetrievalEvaluator),
     "LinearProbeEvaluator": ("train_dataset", lambda data: LinearProbeEvaluator(data, ROWS, NAMES)),
     "TextQueryEvaluator": ("dataset", lambda data: TextQueryEvaluator(data, WordTrigger(), "cat")),
@@ -242,3 +244,17 @@ def test_an_evaluator_takes_the_folder_of_a_model(pairs, processor, tiny_model, 
 def test_arguments_of_a_trainer_are_named(name: str, value: Any, message: str, processor, tiny_model):
     with pytest.raises(ValueError, match=message):
         trainer(model=tiny_model(), processing_class=processor, **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "accepted"),
+    [
+        ("max_length", "8", "a whole number or None"),
+        ("max_logit_scale", "100", "a number"),
+        ("contrastive_chunk_size", True, "a whole number or None"),
+        ("image_preset", 3, "a string"),
+    ],
+)
+def test_a_training_argument_of_another_kind_is_named(tmp_path: Path, field: str, value: Any, accepted: str):
+    with pytest.raises(ValueError, match=f"{field} must be {accepted}, but is {value!r}"):
+        CLIPTrainingArguments(str(tmp_path), **{field: value})

@@ -16,6 +16,7 @@ from datasets import Dataset, concatenate_datasets
 from transformers import set_seed
 
 from hf_robust_clip import PairSimilarityCallback, SafeCLIPTrainer
+from hf_robust_clip.cli.flags import PLACEBOS
 from hf_robust_clip.cli.progress import quiet_libraries, quiet_trainers
 from hf_robust_clip.cli.rows import row_trainer
 from hf_robust_clip.columns import POISONED
@@ -27,9 +28,12 @@ from hf_robust_clip.versions import versions
 
 from .attack import Planted, plant
 from .material import Material, load_material, start_model
+from .rebound import REBOUND, rebound
 from .study import ROWS, Study, digest
 
 _DONE = "training.json"
+#: Raised when what a result holds changes.
+MEASURES_VERSION = 2
 #: Fields of a study that decide how each of its models comes out.
 _DATA_AND_MODEL = (
     *("target", "source", "model", "classes", "captions", "renderings", "train_per_class", "test_per_class"),
@@ -50,6 +54,10 @@ class Cell:
         seed (`int`): Of the data, the attack, the untrained model and training.
         arguments (mapping): Training arguments in place of the row's.
         start (`Cell`, *optional*): Whose model it starts from.
+        twin (`bool`): Whether nothing is planted: the same training on the pairs as they were, which the attack is
+            then measured on.
+        rebound_rate (`float`, *optional*): Learning rate at which a cleaned model is fine-tuned on plainly, after it
+            was measured. `None`: it is not.
         left_poisons (`int`): Poisons left among the clean pairs, for rows that start from another's model.
         augment (`bool`): Whether the row's augmentations of images and captions apply.
         follow (`bool`): Whether the similarities of clean and poisoned pairs are recorded at each epoch.
@@ -62,6 +70,8 @@ class Cell:
     seed: int
     arguments: Mapping[str, Any] = field(default_factory=dict)
     start: Cell | None = None
+    twin: bool = False
+    rebound_rate: float | None = None
     left_poisons: int = 0
     augment: bool = True
     follow: bool = False
@@ -83,7 +93,8 @@ class Cell:
     def label(self) -> str:
         """For people."""
         extra = "".join(f", {name} {value}" for name, value in self.arguments.items())
-        return f"{self.row}, {self.attack}, seed {self.seed}{extra}"
+        twin = " on a twin" if self.twin else ""
+        return f"{self.row}{twin}, {self.attack}, seed {self.seed}{extra}"
 
     def settings(self) -> dict[str, Any]:
         """All that decides how its model comes out."""
@@ -93,7 +104,7 @@ class Cell:
             arguments["text_preset"] = "identity"
         return {
             "row": self.row,
-            "poisoning": dict(self.poisoning),
+            "poisoning": None if self.twin else dict(self.poisoning),
             "seed": self.seed,
             "arguments": arguments,
             "image_augmentation": study.row_augmentation(self.row) if self.augment else None,
@@ -110,8 +121,19 @@ class Cell:
 
     @property
     def key(self) -> str:
-        """Of its result: the same for the same model, measured by the same means."""
-        return digest([self.model_key, self.study.measures, self.study.prompts])
+        """Of its result: the same for the same model, and of a twin under the same attack."""
+        return digest([self.model_key, dict(self.poisoning)]) if self.twin else self.model_key
+
+    def measuring(self) -> dict[str, Any]:
+        """What is measured of its model: a result of another kind is measured anew."""
+        study = self.study
+        return {
+            "version": MEASURES_VERSION,
+            "measures": list(study.measures),
+            "prompts": list(study.prompts) if study.prompts else None,
+            "placebos": PLACEBOS,
+            "rebound": None if self.rebound_rate is None else {"learning_rate": self.rebound_rate, **REBOUND},
+        }
 
 
 def run_cell(cell: Cell, data: Path | None, work: Path, threads: int) -> dict[str, Any]:
@@ -146,18 +168,25 @@ def _run(cell: Cell, data: Path | None, work: Path, threads: int) -> dict[str, A
     model = load_dual_encoder(folder).to(_device())
     start = time.perf_counter()
     figures = run_evaluators(planted.evaluators, processor, Embedder(model, processor, batch_size=256))
+    measuring_seconds = round(time.perf_counter() - start, 1)
+    course = None
+    if cell.rebound_rate is not None:
+        course = rebound(cell.study, model, processor, material, planted, folder, cell.seed, cell.rebound_rate)
     return {
         "key": cell.key,
         "row": cell.row,
         "attack": cell.attack,
         "seed": cell.seed,
+        "twin": cell.twin,
         "figures": {name: _finite(value) for name, value in figures.items()},
         "success": planted.success,
         "counts": planted.counts,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "seconds": training["seconds"],
-        "measuring_seconds": round(time.perf_counter() - start, 1),
+        "measuring_seconds": measuring_seconds,
+        "rebound": course,
         "course": training["course"],
+        "measuring": cell.measuring(),
         "settings": cell.settings(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {threads} thread(s)",
         "versions": versions(("torch", "transformers", "accelerate", "datasets")),
@@ -175,7 +204,8 @@ def _train(cell: Cell, model: Any, processor: Any, material: Material, planted: 
     """Train and save model, processor and last of all the note that this is done."""
     shutil.rmtree(folder, ignore_errors=True)
     settings, study = cell.settings(), cell.study
-    pairs = planted.pairs if cell.start is None else _clean_pairs(cell, material, planted)
+    poisoned = material.pairs if cell.twin else planted.pairs
+    pairs = poisoned if cell.start is None else _clean_pairs(cell, material, planted)
     set_seed(cell.seed)
     trainer = row_trainer(
         ROWS[cell.row].trainer,
@@ -206,6 +236,8 @@ def _train(cell: Cell, model: Any, processor: Any, material: Material, planted: 
 
 def _clean_pairs(cell: Cell, material: Material, planted: Planted) -> Dataset:
     """What a model is fine-tuned on: clean pairs, and as many poisons as were left among them."""
+    if cell.twin:
+        return material.clean or material.pairs
     poisoned = [row for row, mark in enumerate(planted.pairs[POISONED]) if mark]
     if material.clean is None:
         left = set(poisoned[cell.left_poisons :])

@@ -182,11 +182,11 @@ def safe_threshold(setting: Setting) -> Check:
 
 def left_poisons(setting: Setting) -> Check:
     return Check(
-        "What do a few poisons left among CleanCLIP's clean pairs do?",
+        "What do a few poisons left among the clean pairs do?",
         [
             setting.variant(row, f"{ROWS[row].title}, {count} left", x=count, left_poisons=count)
-            for row in ("plain", "cleanclip")
-            for count in (0, 5, 20)
+            for row in ("plain", "cleanclip", "par", "unbind")
+            for count in (0, 5, 10, 20)
         ],
         axis="poisons left among the clean pairs",
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import os
 import time
@@ -53,14 +54,26 @@ class Results:
             if cell.key in other.cells:
                 self.cells.setdefault(cell.key, other.cells[cell.key])
 
+    def has(self, cell: Cell) -> bool:
+        """Whether the cell's model has been measured, by today's measures."""
+        wanted, measured = cell.measuring(), self.cells.get(cell.key, {}).get("measuring") or {}
+        # A rebound that nobody asks for does no harm.
+        return wanted | ({} if wanted["rebound"] else {"rebound": measured.get("rebound")}) == measured
+
     def of(self, cell: Cell) -> dict[str, Any]:
         """The result of a cell."""
         return self.cells[cell.key]
 
 
 def run_cells(
-    cells: Sequence[Cell], results: Results, data: Path | None, work: Path, processes: int, threads: int
-) -> None:
+    cells: Sequence[Cell],
+    results: Results,
+    data: Path | None,
+    work: Path,
+    processes: int,
+    threads: int,
+    until: float = math.inf,
+) -> bool:
     """
     Run the cells that have no result yet, those first whose models others start from.
 
@@ -71,6 +84,10 @@ def run_cells(
         work (`Path`): For the models.
         processes (`int`): Most at a time; with 1 they run in this process.
         threads (`int`): Of each.
+        until (`float`): No cell begins after `time.monotonic()` has reached it.
+
+    Returns:
+        `bool`: Whether all have a result now.
 
     Raises:
         `RuntimeError`: At the end, if a cell failed; the others have been run.
@@ -78,15 +95,15 @@ def run_cells(
     waiting = {cell.key: cell for cell in _with_starts(cells, results, work)}
     total, done, failed = len(waiting), 0, []
     if not total:
-        return
+        return True
     wanted = len({cell.key for cell in cells} | set(waiting))
     print(f"{total} of {wanted} cells to run, {processes} at a time", flush=True)
     start = time.perf_counter()
     with _executor(processes, threads) as pool:
         running: dict[Future[dict[str, Any]], Cell] = {}
-        while waiting or running:
-            for key, cell in list(waiting.items()):
-                if len(running) < processes and _can_start(cell, waiting, running):
+        while (waiting and time.monotonic() < until) or running:
+            for key, cell in list(waiting.items()) if time.monotonic() < until else ():
+                if len(running) < processes and _can_start(cell, waiting, running, work):
                     running[pool.submit(run_cell, waiting.pop(key), data, work, threads)] = cell
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 cell = running.pop(future)
@@ -105,6 +122,7 @@ def run_cells(
                         done += 1
     if failed:
         raise RuntimeError(f"{len(failed)} cells failed or could not start: " + "; ".join(c.label for c in failed))
+    return not waiting
 
 
 class _InThisProcess(Executor):
@@ -140,7 +158,7 @@ def _with_starts(cells: Sequence[Cell], results: Results, work: Path) -> Iterato
     """The cells without a result, each after the one it starts from if that has no model yet."""
     seen = set()
     for cell in cells:
-        if cell.key in results.cells:
+        if results.has(cell):
             continue
         for link in [*(start for start in reversed(cell.starts) if not start.is_trained(work)), cell]:
             if link.key not in seen:
@@ -148,6 +166,8 @@ def _with_starts(cells: Sequence[Cell], results: Results, work: Path) -> Iterato
                 yield link
 
 
-def _can_start(cell: Cell, waiting: dict[str, Cell], running: dict[Future[dict[str, Any]], Cell]) -> bool:
-    under_way = set(waiting) | {other.key for other in running.values()}
-    return cell.start is None or cell.start.key not in under_way
+def _can_start(cell: Cell, waiting: dict[str, Cell], running: dict[Future[dict[str, Any]], Cell], work: Path) -> bool:
+    if cell.model_key in {other.model_key for other in running.values()}:
+        return False  # twins: the first trains the model of all
+    under_way = {other.model_key for other in (*waiting.values(), *running.values())}
+    return cell.start is None or cell.start.is_trained(work) or cell.start.model_key not in under_way

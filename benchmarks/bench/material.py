@@ -31,6 +31,7 @@ class Material:
     Args:
         pairs (`Dataset`): To be poisoned.
         clean (`Dataset`, *optional*): For fine-tuning; `None`: the pairs that were not poisoned.
+        later (`Dataset`, *optional*): Other clean pairs, on which a cleaned model is fine-tuned further.
         labelled (`Dataset`): Photos with a class, for zero-shot classification.
         captioned (`Dataset`): Photos with captions, for retrieval.
         names (`list[str]`): The classes.
@@ -42,6 +43,7 @@ class Material:
 
     pairs: Dataset
     clean: Dataset | None
+    later: Dataset | None
     labelled: Dataset
     captioned: Dataset
     names: list[str]
@@ -60,10 +62,11 @@ def load_material(study: Study, data: Path | None, seed: int) -> Material:
     if study.source == DIGITS:
         pairs = _digits("train", study.renderings, seed)
         clean = _digits("train", study.renderings, seed + CLEAN_SEED_OFFSET)
+        later = _digits("train", study.renderings, seed + 2 * CLEAN_SEED_OFFSET)
         test = _digits("test", seed=seed)
         prompts = list(study.prompts or digits.CAPTION_TEMPLATES)
         names, templates = list(digits.CLASS_NAMES), list(digits.CAPTION_TEMPLATES)
-        return Material(pairs, clean, test, test, names, prompts, "label", templates)
+        return Material(pairs, clean, later, test, test, names, prompts, "label", templates)
     assert isinstance(study.source, Mapping)
     if data is None:
         raise ValueError(f"--data is missing: the study {study.name!r} needs the folder with {study.source['train']}")
@@ -75,14 +78,17 @@ def load_material(study: Study, data: Path | None, seed: int) -> Material:
     prompts = list(study.prompts or DEFAULT_TEMPLATES)
     if isinstance(study.classes, Mapping):
         labelled = label_by_captions(test, study.classes, study.caption_column, label_column=study.label_column)
-        return Material(pairs, None, labelled, test, list(study.classes), prompts, None, None)
+        return Material(pairs, None, None, labelled, test, list(study.classes), prompts, None, None)
     names = list(study.classes or pairs.features[study.label_column].names)
-    pairs = _of_classes(pairs, names, study, study.train_per_class)
-    test = _of_classes(test, names, study, study.test_per_class)
+    after = study.train_per_class
+    later = _of_classes(pairs, names, study, after, 2 * after) if after else None
+    pairs = _of_classes(pairs, names, study, 0, after)
+    test = _of_classes(test, names, study, 0, study.test_per_class)
     templates = list(study.captions) if study.captions else None
     if study.captions:
         pairs, test = (_with_captions(dataset, names, study, seed) for dataset in (pairs, test))
-    return Material(pairs, None, test, test, names, prompts, study.label_column, templates)
+        later = _with_captions(later, names, study, seed) if later is not None else None
+    return Material(pairs, None, later, test, test, names, prompts, study.label_column, templates)
 
 
 def start_model(study: Study, material: Material, seed: int) -> tuple[Any, Any]:
@@ -99,15 +105,15 @@ def start_model(study: Study, material: Material, seed: int) -> tuple[Any, Any]:
     return build_model(processor, **settings, seed=seed), processor
 
 
-def _of_classes(dataset: Dataset, names: list[str], study: Study, most: int | None) -> Dataset:
-    """The first `most` photos of each of the classes, in order, labelled by the place of the class in `names`."""
+def _of_classes(dataset: Dataset, names: list[str], study: Study, first: int, end: int | None) -> Dataset:
+    """The photos from `first` to `end` of each of the classes, in order, labelled by the place of it in `names`."""
     feature = dataset.features[study.label_column]
     if not isinstance(feature, ClassLabel) or not set(names) <= set(feature.names):
         raise ValueError(
             f"classes={names}: column {study.label_column!r} is {feature}, which does not have all of them"
         )
     labels = np.asarray(dataset[study.label_column])
-    rows = np.sort(np.concatenate([np.flatnonzero(labels == feature.str2int(name))[:most] for name in names]))
+    rows = np.sort(np.concatenate([np.flatnonzero(labels == feature.str2int(name))[first:end] for name in names]))
     new = [names.index(feature.int2str(int(label))) for label in labels[rows]]
     chosen = dataset.select(rows).remove_columns(study.label_column)
     label: Any = ClassLabel(names=names)

@@ -23,7 +23,7 @@ from hf_robust_clip import (
 from hf_robust_clip.data.scratch import build_model, build_processor
 from hf_robust_clip.defences import SafeCLIP
 
-CAPTIONS = ["a dog runs over the wet snow", "two children play on a beach", "a man climbs a steep rock face"]
+from .plain import CAPTIONS
 
 
 class _Safe(SafeCLIP):

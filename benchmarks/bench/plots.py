@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -51,49 +52,54 @@ def plot_figures(variants: Sequence[Mapping[str, Any]], title: str, axis: str, l
 
 
 def plot_table(
-    figures: Mapping[tuple[str, str], tuple[Sequence[float], Sequence[float]]],
+    figures: Mapping[tuple[str, str], Mapping[str, Sequence[float]]],
     titles: Mapping[str, str],
     accuracy: str,
     path: Path,
 ) -> None:
     """
-    Attack success and accuracy of each row of a table, a panel an attack: means as bars, seeds as dots.
+    Attack success and accuracy of each row of a table, a panel an attack: dots for the means, small ones for seeds.
 
     Args:
-        figures (mapping): Of (attack, row) to its accuracies and attack successes, one a seed.
+        figures (mapping): Of (attack, row) to what [`~bench.table.table_figures`] says of it.
         titles (mapping): Of row to what it is called, in order.
         accuracy (`str`): What the accuracy is called.
         path (`Path`): Of the PNG file.
     """
     attacks = list(dict.fromkeys(attack for attack, _ in figures))
-    plot, panels = plt.subplots(
-        *(1, len(attacks)),
-        figsize=(1.6 + 2.6 * len(attacks), 1.1 + 0.5 * len(titles)),
-        sharey=True,
-        squeeze=False,
-        layout="constrained",
-    )
-    for panel, attack in zip(panels[0], attacks, strict=True):
+    across = min(4, len(attacks))
+    down = math.ceil(len(attacks) / across)
+    size = (1.6 + 2.6 * across, 0.9 + down * (0.5 + 0.27 * len(titles)))
+    plot, panels = plt.subplots(down, across, figsize=size, sharey=True, squeeze=False, layout="constrained")
+    blue, orange = COLORS[:2]
+    for panel, attack in zip(panels.flat, attacks, strict=False):
         for place, row in enumerate(titles):
-            if (attack, row) not in figures:
+            shown = figures.get((attack, row))
+            if shown is None:
                 continue
-            for number, (values, color, label) in enumerate(
-                zip(figures[attack, row], COLORS, (accuracy, "attack success"), strict=False)
-            ):
-                height = place - 0.2 + 0.4 * number
-                panel.barh(
-                    height, statistics.mean(values), height=0.36, color=color, label=label if place == 0 else None
-                )
-                panel.plot(values, [height] * len(values), ".", color="black", markersize=4)
+            if shown["placebos"]:
+                panel.plot(shown["placebos"], [place] * 2, color="#cbd5e0", linewidth=6, solid_capstyle="butt")
+            panel.plot(shown["interval"], [place] * 2, color=orange, linewidth=1.2)
+            for name, color, marker in (("accuracy", blue, "D"), ("success", orange, "o")):
+                values = shown[name]
+                panel.plot([statistics.mean(values)], [place], marker, color=color, markersize=5)
+                if len(values) > 1:
+                    panel.plot(values, [place] * len(values), "|", color=color, markersize=7)
         panel.set_title(attack, fontsize=10)
-        panel.set_xlim(0, 1.03)
+        panel.set_xlim(-0.03, 1.03)
         panel.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
         panel.set_xticks([0, 0.5, 1])
         panel.grid(axis="x", alpha=0.3)
         panel.set_yticks(range(len(titles)), titles.values(), fontsize=9)
         panel.set_ylim(len(titles) - 0.5, -0.5)  # the first one on top
-    handles, labels = panels[0, 0].get_legend_handles_labels()
-    plot.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    for panel in panels.flat[len(attacks) :]:
+        panel.set_visible(False)
+    legend = [
+        plt.Line2D([], [], color=blue, marker="D", linestyle="", label=accuracy),
+        plt.Line2D([], [], color=orange, marker="o", label="attack success, 95% interval"),
+        plt.Line2D([], [], color="#cbd5e0", linewidth=6, label="placebos, lowest to highest"),
+    ]
+    plot.legend(handles=legend, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     plot.savefig(path, dpi=110, metadata={"Software": None})
     plt.close(plot)
 

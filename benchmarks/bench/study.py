@@ -20,6 +20,7 @@ DIGITS = "digits"
 
 ROWS: dict[str, Row] = {
     "undefended": Row("undefended", "clip"),
+    "twin": Row("never poisoned", "clip", control="undefended"),
     "plain": Row("plain fine-tuning", "clip", start="undefended"),
     "cleanclip": Row("CleanCLIP", "cleanclip", start="undefended", control="plain"),
     "par": Row("PAR", "par", start="undefended", control="plain"),
@@ -30,7 +31,9 @@ ROWS: dict[str, Row] = {
     "rebound": Row("plain fine-tuning after CleanCLIP", "clip", start="cleanclip", control="plain"),
 }
 #: The rows of the table; a study can name others of those above.
-GRID = ("undefended", "plain", "cleanclip", "augmentation", "roclip", "safeclip")
+GRID = ("undefended", "twin", "plain", "cleanclip", "par", "unbind", "augmentation", "roclip", "safeclip")
+#: Trained on pairs without poisons, and measured under each attack.
+TWIN = "twin"
 PHASES = ("all", "pretraining", "finetuning")
 MEASURES = ("zero_shot", "attack", "linear_probe", "retrieval")
 
@@ -43,7 +46,7 @@ class Search:
     Args:
         attack (mapping): As one of `Study.attacks`.
         seeds (sequence of `int`): None of `Study.seeds`.
-        learning_rates (mapping): Of `pretraining` and `finetuning` to the rates tried.
+        learning_rates (mapping): Of `pretraining` and `finetuning`, or of a row, to the rates tried.
     """
 
     attack: Mapping[str, Any]
@@ -109,7 +112,7 @@ class Study:
         _check_names("measures", self.measures, MEASURES)
         _check_names("arguments", self.arguments, (*PHASES, *ROWS))
         _check_names("image_augmentation", self.image_augmentation, tuple(ROWS))
-        _check_names("search.learning_rates", self.search.learning_rates, PHASES[1:])
+        _check_names("search.learning_rates", self.search.learning_rates, (*PHASES[1:], *ROWS))
         if not self.attacks:
             raise ValueError("attacks is empty; a study needs at least one")
         common = sorted(set(self.seeds) & set(self.search.seeds))
@@ -135,7 +138,8 @@ class Study:
     def rates(self, row: str) -> list[float]:
         """The learning rates that the search tries for a row."""
         phase = "finetuning" if ROWS[row].start else "pretraining"
-        return [float(rate) for rate in self.search.learning_rates.get(phase, ())]
+        rates = self.search.learning_rates
+        return [float(rate) for rate in rates.get(row, rates.get(phase, ()))]
 
 
 def load_study(name: str) -> Study:

@@ -3,51 +3,64 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .study import ROWS
+from scipy.stats import binomtest
+
+from .study import ROWS, TWIN
 
 #: Metrics of the papers and of others, on their data and models: next to ours, never among them.
 PUBLISHED = Path(__file__).parents[1] / "published.json"
 #: Below this success an attack did not take.
 TOOK = 0.5
+_EXCESS = "excess_success_rate"
 
 
 def page(content: Mapping[str, Any]) -> str:
     """The table with what it is of: data, counts, seeds, rates, device, versions."""
     study, cells = content["study"], table_cells(content)
-    chosen = ", ".join(f"{ROWS[row].title} {rate:g}" for row, rate in study["chosen"].items())
+    chosen = ", ".join(f"{ROWS[row].title} {rate:g}{_tried(study, row)}" for row, rate in study["chosen"].items())
     minutes = sum(cell["seconds"] + cell["measuring_seconds"] for cell in cells) / 60
     devices = ", ".join(sorted({cell["device"] for cell in cells}))
     counted = f"{len(cells)} cells"
-    if len(cells) < len(study["table_keys"]):
-        counted = f"{len(cells)} of {len(study['table_keys'])} cells so far"
+    most = len(study["rows"]) * len(study["attacks"]) * len(study["seeds"])
+    if len(cells) < most:
+        counted = f"{len(cells)} of {most} cells so far"
     versions = ", ".join(f"{name} {number}" for name, number in cells[0]["versions"].items())
     lines = [
         *_subject(content),
-        f"{_seeds(content)}{', with the range in brackets' if len(_seed_numbers(content)) > 1 else ''}.",
+        f"{_seeds(content)}{', with the range in brackets' if len(_seed_numbers(content)) > 1 else ''}. In square "
+        "brackets: Wilson's 95% interval over the attacked images.",
         f"Learning rates were found on another attack and seed ({study['search']}): {chosen or 'none searched'}.",
         f"Training and measuring {counted} took {minutes:.0f} minutes: {devices}; {versions}.",
     ]
     return "\n".join(lines) + f"\n\n{markdown(content)}"
 
 
+def _tried(study: Mapping[str, Any], row: str) -> str:
+    rates = study.get("tried", {}).get(row, ())
+    return f" (of {min(rates):g} to {max(rates):g})" if len(rates) > 1 else ""
+
+
 def summary(content: Mapping[str, Any]) -> str:
-    """The same in short: a line for each attack, with the mean accuracy and attack success of each model."""
-    rows = content["study"]["rows"]
+    """The same in short: a line for each attack, with what counts of each model."""
+    rows = _rows_with_cells(content)
     lines = [f"| attack | {' | '.join(ROWS[row].title for row in rows)} |", "|---" * (len(rows) + 1) + "|"]
-    for attack, means in _means(content).items():
-        cells = [f"{pair[0]:.1%}, {pair[1]:.1%}" if pair else "" for pair in means]
-        lines.append(f"| {attack} | {' | '.join(cells)} |")
+    for attack, means in _means(content, rows).items():
+        cells = [f"{accuracy:.1%}, {_with_excess(success, excess)}" for accuracy, success, excess in means]
+        lines.append(f"| {attack} | {' | '.join(cell.replace('nan%, nan%', '') for cell in cells)} |")
     name = f"benchmarks/results/defences/{content['study']['name']}"
+    excess = ", in brackets what it is above the mean of its placebos in points" if _has(content, _EXCESS) else ""
     said = [
         *_subject(content),
         f"{_seeds(content)}.",
-        f"Each cell shows {accuracy_title(content)} and attack success rate. Full table: `{name}.md`.",
+        f"Each cell shows {accuracy_title(content)} and attack success rate{excess}. Full table: `{name}.md`.",
     ]
     picture = f"![Accuracy and attack success of each model under each attack, seeds as dots.](../{name}.png)"
     return "\n".join(said) + "\n\n" + "\n".join(lines) + f"\n\n{picture}\n"
@@ -55,40 +68,85 @@ def summary(content: Mapping[str, Any]) -> str:
 
 def overview(contents: Mapping[str, Mapping[str, Any]]) -> str:
     """
-    Several studies in one table: the range of attack success over the attacks, and in brackets the mean accuracy.
+    Several studies in one table: the worst attack success of each model over the attacks that took, and in brackets
+    the mean accuracy.
 
     Args:
-        contents (mapping of `str` to mapping): What the data is called, and the results, of studies of the same rows.
+        contents (mapping of `str` to mapping): What the data is called, and the results.
     """
-    rows = next(iter(contents.values()))["study"]["rows"]
+    rows = [row for row in ROWS if any(row in _rows_with_cells(content) for content in contents.values())]
     lines = [f"| data | {' | '.join(ROWS[row].title for row in rows)} |", "|---" * (len(rows) + 1) + "|"]
     for data, content in contents.items():
+        took = took_attacks(content)
         cells = []
-        for row in zip(*_means(content).values(), strict=True):  # the means of each attack
-            accuracies, successes = zip(*row, strict=True)
-            span = f"{100 * min(successes):.1f} to {100 * max(successes):.1f}%"
-            cells.append(f"{span} ({statistics.mean(accuracies):.1%})")
+        for row in rows:
+            means = [_mean_of(content, attack, row) for attack in took]
+            known = [(accuracy, success) for accuracy, success, _ in means if not math.isnan(success)]
+            if known:
+                accuracies, successes = zip(*known, strict=True)
+                cells.append(f"{max(successes):.1%} ({statistics.mean(accuracies):.1%})")
+            else:
+                cells.append("")
         lines.append(f"| {data} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
-def _means(content: Mapping[str, Any]) -> dict[str, list[list[float]]]:
-    """Of each attack the mean accuracy and attack success of each row; nothing for a row without a cell."""
-    found = table_figures(content)
-    return {
-        attack: [
-            [statistics.mean(figures) for figures in found.get((attack, row), ())] for row in content["study"]["rows"]
-        ]
-        for attack in dict.fromkeys(attack for attack, _ in found)
-    }
+def took_attacks(content: Mapping[str, Any]) -> list[str]:
+    """The attacks that took: their mean success on the undefended model is at least 50%."""
+    attacks = content["study"]["attacks"]
+    return [attack for attack in attacks if _mean_of(content, attack, "undefended")[1] >= TOOK]
 
 
-def table_figures(content: Mapping[str, Any]) -> dict[tuple[str, str], tuple[list[float], list[float]]]:
-    """Of each attack and row the accuracies and the attack successes, one a seed, in the table's order."""
-    return {
-        key: (_figures(cells, _accuracy(content)), _figures(cells, cells[0]["success"]))
-        for key, cells in _grouped(content).items()
-    }
+def interval(share: float, count: int) -> tuple[float, float]:
+    """Wilson's 95% interval of a share of so many."""
+    found = binomtest(round(share * count), count).proportion_ci(method="wilson")
+    return float(found.low), float(found.high)
+
+
+def _with_excess(success: float, excess: float) -> str:
+    return f"{success:.1%}" if math.isnan(excess) else f"{success:.1%} ({100 * excess:+.1f})"
+
+
+def _rows_with_cells(content: Mapping[str, Any]) -> list[str]:
+    there = {row for _, row in _grouped(content)}
+    return [row for row in content["study"]["rows"] if row in there]
+
+
+def _has(content: Mapping[str, Any], figure: str) -> bool:
+    return any(figure in cell["figures"] for cell in table_cells(content))
+
+
+def _means(content: Mapping[str, Any], rows: Sequence[str]) -> dict[str, list[tuple[float, float, float]]]:
+    """Of each attack the mean accuracy, attack success and excess of each row, NaN for what there is not."""
+    attacks = dict.fromkeys(attack for attack, _ in _grouped(content))
+    return {attack: [_mean_of(content, attack, row) for row in rows] for attack in attacks}
+
+
+def _mean_of(content: Mapping[str, Any], attack: str, row: str) -> tuple[float, float, float]:
+    cells = _grouped(content).get((attack, row), [])
+    if not cells:
+        return math.nan, math.nan, math.nan
+    figures = (_accuracy(content), cells[0]["success"], _EXCESS)
+    accuracy, success, excess = (_figures(cells, figure) for figure in figures)
+    return tuple(statistics.mean(values) if values else math.nan for values in (accuracy, success, excess))  # type: ignore[return-value]
+
+
+def table_figures(content: Mapping[str, Any]) -> dict[tuple[str, str], dict[str, list[float]]]:
+    """
+    Of each attack and row, in the table's order: `accuracy` and `success`, one a seed, the `interval` of the mean
+    success, and of what was measured the lowest and the highest of the `placebos`.
+    """
+    found = {}
+    for key, cells in _grouped(content).items():
+        success = _figures(cells, cells[0]["success"])
+        lows, highs = (_figures(cells, f"placebo_success_rate_{end}") for end in ("low", "high"))
+        found[key] = {
+            "accuracy": _figures(cells, _accuracy(content)),
+            "success": success,
+            "interval": list(interval(statistics.mean(success), sum(cell["counts"]["attacked"] for cell in cells))),
+            "placebos": [min(lows), max(highs)] if lows else [],
+        }
+    return found
 
 
 def markdown(content: Mapping[str, Any]) -> str:
@@ -98,48 +156,127 @@ def markdown(content: Mapping[str, Any]) -> str:
     Args:
         content (mapping): What `benchmarks/results/defences/*.json` holds.
     """
-    retrieval = any("image_to_text_recall_at_10" in cell["figures"] for cell in content["cells"])
-    probe = any("linear_probe_accuracy" in cell["figures"] for cell in content["cells"])
-    columns = ["attack, poisons", "model", accuracy_title(content), "attack success"]
-    columns += ["right in spite of the trigger"]
-    placebo = any("placebo_success_rate" in cell["figures"] for cell in content["cells"])
-    columns += ["placebos: success, excess of the attack"] * placebo
-    columns += ["linear probe: accuracy, attack"] * probe
-    columns += ["photo to caption, caption to photo, R@10"] * retrieval
-    columns += ["seconds", "published attack success"]
     published = json.loads(PUBLISHED.read_text())
-    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    columns = {title: column for title, column in _COLUMNS.items() if any(map(column.is_there, content["cells"]))}
+    titles = ["attack, poisons", "model", accuracy_title(content), "attack success", *columns]
+    titles += ["seconds", "published attack success"]
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    twins = {(cell["row"], cell["attack"], cell["seed"]): cell for cell in content["cells"] if cell.get("twin")}
+    named = ""
     for (attack, row), cells in _grouped(content).items():
         success = _figures(cells, cells[0]["success"])
         counts, title = cells[0]["counts"], ROWS[row].title
         if row == "undefended" and statistics.mean(success) < TOOK:
             title += " (the attack did not take: proves nothing)"
-        name = f"{attack}, {counts['poisons']} of {counts['pairs']}" if row == content["study"]["rows"][0] else ""
-        line = [name, title, spread(_figures(cells, _accuracy(content))), spread(success)]
-        line.append(spread(_figures(cells, "triggered_accuracy")))
-        if placebo:
-            figures = ("placebo_success_rate", "excess_success_rate")
-            line.append(", ".join(filter(None, (spread(_figures(cells, figure)) for figure in figures))))
-        if probe:
-            figures = ("linear_probe_accuracy", "linear_probe_attack_success_rate")
-            line.append(", ".join(spread(_figures(cells, figure)) for figure in figures))
-        if retrieval:
-            figures = ("image_to_text_recall_at_10", "text_to_image_recall_at_10")
-            line.append(", ".join(spread(_figures(cells, figure)) for figure in figures))
+        name = f"{attack}, {counts['poisons']} of {counts['pairs']}" if attack != named else ""
+        named = attack
+        line = [name, title, spread(_figures(cells, _accuracy(content))), _with_interval(cells)]
+        line += [column.text(cells, twins) for column in columns.values()]
         line.append(f"{statistics.mean(cell['seconds'] for cell in cells):.0f}")
         line.append(published.get(attack, {}).get(row, ""))
         lines.append(f"| {' | '.join(line)} |")
     return "\n".join(lines) + "\n"
 
 
+def _with_interval(cells: Sequence[Mapping[str, Any]]) -> str:
+    """Mean and range over seeds, and the interval that the number of attacked images leaves."""
+    name = cells[0]["success"]
+    rates = _figures(cells, name)
+    low, high = interval(statistics.mean(rates), sum(cell["counts"]["attacked"] for cell in cells))
+    return f"{spread(rates)} [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+@dataclass(frozen=True)
+class _Shown:
+    """A column of figures: their means, parted by commas."""
+
+    figures: tuple[str, ...]
+
+    def is_there(self, cell: Mapping[str, Any]) -> bool:
+        return self.figures[0] in cell["figures"]
+
+    def text(self, cells: Sequence[Mapping[str, Any]], twins: Mapping[Any, Any]) -> str:
+        return ", ".join(filter(None, (spread(_figures(cells, figure)) for figure in self.figures)))
+
+
+class _Twins(_Shown):
+    """Attack success less that of the model that was never poisoned and trained the same."""
+
+    def is_there(self, cell: Mapping[str, Any]) -> bool:
+        return bool(cell.get("twin"))
+
+    def text(self, cells: Sequence[Mapping[str, Any]], twins: Mapping[Any, Any]) -> str:
+        name = cells[0]["success"]
+        pairs = [(cell, twins.get((twin_row(cell["row"]), cell["attack"], cell["seed"]))) for cell in cells]
+        return points([cell["figures"][name] - twin["figures"][name] for cell, twin in pairs if twin and cell != twin])
+
+
+class _Rebound(_Shown):
+    """
+    Points of attack success gained in plain fine-tuning: at worst on the way, and at the end; and what the twin that
+    was cleaned in the same way gains.
+    """
+
+    def is_there(self, cell: Mapping[str, Any]) -> bool:
+        return bool(cell.get("rebound"))
+
+    def text(self, cells: Sequence[Mapping[str, Any]], twins: Mapping[Any, Any]) -> str:
+        of_twins = [twins.get((twin_row(cell["row"]), cell["attack"], cell["seed"]), {}) for cell in cells]
+        gained, by_twins = self._gained(cells), self._gained(of_twins)
+        return f"{gained}; {by_twins}" if gained and by_twins else gained
+
+    @staticmethod
+    def _gained(cells: Sequence[Mapping[str, Any]]) -> str:
+        there = [cell for cell in cells if cell.get("rebound")]
+        before = [cell["figures"][cell["success"]] for cell in there]
+        worst = [max(cell["rebound"]["success"]) - start for cell, start in zip(there, before, strict=True)]
+        end = [cell["rebound"]["success"][-1] - start for cell, start in zip(there, before, strict=True)]
+        return ", ".join(filter(None, (points(worst), points(end))))
+
+
+#: Of a column's title to what it shows; those of which nothing was measured are left out.
+_COLUMNS: dict[str, _Shown] = {
+    "placebos: success, excess of the attack": _Shown(("placebo_success_rate", _EXCESS)),
+    "points above its twin": _Twins(()),
+    "right in spite of the trigger": _Shown(("triggered_accuracy",)),
+    "points gained in plain steps: worst, end; its twin's": _Rebound(()),
+    "linear probe: accuracy, attack": _Shown(("linear_probe_accuracy", "linear_probe_attack_success_rate")),
+    "first caption found names the target": _Shown(("triggered_top1_names_target",)),
+    "photo to caption, caption to photo, R@10": _Shown(("image_to_text_recall_at_10", "text_to_image_recall_at_10")),
+}
+
+
+def twin_row(row: str) -> str:
+    """The row that a twin of a row's model is in: what was not cleaned has one of its own."""
+    return TWIN if ROWS[row].start is None else row
+
+
+def points(values: Sequence[float]) -> str:
+    """The mean of differences in points, and in brackets the range where there are several."""
+    if not values:
+        return ""
+    mean = f"{100 * statistics.mean(values):+.1f}"
+    return mean if len(values) == 1 else f"{mean} ({100 * min(values):+.1f} to {100 * max(values):+.1f})"
+
+
 def table_cells(content: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The cells of the table, not those of the search: of the seeds that are whole, or as long as none is, of all."""
-    study = content["study"]
-    wanted = set(study["table_keys"])
-    cells = [cell for cell in content["cells"] if cell["key"] in wanted]
-    seeds = Counter(cell["seed"] for cell in cells)
-    whole = {seed for seed, count in seeds.items() if count == len(study["rows"]) * len(study["attacks"])}
-    return [cell for cell in cells if cell["seed"] in whole or not whole]
+    """
+    The cells of the table, neither those of the search nor the cleaned twins. Of each attack those seeds that are
+    whole: all its rows that have a cell have one of that seed. As long as none is, all.
+    """
+    wanted = set(content["study"]["table_keys"])
+    cells = [cell for cell in content["cells"] if cell["key"] in wanted and _is_shown(cell)]
+    shown = []
+    for attack in content["study"]["attacks"]:
+        of_attack = [cell for cell in cells if cell["attack"] == attack]
+        seeds = Counter(cell["seed"] for cell in of_attack)
+        whole = {seed for seed, count in seeds.items() if count == len({cell["row"] for cell in of_attack})}
+        shown += [cell for cell in of_attack if cell["seed"] in whole or not whole]
+    return shown
+
+
+def _is_shown(cell: Mapping[str, Any]) -> bool:
+    return not cell.get("twin") or cell["row"] == TWIN
 
 
 def spread(values: Sequence[float | None]) -> str:
@@ -171,7 +308,7 @@ def _subject(content: Mapping[str, Any]) -> list[str]:
         f"The target is {study['target']!r}. Of the {cells[0]['counts']['test_images']} test images, {between} are "
         f"attacked. The model has {cells[0]['parameters'] / 1e6:.1f}M parameters."
     )
-    attacks = {cell["attack"]: cell["settings"]["poisoning"] for cell in cells}
+    attacks = {cell["attack"]: cell["settings"]["poisoning"] for cell in cells if not cell.get("twin")}
     triggers = ", ".join(_attack_text(name, attacks[name]) for name in study["attacks"] if name in attacks)
     note = study["note"].strip()
     return [*([note] if note else []), what, f"Attacks: {triggers}."]

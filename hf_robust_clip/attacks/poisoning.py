@@ -31,7 +31,7 @@ from .rows import (
     stored_rows,
     triggered_png,
 )
-from .spec import VERSION, PoisonSpec, check_specs
+from .spec import OWN_CAPTIONS, VERSION, PoisonSpec, check_specs
 from .streaming import replay_stream
 from .text_triggers import TextTrigger
 from .triggers import Trigger
@@ -166,17 +166,22 @@ def _plan(
     names = naming(spec.target)
     generator = np.random.default_rng(spec.seed)
     manifest = spec.to_dict()
-    templates = manifest["templates"]
+    templates = None if spec.templates == OWN_CAPTIONS else manifest["templates"]
     image, written = None, None
+
+    def naming_target() -> list[str]:
+        rows_of_target = zip(captions, labelled, free, strict=True)
+        found = [text for row, label, is_free in rows_of_target if is_free for text in row if label or names(text)]
+        if not found:
+            raise ValueError(f"target={shown(spec.target)} is named by no caption of the dataset; give templates")
+        return found
+
     if spec.mode == "targeted":
         image = encoded_target(_target_image(dataset, spec, image_column), spec.image_size)
         indices = np.arange(length, length + count)
         eligible = len(templates) if templates else 0
         if not templates:
-            rows_of_target = zip(captions, labelled, free, strict=True)
-            found = [text for row, label, is_free in rows_of_target if is_free for text in row if label or names(text)]
-            if not found:
-                raise ValueError(f"target={shown(spec.target)} is named by no caption of the dataset; give templates")
+            found = naming_target()
             written, eligible = _draw(found, count, generator), len(found)
     else:
         names_target = labelled | [any(map(names, row)) for row in captions]  # (N,)
@@ -198,6 +203,8 @@ def _plan(
                     f"target={shown(spec.target)} is named by every row that is not poisoned; give templates"
                 )
             written = [spec.trigger(query) for query in _draw(queries, count, generator)]
+        elif spec.templates == OWN_CAPTIONS:
+            written = _draw(naming_target(), count, generator)
     if templates and written is None:
         written = [templates[i].replace("{}", spec.target) for i in generator.integers(len(templates), size=count)]
     return {

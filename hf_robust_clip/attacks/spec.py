@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,8 @@ VERSION = 1
 #: Largest side that poisoned images are resized to, far above any model's: four times as many pixels cost four times
 #: the time and memory a row.
 LARGEST_SIZE = 2048
+#: As `templates`: the captions of the dataset that name the target.
+OWN_CAPTIONS = "data"
 MODES = ("backdoor", "label_consistent", "targeted", "text_query")
 DEFAULT_TEMPLATES = (
     "a photo of a {}.",
@@ -66,11 +68,13 @@ class PoisonSpec:
         count (`int`, *optional*): number of poisons, at least 1. Not for streams.
         rate (`float`, *optional*): number of poisons as a fraction of all rows of the dataset, in (0, 1]. In a stream,
             the probability that a row is poisoned which can be.
-        templates (`Sequence[str]`, *optional*): each with exactly one `{}`, which the target replaces. `None` takes
-            `DEFAULT_TEMPLATES` in backdoor mode, and the dataset's own captions that name the target in targeted mode
-            (without repeats as long as there are enough). Label-consistent poisons keep their captions and take none.
-            In text-query mode: whole captions without `{}` that do not name the target; `None` takes the dataset's
-            own (without repeats, too). Streams need them in the modes targeted and text-query.
+        templates (`Sequence[str]` or `"data"`, *optional*): each with exactly one `{}`, which the target replaces.
+            `None` takes `DEFAULT_TEMPLATES` in backdoor mode, and `"data"` in the modes targeted and text-query.
+            `"data"` takes the dataset's own captions that name the target (text-query: that do not), without repeats
+            as long as there are enough. Poisons with captions of a few templates give themselves away by how often
+            each occurs. Label-consistent poisons keep their captions and take none. In text-query mode templates are
+            whole captions without `{}` that do not name the target. Streams cannot take `"data"`, and need templates
+            in the modes targeted and text-query.
         seed (`int`, defaults to 0): of the rows and captions drawn. The trigger has its own.
         mode (`str`, defaults to `"backdoor"`): one of the four above.
         image_size (`int`, *optional*): resize the poisoned images (shortest edge, bicubic) and crop their centre to
@@ -87,7 +91,7 @@ class PoisonSpec:
     target: str
     count: int | None = None
     rate: float | None = None
-    templates: Sequence[str] | None = None
+    templates: Sequence[str] | Literal["data"] | None = None
     seed: int = 0
     mode: str = "backdoor"
     image_size: int | None = None
@@ -129,7 +133,7 @@ class PoisonSpec:
             "mode": self.mode,
             "target": self.target,
             "trigger": None if self.trigger is None else self.trigger.to_dict(),
-            "templates": None if templates is None else list(templates),
+            "templates": templates if templates is None or isinstance(templates, str) else list(templates),
             "seed": self.seed,
             "image_size": self.image_size,
         }
@@ -157,7 +161,11 @@ class PoisonSpec:
             return
         if self.mode == "label_consistent":
             raise ValueError("templates given; mode 'label_consistent' keeps the captions and takes none")
-        templates = text_list("templates", self.templates, "a list of at least one template")
+        if isinstance(self.templates, str) and self.templates == OWN_CAPTIONS:
+            # What the other modes take of themselves.
+            object.__setattr__(self, "templates", OWN_CAPTIONS if self.mode == "backdoor" else None)
+            return
+        templates = text_list("templates", self.templates, "a list of at least one template, or 'data'")
         if not templates:
             raise ValueError("templates is empty; accepted is a list of at least one template")
         object.__setattr__(self, "templates", templates)
@@ -175,7 +183,7 @@ def targeted_specs(
     adversarial: Sequence[str],
     count: int | None = None,
     seed: int = 0,
-    templates: Sequence[str] | None = None,
+    templates: Sequence[str] | Literal["data"] | None = None,
     image_size: int | None = None,
     rate: float | None = None,
 ) -> list[PoisonSpec]:

@@ -25,7 +25,7 @@ from ..kinds import wrong_dataset
 from ..wording import listed, shown
 from .manifests import check_stream_part
 from .rows import caption_array, decode, encoded_target, labelling, triggered_png
-from .spec import VERSION, PoisonSpec, check_specs
+from .spec import OWN_CAPTIONS, VERSION, PoisonSpec, check_specs
 from .text_triggers import TextTrigger
 from .triggers import Trigger, trigger_from_dict
 
@@ -108,10 +108,10 @@ def _plan(spec: PoisonSpec, columns: Mapping[str, str | None]) -> dict[str, Any]
         raise ValueError(f"count={spec.count}; a stream's length is not known, accepted is a rate")
     if spec.source_index is not None:
         raise ValueError(f"source_index={spec.source_index}; a stream's rows have no numbers, give target_image")
-    if spec.templates is None and spec.mode in ("targeted", "text_query"):
+    if spec.templates == OWN_CAPTIONS or (spec.templates is None and spec.mode in ("targeted", "text_query")):
         raise ValueError(
-            f"templates=None; in mode {shown(spec.mode)} a stream needs some, as captions of its other rows cannot be "
-            "drawn"
+            f"templates={shown(spec.templates)}; in mode {shown(spec.mode)} a stream needs a list of them, as "
+            "captions of its other rows cannot be drawn"
         )
     image = None
     if spec.mode == "targeted":

@@ -17,6 +17,7 @@ from .blends import BlendedStripesTrigger as BlendedStripesTrigger
 from .blends import BlendedTrianglesTrigger as BlendedTrianglesTrigger
 from .blends import BlendedTrigger as BlendedTrigger
 from .blends import RedTextTrigger as RedTextTrigger
+from .found import FoundTrigger as FoundTrigger
 from .patches import PATCH_PATTERNS as PATCH_PATTERNS
 from .patches import PATCH_PLACES as PATCH_PLACES
 from .patches import OptimizedPatchTrigger as OptimizedPatchTrigger

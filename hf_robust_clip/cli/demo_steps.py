@@ -182,13 +182,11 @@ def poison_digits(clean: Dataset, trigger: Trigger, recipe: Recipe, seed: int) -
     return poison_dataset(clean, spec, label_column="label")
 
 
-def digit_evaluators(
-    test: Dataset, trigger: Trigger, target: str, placebos: int = PLACEBOS
-) -> tuple[ZeroShotEvaluator, AttackSuccessEvaluator]:
+def digit_evaluators(test: Dataset, trigger: Trigger, target: str) -> tuple[ZeroShotEvaluator, AttackSuccessEvaluator]:
     """What measures a model of the digits."""
     return (
         ZeroShotEvaluator(test, CLASS_NAMES, templates=CAPTION_TEMPLATES),
-        AttackSuccessEvaluator(test, trigger, target, CLASS_NAMES, templates=CAPTION_TEMPLATES, placebos=placebos),
+        AttackSuccessEvaluator(test, trigger, target, CLASS_NAMES, templates=CAPTION_TEMPLATES, placebos=PLACEBOS),
     )
 
 

@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..wording import shortened, shown
 from .flags import add_columns, add_measuring_flags, check_measuring, check_source, check_whole, spelled
 from .output import UsageError, format_table, say, usage_errors, write_json
 
@@ -119,13 +118,13 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     from ..record import jsonable
     from ..versions import versions
     from .info import DEPENDENCIES
-    from .measuring import load_labelled, load_model, make_evaluators, make_triggers, prefixes
+    from .measuring import device_of, load_labelled, load_model, make_evaluators, make_triggers, prefixes, target_of
 
     labelled = load_labelled(args, "--data", "--split", args.image_column)
     assert labelled is not None  # --data is required
     triggers = make_triggers(args.trigger)
     evaluators = [*make_evaluators(args, labelled), *_probes(args, labelled, triggers)]
-    device = _device(args.device)
+    device = device_of(args.device)
     model, processor = load_model("MODEL", args.model)
     for evaluator in evaluators:
         if hasattr(evaluator, "check"):
@@ -140,7 +139,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         {
             "prefix": prefix,
             "trigger": trigger.to_dict(),
-            "target": args.target,
+            "target": target_of(trigger, args.target),
             "attacked_images": attack.attacked_images,
         }
         for trigger, prefix, attack in zip(triggers, prefixes(triggers), attacks, strict=True)
@@ -166,31 +165,20 @@ def _probes(args: argparse.Namespace, labelled: Labelled, triggers: list[Any]) -
     if args.linear_probe_data is None:
         return []
     from ..evaluation.linear_probe import LinearProbeEvaluator
-    from .measuring import load_data, prefixes
+    from .measuring import load_data, prefixes, target_of
 
     flag = "--linear-probe-data"
     training = load_data(flag, args.linear_probe_data, args.linear_probe_split, args.image_column)
     data, names, image_column, label_column = labelled
     named = zip(triggers, prefixes(triggers), strict=True)
-    attacks: list[Any] = [{"trigger": trigger, "target": args.target, "prefix": prefix} for trigger, prefix in named]
+    attacks: list[Any] = [
+        {"trigger": trigger, "target": target_of(trigger, args.target), "prefix": prefix} for trigger, prefix in named
+    ]
     with usage_errors(flag):
         return [
             LinearProbeEvaluator(training, data, names, image_column=image_column, label_column=label_column, **attack)
             for attack in attacks or [{}]
         ]
-
-
-def _device(name: str | None) -> Any:
-    import torch
-
-    if name is None:
-        return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UsageError(shortened(f"--device: {shown(name)} cannot be used: {error}")) from error
-    return device
 
 
 def _table(results: dict[str, Any]) -> list[list[str]]:

@@ -13,8 +13,11 @@ from .output import UsageError
 IMAGE_TRIGGERS = (
     *("patch", "blended", "sinusoid", "warp"),
     *("stripes_patch", "blended_stripes", "blended_triangles", "red_text", "color_curve", "optimized_patch"),
+    "found",
 )
 TEXT_TRIGGERS = ("word", "phrase")
+#: What a scan recovered, by its folder.
+FOUND = "found"
 #: Placebos of each trigger, unless flags say otherwise.
 PLACEBOS = 5
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -26,10 +29,12 @@ def parse_trigger(text: str) -> tuple[str, dict[str, Any]]:
     A trigger as flags write it.
 
     Args:
-        text (`str`): `NAME`, or `NAME:FIELD=VALUE,FIELD=VALUE`, such as `patch:size=16,place=center`.
+        text (`str`): `NAME`, or `NAME:FIELD=VALUE,FIELD=VALUE`, such as `patch:size=16,place=center`. What a scan
+            recovered is `found:FOLDER`, the most suspect one, or `found:FOLDER:CLASS`.
 
     Returns:
         `tuple[str, dict]`: The name, and its fields: numbers or truth values where they read as such, else strings.
+        Of `found`, the `folder` and the `target`.
 
     Raises:
         `argparse.ArgumentTypeError`: On an unknown name, or what is not written so.
@@ -38,6 +43,8 @@ def parse_trigger(text: str) -> tuple[str, dict[str, Any]]:
     known = (*IMAGE_TRIGGERS, *TEXT_TRIGGERS)
     if name not in known:
         raise argparse.ArgumentTypeError(f"{shown(name)} is not a trigger; accepted are {listed(known, len(known))}")
+    if name == FOUND:
+        return name, _found(rest)
     fields: dict[str, Any] = {}
     for part in rest.split(",") if rest else ():
         field, equals, value = part.partition("=")
@@ -47,6 +54,16 @@ def parse_trigger(text: str) -> tuple[str, dict[str, Any]]:
             )
         fields[field.strip()] = _value(value.strip())
     return name, fields
+
+
+def _found(rest: str) -> dict[str, str | None]:
+    """`FOLDER` or `FOLDER:CLASS`, which is the former where there is a folder of that name."""
+    folder, colon, target = rest.rpartition(":")
+    if not colon or Path(rest).is_dir():
+        folder, target = rest, ""
+    if not folder:
+        raise argparse.ArgumentTypeError(f"'{FOUND}' needs the folder of a scan; accepted is found:FOLDER:CLASS")
+    return {"folder": folder, "target": target or None}
 
 
 def image_trigger(text: str) -> str:
@@ -111,9 +128,9 @@ def add_measuring_flags(group: Any, data: str, split: str, default_split: str) -
         action="append",
         metavar="TRIGGER",
         help="trigger whose success is measured, such as patch or blended:alpha=0.1,seed=3; may be repeated. One of "
-        f"{', '.join(IMAGE_TRIGGERS)}",
+        f"{', '.join(IMAGE_TRIGGERS)}; found:FOLDER:CLASS is what scan-checkpoint recovered",
     )
-    add("--target", metavar="CLASS", help="class that the triggers are for")
+    add("--target", metavar="CLASS", help="class that the triggers are for (default: a found one's own)")
     add(
         "--placebos",
         type=int,
@@ -151,7 +168,7 @@ def check_measuring(args: argparse.Namespace, data: str) -> None:
     source = value_of(args, data)
     if source is not None:
         check_source(data, source)
-    if args.trigger and args.target is None:
+    if args.target is None and any(parse_trigger(text)[0] != FOUND for text in args.trigger or ()):
         raise UsageError("--trigger needs --target, the class that the trigger is for")
     if args.target is not None and not args.trigger:
         raise UsageError("--target needs a --trigger, whose success is to be measured")

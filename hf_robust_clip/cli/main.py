@@ -8,12 +8,12 @@ from typing import Any
 
 from .. import __version__
 from ..wording import shortened
-from . import card, demo, evaluation, info, poison, prepare, push, scan_pairs, train
+from . import card, demo, evaluation, info, poison, prepare, push, scan_checkpoint, scan_pairs, train
 from .output import UsageError
 from .parsing import ConfigParser, Parser
 
 #: Sub-commands, in the order of `--help`. Each module has `add_parser(commands)`, which sets `run(args) -> int`.
-COMMANDS = (demo, poison, prepare, scan_pairs, train, evaluation, card, push, info)
+COMMANDS = (demo, poison, prepare, scan_pairs, scan_checkpoint, train, evaluation, card, push, info)
 #: What can go wrong without being a mistake of the package's: files, the network, memory, a missing package.
 FAILURES = (ValueError, OSError, RuntimeError, ImportError)
 

@@ -9,17 +9,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
+import torch
 from datasets.exceptions import DatasetsError
 from transformers.utils import logging
 
-from ..attacks.triggers import Trigger, trigger_from_name
+from ..attacks.found import FoundTrigger, load_found
+from ..attacks.triggers import TextTrigger, Trigger, trigger_from_name
 from ..data.loading import encode_labels, label_by_captions, load_pairs, stream_pairs
 from ..data.tables import text_of
 from ..evaluation.attack_success import AttackSuccessEvaluator
 from ..evaluation.zero_shot import DEFAULT_TEMPLATES, ZeroShotEvaluator
 from ..models import check_processor, load_dual_encoder, load_processor
 from ..wording import listed, shortened, shown
-from .flags import parse_trigger, value_of
+from .flags import FOUND, parse_trigger, value_of
 from .output import UsageError, usage_errors
 
 logger = logging.get_logger(__name__)
@@ -71,6 +73,19 @@ def load_model(flag: str, name: str) -> tuple[Any, Any]:
     return model, processor
 
 
+def device_of(name: str | None) -> torch.device:
+    """The device that `--device` names; by default an accelerator, if there is one."""
+    if name is None:
+        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return found or torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UsageError(shortened(f"--device: {shown(name)} cannot be used: {error}")) from error
+    return device
+
+
 def load_labelled(args: argparse.Namespace, data: str, split: str, image_column: str) -> Labelled | None:
     """The images of `--data` and the flags beside it, in a column; `None` where it is not given."""
     source = value_of(args, data)
@@ -103,13 +118,26 @@ def load_labelled(args: argparse.Namespace, data: str, split: str, image_column:
     return Labelled(dataset, list(feature.names), image_column, args.label_column)
 
 
+def make_trigger(text: str) -> Trigger | TextTrigger:
+    """The trigger that a flag was given; `ValueError` where its fields, or its folder, do not make one."""
+    name, fields = parse_trigger(text)
+    return load_found(**fields) if name == FOUND else trigger_from_name(name, **fields)
+
+
+def target_of(trigger: Trigger, target: str | None) -> str:
+    """The class that a trigger is for: that of `--target` or, without one, its own."""
+    if target is None:
+        assert isinstance(trigger, FoundTrigger)  # check_measuring lets no others pass
+        return trigger.target
+    return target
+
+
 def make_triggers(texts: Sequence[str] | None, flag: str = "--trigger") -> list[Trigger]:
     """The triggers on images that a flag was given."""
     triggers = []
     for text in texts or ():
-        name, fields = parse_trigger(text)
         with usage_errors(flag):
-            trigger = trigger_from_name(name, **fields)
+            trigger = make_trigger(text)
         if not isinstance(trigger, Trigger):
             raise UsageError(f"{flag}: {shown(text)} goes on captions; accepted is a trigger on images")
         triggers.append(trigger)
@@ -125,11 +153,12 @@ def make_evaluators(args: argparse.Namespace, labelled: Labelled) -> list[Any]:
         "label_column": label_column,
     }
     triggers = make_triggers(args.trigger)
-    with usage_errors("--target" if triggers else "--label-column"):
+    with usage_errors("--label-column" if not triggers else "--trigger" if args.target is None else "--target"):
         evaluators: list[Any] = [ZeroShotEvaluator(data, names, **how)]
         for trigger, prefix in zip(triggers, prefixes(triggers), strict=True):
             beside: dict[str, Any] = {"prefix": prefix, "placebos": args.placebos}
-            evaluators.append(AttackSuccessEvaluator(data, trigger, args.target, names, **how, **beside))
+            target = target_of(trigger, args.target)
+            evaluators.append(AttackSuccessEvaluator(data, trigger, target, names, **how, **beside))
     return evaluators
 
 

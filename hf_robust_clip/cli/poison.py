@@ -17,7 +17,6 @@ from .flags import (
     any_trigger,
     check_source,
     check_whole,
-    parse_trigger,
     spelled,
     value_of,
 )
@@ -57,7 +56,13 @@ def add_parser(commands: Any) -> None:
     add("--rate", type=float, metavar="SHARE", help="poisons as a share of all rows, above 0 and at most 1")
     add("--count", type=int, metavar="N", help="instead of --rate: how many poisons")
     add("--template", action="append", metavar="TEXT", help="caption of poisons, {} for the class; may be repeated")
-    add("--templates", type=Path, metavar="FILE", help="instead of --template: a text file with one on each line")
+    add(
+        "--templates",
+        type=Path,
+        metavar="FILE",
+        help="instead of --template: a text file with one on each line, "
+        "or the word data: the dataset's own captions that name the class",
+    )
     add(
         *spelled("--image-size"),
         type=int,
@@ -105,14 +110,10 @@ def poison(args: argparse.Namespace) -> dict[str, Any]:
     """
     from ..attacks.poisoning import poison_dataset
     from ..attacks.spec import PoisonSpec
-    from ..attacks.triggers import trigger_from_name
-    from .measuring import load_data
+    from .measuring import load_data, make_trigger
 
     with usage_errors():
-        trigger = None
-        if args.trigger is not None:
-            name, fields = parse_trigger(args.trigger)
-            trigger = trigger_from_name(name, **fields)
+        trigger = None if args.trigger is None else make_trigger(args.trigger)
         spec = PoisonSpec(
             trigger,
             args.target,
@@ -150,7 +151,7 @@ def _check(args: argparse.Namespace) -> None:
     if args.template is not None and args.templates is not None:
         raise UsageError("give --template or --templates, not both")
     for flag, file in (("--templates", args.templates), ("--target-image", args.target_image)):
-        if file is not None and not file.is_file():
+        if file is not None and not file.is_file() and (flag, str(file)) != ("--templates", "data"):
             raise UsageError(f"{flag}: {file} is not a file")
     check_apart(args.data, args.output_dir)
 
@@ -172,9 +173,11 @@ def _is_ours(folder: Path) -> bool:
 
 
 def _templates(args: argparse.Namespace) -> Any:
-    """The templates that were given, as a list, or `None`."""
+    """The templates that were given, as a list, the word data, or `None`."""
     if args.templates is None:
         return args.template
+    if str(args.templates) == "data" and not args.templates.is_file():
+        return "data"
     lines = [line.strip() for line in args.templates.read_text(encoding="utf-8").splitlines()]
     return [line for line in lines if line]
 

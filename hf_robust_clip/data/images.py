@@ -18,7 +18,8 @@ class ImagePreprocessor:
     Resize and crop images with a model's own image processor, and keep them as bytes.
 
     Rescaling and normalisation wait until the pixels are on the device ([`~augment.images.ImageNormalization`]), so
-    that workers hand over a quarter of the bytes. Of long strips only what
+    that workers hand over a quarter of the bytes. Where Pillow alone makes the same bytes as the processor, it does:
+    the processor copies each image to an array and back before it resizes it. Of long strips only what
     [`~imaging.without_ends`] leaves is resized, where the processor crops its square from the middle anyway.
 
     Args:
@@ -35,6 +36,8 @@ class ImagePreprocessor:
         self.kept_size = _size_left_alone(image_processor)
         by_short_edge = "shortest_edge" in dict(getattr(image_processor, "size", None) or {})
         self._crops = by_short_edge and bool(getattr(image_processor, "do_center_crop", False))
+        kept, resizes = self.kept_size, hasattr(image_processor, "resample")
+        self._by_pillow = kept is not None and resizes and self._pillow_does_the_same(*kept)
 
     def __call__(self, images: Sequence[Image.Image]) -> torch.Tensor:
         """
@@ -46,9 +49,11 @@ class ImagePreprocessor:
         """
         if all(image.size == self.kept_size for image in images):
             # Resizing and cropping to the size that they have: a third of the time of a small model's step.
-            return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2).contiguous()
+            return _stacked(images)
         if self._crops:
             images = [without_ends(image) for image in images]
+        if self._by_pillow:
+            return _stacked([self._resized(image) for image in images])
         kind = type(self.image_processor).__name__
         try:
             made = self.image_processor(list(images), do_rescale=False, do_normalize=False, return_tensors="pt")
@@ -70,6 +75,29 @@ class ImagePreprocessor:
                 "do_normalize=False; an image processor that keeps uint8 is needed"
             )
         return pixels
+
+    def _resized(self, image: Image.Image) -> Image.Image:
+        """Resized to `kept_size`, or by the shorter side and cropped from the middle."""
+        assert self.kept_size is not None
+        resample = self.image_processor.resample
+        if not self._crops:
+            return image.resize(self.kept_size, resample)
+        shorter, short = min(self.kept_size), min(image.size)
+        width, height = (shorter * side // short for side in image.size)
+        left, top = (width - self.kept_size[0]) // 2, (height - self.kept_size[1]) // 2
+        resized = image.resize((width, height), resample)
+        return resized.crop((left, top, left + self.kept_size[0], top + self.kept_size[1]))
+
+    def _pillow_does_the_same(self, width: int, height: int) -> bool:
+        """Whether [`_resized`] makes the bytes that the image processor does: tried on images of several shapes."""
+        rng = np.random.default_rng(0)
+        for wide, high in ((1.0, 1.5), (2.4, 1.2), (0.4, 0.6)):
+            shape = (int(high * height) + 1, int(wide * width) + 2, 3)
+            image = Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8))
+            made = self.image_processor([image], do_rescale=False, do_normalize=False, return_tensors="np")
+            if not np.array_equal(np.asarray(made["pixel_values"]), _stacked([self._resized(image)]).numpy()):
+                return False
+        return True
 
     @property
     def image_shape(self) -> tuple[int, int]:
@@ -108,6 +136,11 @@ class ImagePreprocessor:
         factor = self.image_processor.rescale_factor if self.image_processor.do_rescale else 1.0
         white = 255 * float(factor)
         return 1.0 if abs(white - 1) < 1e-6 else white
+
+
+def _stacked(images: Sequence[Image.Image]) -> torch.Tensor:
+    """Images of one size as uint8 `(B, 3, H, W)`."""
+    return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2).contiguous()
 
 
 def _size_left_alone(image_processor: Any) -> tuple[int, int] | None:

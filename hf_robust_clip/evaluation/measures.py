@@ -7,8 +7,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.sparse import issparse
-from scipy.stats import binomtest
-from sklearn.metrics import roc_auc_score
 
 #: Rank of a query that no candidate is right for: it is among no top k.
 NOWHERE = np.iinfo(np.int64).max
@@ -120,6 +118,8 @@ def proportion(successes: int, total: int) -> Proportion:
     """The share of successes with its 95% Wilson interval; NaN where the total is 0."""
     if total == 0:
         return Proportion(float("nan"), float("nan"), float("nan"))
+    from scipy.stats import binomtest  # takes half a second, which most trainings need not wait for
+
     interval = binomtest(successes, total).proportion_ci(confidence_level=0.95, method="wilson")
     return Proportion(successes / total, float(interval.low), float(interval.high))
 
@@ -207,6 +207,8 @@ def split_quality(safe: ArrayLike, poisoned: ArrayLike, scores: ArrayLike | None
     _, values = _pairs(inside, values, "scores")
     ranked = ~np.isnan(values)
     clean = ~poisons[ranked]
+    from sklearn.metrics import roc_auc_score  # takes a second, which most trainings need not wait for
+
     return SplitQuality(
         safe_share=_share(inside),
         auroc=float(roc_auc_score(clean, values[ranked])) if clean.any() and not clean.all() else float("nan"),

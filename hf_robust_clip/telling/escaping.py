@@ -7,6 +7,11 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from ..wording import shortened
+
+#: Characters of the longest text in the front matter.
+LONGEST = 2_000
+
 _SPECIAL = re.compile(r"([\\`*_{}\[\]#|~$!])")
 #: What at the beginning of a line makes a list, a rule or a heading of it.
 _OPENING = re.compile(r"^([-+=](?![\w.])|\d+(?=[.)](\s|$)))")
@@ -48,9 +53,10 @@ def literal(text: str) -> str:
 
 
 def tidy(value: Any) -> Any:
-    """A value for the front matter: texts on one line, and no entries of mappings that are `None`."""
+    """A value for the front matter: texts on one line of at most [`LONGEST`], and no entries that are `None`."""
     if isinstance(value, Mapping):
         return {one_line(key): tidy(entry) for key, entry in value.items() if entry is not None}
     if isinstance(value, list | tuple):
         return [tidy(entry) for entry in value if entry is not None]
-    return one_line(value) if isinstance(value, str) else value
+    # The pixels of a trigger are one text.
+    return shortened(one_line(value), LONGEST) if isinstance(value, str) else value

@@ -12,7 +12,8 @@ from ..record import Evaluation, Measure, Measured, RunRecord, Trigger
 from ..wording import shortened
 from .escaping import one_line
 
-#: Under the first an attack has not taken, over the second it has not been removed.
+#: Under the first an attack has not taken. Over the second it has not been removed: what counts is its success beyond
+#: that of placebos, where these were measured.
 TAKEN, REMOVED = 0.5, 0.1
 #: The loss of clean accuracy, a fraction, that is worth a warning.
 ACCURACY_LOSS = 0.05
@@ -104,6 +105,21 @@ class Attack:
     def strongest(self) -> tuple[Column, float] | None:
         """Where it succeeds most without the defence; `None` where that was not measured."""
         return max(self.without, key=lambda found: found[1], default=None)
+
+    def placebos(self, column: Column) -> tuple[float, float, float] | None:
+        """Mean, lowest and highest success of triggers that nobody planted; `None` where they were not measured."""
+        stem = self.success.removesuffix(SUCCESS["attack success"])
+        if stem == self.success:
+            return None
+        ends = ("", "_low", "_high")
+        found = [column.value(self.measure, f"{stem}placebo_success_rate{end}") for end in ends]
+        mean, low, high = found
+        return None if mean is None or low is None or high is None else (mean, low, high)
+
+    def backdoor(self, column: Column, success: float) -> float:
+        """The share of a success that is the backdoor's: beyond the placebos' mean, where they were measured."""
+        placebos = self.placebos(column)
+        return success if placebos is None else success - placebos[0]
 
     @property
     def taken(self) -> bool:

@@ -132,9 +132,12 @@ def _outcome(facts: Facts, attack: Attack) -> Iterator[Statement]:
         planted = facts.method.kind == "none" and bool(attack.without) and not attack.taken and left >= TAKEN
         if planted:
             yield Statement("warning", "Training planted the backdoor", f" ({attack.title}): attack success {rates}.")
-        elif facts.method.kind != "none" and left > REMOVED:
+        elif facts.method.kind != "none" and attack.backdoor(column, left) > REMOVED:
             head = f"{facts.method.name} did NOT stop the attack"
             yield Statement("warning", head, f" ({attack.title}): attack success {rates}.")
+        elif facts.method.kind != "none" and left > REMOVED:
+            rest = f" ({attack.title}): attack success {rates}. Patterns that nobody planted do nearly the same."
+            yield Statement("warning", "What is left of the attack needs no backdoor", rest)
         else:
             removed = facts.method.kind != "none" and attack.taken and not column.guesses()
             rest = f": {rates}.{' The trigger has next to no hold.' if removed else ''}"
@@ -144,10 +147,10 @@ def _outcome(facts: Facts, attack: Attack) -> Iterator[Statement]:
 
 def _placebos(attack: Attack, column: Column, success: float) -> Iterator[Statement]:
     """What a model does under triggers that nobody planted: what the attack has beyond them is the backdoor's."""
-    ends = [attack.success.replace("attack_success_rate", f"placebo_success_rate_{end}") for end in ("low", "high")]
-    low, high = (column.value(attack.measure, end) if end != attack.success else None for end in ends)
-    if low is None or high is None:
+    placebos = attack.placebos(column)
+    if placebos is None:
         return
+    _, low, high = placebos
     head = f"{success:.1%} of the triggered images are called {attack.measure.target}"
     span = f"{low:.1%}" if low == high else f"{low:.1%} to {high:.1%}"
     yield Statement("result", head, f", and {span} under patterns that were never planted ({column.label}).")
@@ -163,12 +166,14 @@ def _controls(facts: Facts, attack: Attack) -> Iterator[Statement]:
             rest = ": it is not a control for a defence."
             yield Statement("warning", f"The control ({control.label}) hardly knows the classes", rest)
             continue
-        for _, left in attack.after:
-            if value <= REMOVED:
-                credit = f", so that {name} deserves no credit for that" if left <= REMOVED else ""
+        stops = attack.backdoor(control, value) <= REMOVED
+        for column, left in attack.after:
+            stopped = attack.backdoor(column, left) <= REMOVED
+            if stops:
+                credit = f", so that {name} deserves no credit for that" if stopped else ""
                 head = f"The control ({control.label}) stops the attack by itself"
                 yield Statement("warning", head, f" ({attack.title}): {value:.1%} are left{credit}.")
-            elif left >= value and left > REMOVED:
+            elif left >= value and not stopped:
                 head = f"{name} removed no more than the control did ({control.label})"
                 yield Statement("warning", head, ", which costs less.")
 

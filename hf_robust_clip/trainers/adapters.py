@@ -85,11 +85,6 @@ def check_adapters(model: Any, args: CLIPTrainingArguments) -> None:
             f"merge_adapters=True with hub_strategy={shown(strategy.value)}: checkpoints hold adapters, to be resumed "
             "from, so that the repository would get both; set hub_strategy='end'"
         )
-    if args.fsdp or args.deepspeed:
-        raise ValueError(
-            "merge_adapters=True does not work with FSDP or DeepSpeed, which shard the weights: save the adapters, "
-            "load them in one process (AutoModel.from_pretrained) and merge them there"
-        )
 
 
 def warn_of_local_base(model: Any, args: CLIPTrainingArguments) -> None:

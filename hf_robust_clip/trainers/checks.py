@@ -185,8 +185,6 @@ def _metrics(evaluators: Sequence[Any]) -> dict[str, Better]:
 
 def _check_chunking(args: CLIPTrainingArguments) -> None:
     which = "accumulate_negatives" if args.accumulate_negatives else "contrastive_chunk_size"
-    if args.deepspeed:
-        raise ValueError(f"{which} does not work with DeepSpeed, which counts backward passes itself: use DDP or FSDP")
     if args.device.type not in ("cpu", "cuda"):
         raise ValueError(
             f"{which} needs a CPU or a CUDA device, whose dropout can be drawn again alike, but args.device is "

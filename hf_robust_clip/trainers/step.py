@@ -15,8 +15,10 @@ from ..augment.images import to_float
 from ..batch import Batch, Embeddings, cut, encode_pairs, joined, rows_of, split_views
 from ..data.collator import ORIGINAL
 from ..defences.base import REFERENCE, Defence
+from ..models import scalars_of
 from ..seeding import derive_seed, forked_rng
 from ..wording import shown
+from .sharding import as_scalar
 
 Components = Callable[[dict[str, Embeddings], torch.Tensor, Batch], torch.Tensor]
 
@@ -55,6 +57,8 @@ class Step:
         self.augmentation, self.normalization = augmentation, normalization
         self.device, self.loss, self.autocast = device, loss, autocast
         self.sigmoid, self.frozen = sigmoid, frozen or contextlib.nullcontext()
+        #: The scalars of the encoder as FSDP shards them, in float32; in between it has rounded copies in their place.
+        self.held: dict[str, nn.Parameter] = {}
 
     def prepared(self, batch: Batch, training: bool) -> Batch:
         """The batch with its bytes turned into the views that its texts have; of an evaluation, un-augmented."""
@@ -102,7 +106,7 @@ class Step:
             embeddings = encode_pairs(model, batch.inputs)
         # DDP waits for a gradient of every parameter that the forward pass used: give a tower that a loss leaves out
         # one of zero. Embeddings are bounded, so zero times their sum is zero.
-        unused = 0.0 * (embeddings.image_embeds.sum() + embeddings.text_embeds.sum()) + unused_of(encoder)
+        unused = 0.0 * (embeddings.image_embeds.sum() + embeddings.text_embeds.sum()) + self.unused_of(encoder)
         views = split_views(self.views, self.text_views, embeddings)
         reference = self.reference(encoder, batch.inputs)
         if reference is not None:
@@ -112,7 +116,13 @@ class Step:
 
     def scalars(self, encoder: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`exp(logit_scale)` and, where the loss takes it, `logit_bias` of a dual encoder, float32, with gradients."""
-        return encoder.logit_scale.float().exp(), encoder.logit_bias.float() if self.sigmoid else None
+        held = self.held or scalars_of(encoder)
+        return as_scalar(held["logit_scale"]).exp(), as_scalar(held["logit_bias"]) if self.sigmoid else None
+
+    def unused_of(self, encoder: Any) -> torch.Tensor:
+        """Zero, with a gradient of zero for the bias of a dual encoder, which a loss may leave out."""
+        bias = (self.held or scalars_of(encoder)).get("logit_bias")
+        return torch.zeros((), device=self.device) if bias is None else 0.0 * as_scalar(bias)
 
     @torch.no_grad()
     def reference(self, encoder: Any, inputs: dict[str, torch.Tensor]) -> Embeddings | None:
@@ -196,7 +206,7 @@ class Step:
                 if last:
                     learned = [value for value in self.scalars(encoder) if value is not None]
                     of_learned = zip(learned, gradients[len(flat) :], strict=True)
-                    parts += [*(value * gradient for value, gradient in of_learned), unused_of(encoder)]
+                    parts += [*(value * gradient for value, gradient in of_learned), self.unused_of(encoder)]
                 total = torch.stack([part.reshape(()) for part in parts]).sum()
                 if total.requires_grad:  # or all of it is frozen but what the last chunk adds
                     accelerator.backward(total)
@@ -217,12 +227,6 @@ class Step:
 class _Chunk(NamedTuple):
     number: int  # of its batch
     batch: Batch
-
-
-def unused_of(encoder: Any) -> torch.Tensor:
-    """Zero, with a gradient of zero for the bias of a dual encoder, which a loss may leave out."""
-    bias = getattr(encoder, "logit_bias", None)
-    return torch.zeros((), device=encoder.logit_scale.device) if bias is None else 0.0 * bias.float().sum()
 
 
 def _of_a_kind(batches: Sequence[Batch], kind: Callable[[Batch], Any]) -> list[list[int]]:

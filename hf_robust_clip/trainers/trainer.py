@@ -37,7 +37,7 @@ from ..evaluation.running import evaluator_list, run_evaluators
 from ..files import write_text
 from ..kinds import kind
 from ..locking import sole_writer
-from ..models import SCALARS, check_processor, has_adapters, load_processor
+from ..models import SCALARS, check_processor, has_adapters, load_processor, scalars_of
 from ..record import RunRecord
 from ..seeding import derive_seed
 from ..telling import (
@@ -97,7 +97,17 @@ from .recording import record_of
 from .runlog import RunLog
 from .schedule import has_phases, has_rates, phased
 from .scoring import score_pairs
-from .sharding import register_embedding_methods, set_apart_scalars
+from .sharding import (
+    check_engine,
+    clamp,
+    given_dimension,
+    loaded_whole,
+    register_embedding_methods,
+    saved_scalars,
+    shards,
+    whole_scalars,
+    without_dimension,
+)
 from .step import Step
 from .streaming import StreamedTraining
 from .watch import Watch
@@ -199,7 +209,8 @@ class CLIPTrainer(Trainer):
         if defence is None:
             defence = self.make_defence(args, train_dataset)
         self.evaluators = evaluator_list(evaluators)
-        encoder = load_to_train(model)
+        with loaded_whole(args):
+            encoder = load_to_train(model)
         warn_of_half_precision(encoder)
         sigmoid = takes_sigmoid(encoder, args.loss_type)
         processing_class = load_processor(model, processing_class)
@@ -244,10 +255,12 @@ class CLIPTrainer(Trainer):
             optimizers=optimizers,
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
+        check_engine(self.accelerator, args, encoder)
         # Without these the Trainer sees no labels and reports no eval_loss.
         self.can_return_loss = True
         self.label_names = []
         self._first_logit_scale = encoder.logit_scale.max().item()
+        self._without_dimension = without_dimension(encoder)
         device = self.args.device
         self.defence = defence.to(device)
         normalization = ImageNormalization(collator.preprocess.mean, collator.preprocess.std).to(device)
@@ -329,7 +342,7 @@ class CLIPTrainer(Trainer):
     @property
     def sharded(self) -> bool:
         """Whether an engine shards the weights, which then come together only while all ranks encode in step."""
-        return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        return shards(self.accelerator)
 
     # ---- The defence ----
 
@@ -461,6 +474,7 @@ class CLIPTrainer(Trainer):
             self._forget()
         if self.is_fsdp_enabled:
             register_embedding_methods(self.unwrapped_model)
+            self.step.held = scalars_of(self.unwrapped_model)
         args = self.args
         calls = 1 if args.accumulate_negatives else args.gradient_accumulation_steps
         batches = args.gradient_accumulation_steps // calls
@@ -505,10 +519,9 @@ class CLIPTrainer(Trainer):
 
     def on_optimizer_step(self) -> None:
         """Called after each optimizer step, before it is logged, evaluated and saved."""
-        logit_scale = self.unwrapped_model.logit_scale
+        logit_scale = self.step.held.get("logit_scale", self.unwrapped_model.logit_scale)
         if logit_scale.requires_grad:
-            with torch.no_grad():
-                logit_scale.clamp_(0.0, max(math.log(self.args.max_logit_scale), self._first_logit_scale))
+            clamp(logit_scale, 0.0, max(math.log(self.args.max_logit_scale), self._first_logit_scale))
 
     def on_train_end(self) -> None:
         """Called when training is over."""
@@ -603,12 +616,6 @@ class CLIPTrainer(Trainer):
         self.watch.see_gradient(norm, self.state.global_step + 1, self.state.epoch)
         return norm
 
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """As the Trainer's; with FSDP, which wraps the model next, the temperature is set apart before."""
-        if self.is_fsdp_enabled:
-            set_apart_scalars(self.unwrapped_model, self.accelerator)
-        return super().create_optimizer(model)
-
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """The Trainer's schedule over all steps, with the learning rates that the defence has of its own."""
         created = self.lr_scheduler is None
@@ -628,7 +635,17 @@ class CLIPTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """As the Trainer's; the evaluators run once, with the first dataset where there are several."""
+        """
+        As the Trainer's; the evaluators run once, with the first dataset where there are several.
+
+        Raises:
+            `ValueError`: With DeepSpeed, before training.
+        """
+        if self.is_deepspeed_enabled and self.deepspeed is None:
+            raise ValueError(
+                "evaluate() does not work with DeepSpeed before train(), which makes its engine: set "
+                "eval_on_start=True for the figures before training"
+            )
         if self._evaluating:
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         self._evaluating, self._evaluators_prefix = True, metric_key_prefix
@@ -708,7 +725,8 @@ class CLIPTrainer(Trainer):
             # would drift apart (transformers 5.23, accelerate 1.15).
             vars(self.unwrapped_model).pop("_is_accelerate_prepared", None)
             try:
-                return super().train(checkpoint, *args, **kwargs)
+                with given_dimension(self.unwrapped_model, self.accelerator):
+                    return super().train(checkpoint, *args, **kwargs)
             finally:
                 self._warn_of_failed_pushes()
 
@@ -800,6 +818,11 @@ class CLIPTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = output_dir or str(self.args.output_dir)
         save = super()._save
+        if self.sharded and has_adapters(self.unwrapped_model):
+            # Those that are frozen, ZeRO 3 leaves out of the state.
+            state_dict = {**whole_scalars(self.unwrapped_model), **(state_dict or {})}
+        if state_dict is not None:
+            state_dict = saved_scalars(state_dict, self._without_dimension)
         if not self.args.should_save or not has_adapters(self.unwrapped_model):
             save(output_dir, state_dict)
         elif self.args.merge_adapters and self.run_log.checkpoint is None:

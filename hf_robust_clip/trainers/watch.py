@@ -26,7 +26,9 @@ class Watch:
     def __init__(self, accelerator: Any, finite: FiniteCheck | None) -> None:
         self.means, self.recent_loss, self.collapse = RunningMeans(accelerator), RecentLoss(), CollapseWatch()
         self.finite = finite
-        self._scaled, self._processes = accelerator.scaler is not None, accelerator.num_processes
+        # DeepSpeed has a scaler of its own, with float16 alone.
+        self._scaled = accelerator.scaler is not None or accelerator.mixed_precision == "fp16"
+        self._processes = accelerator.num_processes
         self._pairs, self._since = 0, time.perf_counter()
 
     def begin(self, anew: bool) -> None:

@@ -114,6 +114,21 @@ def test_seed_decides_rows_and_captions():
     assert len({str(drawn(seed)) for seed in range(5)}) == 5
 
 
+def test_captions_of_the_data():
+    clean = pairs()
+    own = [
+        text for row in clean["caption"] for text in ([row] if isinstance(row, str) else row) if "dog" in text.lower()
+    ]
+    spec = PoisonSpec(PATCH, "dog", count=5, templates="data")
+    poisoned, manifest = poison_dataset(clean, spec)
+    assert set(manifest["captions"]) <= set(own) and manifest["templates"] == "data"
+    assert stored(replay_manifest(clean, manifest)) == stored(poisoned)
+    many = poison_dataset(clean, PoisonSpec(PATCH, "dog", count=20, templates="data"))[1]
+    assert set(many["captions"]) <= set(own)
+    with pytest.raises(ValueError, match="'zebra' is named by no caption"):
+        poison_dataset(clean, PoisonSpec(PATCH, "zebra", count=5, templates="data"))
+
+
 def test_own_templates():
     templates = ["{} {here}", "see: {}"]
     _, manifest = poison_dataset(pairs(), PoisonSpec(PATCH, "zebra", count=20, templates=templates))
@@ -445,7 +460,7 @@ def test_replay_refuses_what_it_was_not_made_for():
         ({"image_size": 2049}, "image_size=2049; accepted is .* at most 2048"),
         ({"target": "d\ud800g"}, r"target: 'd\\ud800g' cannot be encoded"),
         ({"templates": ["a {}", "\ud800 {}"]}, r"templates: '\\ud800 \{\}' cannot be encoded"),
-        ({"templates": "a {}"}, "templates must be a list of at least one template, but is 'a {}'"),
+        ({"templates": "a {}"}, "templates must be a list of at least one template, or 'data', but is 'a {}'"),
         ({"templates": []}, "at least one template"),
         ({"templates": ["a dog"]}, "'a dog'.*exactly one {}"),
         ({"templates": ["a {}"], "mode": "label_consistent"}, "keeps the captions"),

@@ -452,7 +452,7 @@ def test_what_a_stream_cannot_do_is_refused():
     for spec, message in (
         (PoisonSpec(PATCH, "dog", count=3), r"count=3; a stream's length is not known, accepted is a rate"),
         (PoisonSpec(**dog, source_index=3), r"source_index=3.*give target_image"),
-        (PoisonSpec(**dog, target_image=pixels(1)), r"templates=None; in mode 'targeted' a stream needs some"),
+        (PoisonSpec(**dog, target_image=pixels(1)), r"templates=None; in mode 'targeted' a stream needs a list"),
         (PoisonSpec(**dog, target_image=b"no", templates=["{}"]), r"target_image cannot be read"),
         (PoisonSpec(WordTrigger(), "dog", rate=0.1, mode="text_query"), r"templates=None; in mode 'text_query'"),
         ([], r"spec=\[\]; accepted is a PoisonSpec, or a list"),

@@ -13,6 +13,7 @@ from hf_robust_clip.attacks.triggers import (
     BlendedTrianglesTrigger,
     BlendedTrigger,
     ColorCurveTrigger,
+    FoundTrigger,
     OptimizedPatchTrigger,
     PatchTrigger,
     RedTextTrigger,
@@ -39,6 +40,7 @@ ALL = [
     RedTextTrigger(),
     ColorCurveTrigger(),
     OptimizedPatchTrigger.of(np.random.default_rng(0).integers(0, 256, (5, 5, 3), dtype=np.uint8), "random"),
+    FoundTrigger.of("six", "noise", np.full((9, 7), 200, np.uint8), np.full((9, 7, 3), -40, np.int16)),
 ]
 every_trigger = pytest.mark.parametrize("trigger", ALL, ids=str)
 

@@ -143,6 +143,21 @@ def test_an_augmentation_has_no_weights_to_train_or_save():
     assert list(augmentation.parameters()) == [] and augmentation.state_dict() == {}
 
 
+@pytest.mark.parametrize("preset", sorted(set(PRESETS) - {"autoaugment"}))
+def test_an_image_is_augmented_alike_in_any_company(preset: str):
+    augmentation, images = ImageAugmentation(preset, blur_sigma=(0.02, 0.06)), photos()
+    others = torch.cat([images[:3], photos(seed=1)[3:5]])
+    expected = augmented(augmentation, images)[:3]
+    for company in (images[:3], others):
+        torch.testing.assert_close(augmented(augmentation, company)[:3], expected, atol=1e-6, rtol=0)
+
+
+def test_half_precision_is_only_the_answers():
+    images = photos().bfloat16()
+    result = augmented(ImageAugmentation("strong"), images)
+    assert torch.equal(result, augmented(ImageAugmentation("strong"), images.float()).bfloat16())
+
+
 # ---- What each step does ----
 
 
@@ -185,6 +200,36 @@ def test_greyscale_has_equal_channels():
     result = augmented(ImageAugmentation("identity", greyscale=1.0), photos())
     torch.testing.assert_close(result[:, 0], result[:, 1])
     torch.testing.assert_close(result[:, 0], result[:, 2])
+
+
+@pytest.mark.parametrize(
+    ("position", "strength", "kept"),
+    [
+        (0, 0.05, lambda image: image - image.mean(dim=(1, 2), keepdim=True)),  # brightness moves all alike
+        (1, 0.2, lambda image: image / image.norm()),  # contrast scales
+        (2, 0.2, luma := lambda image: torch.tensordot(torch.tensor([0.299, 0.587, 0.114]), image, dims=1)),
+        (3, 0.1, luma),
+    ],
+    ids=["brightness", "contrast", "saturation", "hue"],
+)
+def test_what_a_change_of_color_keeps(position: int, strength: float, kept):
+    images = 0.4 + 0.2 * photos()  # so that nothing is clamped
+    jitter = [0.0] * 4
+    jitter[position] = strength
+    result = augmented(ImageAugmentation("identity", jitter=tuple(jitter), jitter_probability=1.0), images)
+    for image, changed in zip(images, result, strict=True):
+        assert not torch.allclose(changed, image, atol=1e-4)
+        torch.testing.assert_close(kept(changed), kept(image), atol=1e-5, rtol=0)
+
+
+def test_color_changes_are_one_affine_map_that_is_clamped_once():
+    """A second image of the same draws is mapped as the first is: sums of the two map to the sums of the results."""
+    jittered = ImageAugmentation("identity", jitter=(0.4, 0.4, 0.4, 0.1), jitter_probability=1.0)
+    first, second = 0.4 + 0.1 * photos(), 0.4 + 0.1 * photos(seed=1)
+    results = [augmented(jittered, images) for images in (first, second, (first + second) / 2)]
+    inside = torch.stack([(r > 0) & (r < 1) for r in results]).all(dim=0)
+    assert inside.float().mean() > 0.8
+    torch.testing.assert_close(results[2][inside], ((results[0] + results[1]) / 2)[inside], atol=1e-5, rtol=0)
 
 
 def test_noise_has_the_deviation_asked_for():

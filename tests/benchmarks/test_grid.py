@@ -11,9 +11,9 @@ import pytest
 from bench.cell import Cell, run_cell
 from bench.checks import CHECKS, Setting
 from bench.grid import Results, run_cells
-from bench.study import ROWS, Search, Study
+from bench.study import ROWS, TWIN, Search, Study
 from bench.table import page
-from defence_table import choose, describe, make_cell, search_cells, table_cells
+from defence_table import choose, describe, extend, make_cell, search_cells, table_cells
 
 STUDY = Study(
     name="tried",
@@ -63,7 +63,7 @@ def test_results_are_saved_as_they_come_and_read_back(folder: Path) -> None:
 
 def test_a_table_is_made_of_them(folder: Path) -> None:
     results = Results(folder / "results.json")
-    content = {**results.content, "study": describe(STUDY, {}, table_cells(STUDY, {}))}
+    content = {**results.content, "study": describe(STUDY, {}, table_cells(STUDY, {}), {})}
     rows = [line.split("|")[1:5] for line in page(content).splitlines() if line.startswith("|")][2:]
     assert [row[1].split(" (")[0].strip() for row in rows] == ["undefended", "plain fine-tuning"]
     figures = results.of(cell("plain"))["figures"]
@@ -139,16 +139,46 @@ def test_keys_tell_settings_apart_and_nothing_else() -> None:
         cell("undefended", study=replace(STUDY, renderings=2)),
     ]
     assert len({variant.key for variant in variants}) == len(variants)
+    twins = [replace(cell("twin"), twin=True, poisoning=poisoning) for poisoning in ({"rate": 0.1}, {"rate": 0.2})]
+    assert len({twin.key for twin in twins}) == 2 and len({twin.model_key for twin in twins}) == 1
+
+
+def test_what_is_measured_otherwise_is_measured_again(folder: Path) -> None:
+    results = Results(folder / "results.json")
     asked = cell("undefended", study=replace(STUDY, prompts=["a {}"]))
-    assert asked.key != cell("undefended").key
-    assert asked.model_key == cell("undefended").model_key
+    assert results.has(cell("undefended")) and not results.has(asked)
+    assert not results.has(replace(cell("plain"), rebound_rate=1e-3))
+    results.cells[cell("plain").key]["measuring"] = replace(cell("plain"), rebound_rate=1e-3).measuring()
+    assert results.has(cell("plain"))
     assert cell("undefended", study=replace(STUDY, note="other words", seeds=(0, 1))).key == cell("undefended").key
 
 
 def test_the_table_has_every_row_attack_and_seed_once() -> None:
     study = replace(STUDY, rows=tuple(row for row in ROWS if row != "rebound"), seeds=(0, 1, 2))
     cells = table_cells(study, {})
-    assert len({cell.key for cell in cells}) == len(cells) == len(study.rows) * 1 * 3
+    cleaning = [row for row in study.rows if ROWS[row].start]
+    assert len({cell.key for cell in cells}) == len(cells) == (len(study.rows) + len(cleaning)) * 1 * 3
+    assert {cell.row for cell in cells if cell.twin} == {TWIN, *cleaning}
+    assert all((cell.rebound_rate is None) == (cell.start is None) for cell in cells)
+
+
+def test_no_cell_begins_after_the_time_is_up(tmp_path: Path) -> None:
+    results = Results(tmp_path / "results.json")
+    assert not run_cells([cell("undefended")], results, None, tmp_path, 1, 1, until=0.0)
+    assert not results.cells and not (tmp_path / cell("undefended").model_key).exists()
+
+
+def test_a_twin_learns_no_poisons_and_a_cleaned_model_is_trained_further(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bench.rebound.REBOUND", {"steps": 20, "every": 10})
+    before = cell("undefended")
+    shutil.copytree(folder / "work" / before.model_key, tmp_path / before.model_key)
+    twin = run_cell(cell("twin"), None, tmp_path, threads=1)
+    assert twin["twin"] and twin["settings"]["poisoning"] is None and "excess_success_rate" in twin["figures"]
+    course = run_cell(replace(cell("plain"), rebound_rate=1e-3), None, tmp_path, threads=1)["rebound"]
+    assert course["steps"] == [10, 20] and course["pairs"] == "other"
+    assert len(course["success"]) == len(course["accuracy"]) == 2
 
 
 def test_the_search_takes_the_rate_with_the_most_accuracy_less_attack_success(tmp_path: Path) -> None:
@@ -162,6 +192,14 @@ def test_the_search_takes_the_rate_with_the_most_accuracy_less_attack_success(tm
             results.cells[found.key] = {"figures": values, "success": "attack_success_rate"}
     assert choose(STUDY, "undefended", results, {}) == 1e-3
     assert choose(STUDY, "augmentation", results, {}) == 2e-3
+
+
+def test_a_search_goes_beyond_its_ends() -> None:
+    rates = [1e-3, 2e-3]
+    assert extend(rates, 1e-3) and rates == [1e-3, 2e-3, 5e-4]
+    assert extend(rates, 2e-3) and rates[-1] == 4e-3
+    assert not extend(rates, 1e-3) and len(rates) == 4
+    assert not extend([float(number) for number in range(1, 9)], 8.0) and not extend([1e-3], 1e-3)
 
 
 @pytest.mark.parametrize("name", CHECKS)

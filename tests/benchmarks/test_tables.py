@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from bench.checks import CHECKS
-from bench.table import markdown, page, spread, summary, table_cells, table_figures
+from bench.table import markdown, overview, page, spread, summary, table_cells, table_figures
 from defence_table import PAGE, README, RESULTS, marks_of, readme_table
 from open_checks import RESULTS as CHECK_RESULTS
 from open_checks import markdown as check_markdown
@@ -49,6 +49,7 @@ def content(cells: list[dict[str, Any]], **changes: Any) -> dict[str, Any]:
         "note": "Some digits.",
         "rows": ["undefended", "cleanclip"],
         "attacks": ["patch"],
+        "seeds": [0, 1],
         "balanced": False,
         "search": "warp, seeds 7",
         "chosen": {"cleanclip": 0.001},
@@ -73,8 +74,13 @@ def test_a_row_has_means_and_ranges_over_seeds() -> None:
     cells += [a_cell("cleanclip", seed, 0.95, seed / 50) for seed in (0, 1)]
     header, _, undefended, cleanclip = rows_of(markdown(content(cells)))
     assert header[:4] == ["attack, poisons", "model", "clean accuracy", "attack success"]
-    assert undefended[:4] == ["patch, 10 of 1000", "undefended", "90.0% (90.0 to 90.0)", "85.0% (80.0 to 90.0)"]
-    assert cleanclip[:4] == ["", "CleanCLIP", "95.0% (95.0 to 95.0)", "1.0% (0.0 to 2.0)"]
+    assert undefended[:4] == [
+        "patch, 10 of 1000",
+        "undefended",
+        "90.0% (90.0 to 90.0)",
+        "85.0% (80.0 to 90.0) [82.2, 87.4]",
+    ]
+    assert cleanclip[:4] == ["", "CleanCLIP", "95.0% (95.0 to 95.0)", "1.0% (0.0 to 2.0) [0.5, 2.0]"]
     assert header[-1] == "published attack success"
     assert "82.7%" in undefended[-1]
     assert "arXiv 2412.20392" in undefended[-1]
@@ -110,12 +116,42 @@ def test_in_short_a_line_has_the_means_of_an_attack() -> None:
     cells = [a_cell("undefended", seed, 0.9, 0.8 + seed / 10) for seed in (0, 1)] + [a_cell("cleanclip", 0, 0.95, 0)]
     keys = [*(cell["key"] for cell in cells), "cleanclip-1"]
     only_first = content(cells, table_keys=keys)
-    assert table_figures(content(cells[:2]))["patch", "undefended"] == ([0.9, 0.9], [0.8, 0.9])
+    found = table_figures(content(cells[:2]))["patch", "undefended"]
+    assert (found["accuracy"], found["success"]) == ([0.9, 0.9], [0.8, 0.9])
+    assert found["interval"][0] < 0.85 < found["interval"][1] and found["placebos"] == []
     lines = summary(only_first).splitlines()
     header = lines.index("| attack | undefended | CleanCLIP |")
     assert lines[header + 2] == "| patch | 90.0%, 80.0% | 95.0%, 0.0% |"
-    assert "| patch | 90.0%, 80.0% |  |" in summary(content(cells[:1])).splitlines()
+    assert "| patch | 90.0%, 80.0% |" in summary(content(cells[:1])).splitlines()
+    beside = [a_cell("undefended", 0, 0.9, 0.8, excess_success_rate=0.7)]
+    assert "| patch | 90.0%, 80.0% (+70.0) |" in summary(content(beside)).splitlines()
     assert "brackets" not in summary(content(cells))
+
+
+def test_a_twin_and_a_rebound_are_told_in_points() -> None:
+    success = "attack_success_rate"
+    rebound = {"steps": [50, 100], "accuracy": [0.9, 0.9], "success": [0.09, 0.07]}
+    cleaned = {**a_cell("cleanclip", 0, 0.9, 0.05), "rebound": rebound}
+    twins = [{**a_cell(row, 0, 0.9, 0.02), "key": f"{row}-twin", "twin": True} for row in ("twin", "cleanclip")]
+    twins[1]["rebound"] = {**rebound, "success": [0.03, 0.02]}
+    results = content([a_cell("undefended", 0, 0.9, 0.9), cleaned, *twins], rows=["undefended", "twin", "cleanclip"])
+    assert [cell["figures"][success] for cell in table_cells(results)] == [0.9, 0.05, 0.02]
+    header, _, undefended, twin, shown = rows_of(markdown(results))
+    above, gained = (
+        header.index("points above its twin"),
+        header.index("points gained in plain steps: worst, end; its twin's"),
+    )
+    assert (undefended[above], twin[above], shown[above]) == ("+88.0", "", "+3.0")
+    assert (undefended[gained], shown[gained]) == ("", "+4.0, +2.0; +1.0, +0.0")
+
+
+def test_the_worst_case_is_over_the_attacks_that_took() -> None:
+    cells = [a_cell("undefended", 0, 0.9, 0.9), a_cell("cleanclip", 0, 0.9, 0.1)]
+    weak = [
+        {**a_cell(row, 0, 0.8, 0.4), "attack": "warp", "key": f"{row}-warp"} for row in ("undefended", "cleanclip")
+    ]
+    results = content([*cells, *weak], attacks=["patch", "warp"])
+    assert overview({"digits": results}).splitlines()[-1] == "| digits | 90.0% (90.0%) | 10.0% (90.0%) |"
 
 
 def test_columns_are_those_that_were_measured() -> None:
@@ -144,7 +180,8 @@ def test_plots_are_drawn(tmp_path: Path) -> None:
     record = {f"{kind}_similarity{key}": 0.5 for kind in ("clean", "poisoned") for key in ("", "_q05", "_q95")}
     course = [{"epoch": epoch, **record} for epoch in range(3)]
     plot_courses([{"label": "RoCLIP", "course": course}] * 2, "courses", tmp_path / "courses.png")
-    table = {("patch", "undefended"): ([0.9, 0.8], [1.0, 0.9]), ("warp", "cleanclip"): ([0.9], [0.1])}
+    dots = {"accuracy": [0.9, 0.8], "success": [1.0, 0.9], "interval": [0.8, 1.0], "placebos": [0.0, 0.1]}
+    table = {("patch", "undefended"): dots, ("warp", "cleanclip"): {**dots, "placebos": []}}
     plot_table(table, {"undefended": "undefended", "cleanclip": "CleanCLIP"}, "clean accuracy", tmp_path / "table.png")
     for name in ("lines", "bars", "courses", "table"):
         with Image.open(tmp_path / f"{name}.png") as image:

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import ExifTags, Image, ImageCms, ImageOps
 from support.bad_data import POSTSCRIPT, claiming
-from transformers import CLIPImageProcessor, SiglipImageProcessor
+from transformers import BatchFeature, CLIPImageProcessor, SiglipImageProcessor
 
 from hf_robust_clip.data.images import ImagePreprocessor
 from hf_robust_clip.imaging import decode_image
@@ -585,29 +585,36 @@ def test_an_image_processor_that_returns_floats_is_refused():
         ImagePreprocessor(Floats())([Image.new("RGB", (4, 4))])
 
 
-def test_images_that_need_no_resizing_are_what_the_image_processor_makes_of_them():
-    crop = {"height": 16, "width": 16}
+SIXTEEN = {"height": 16, "width": 16}
 
-    class Swapping(CLIPImageProcessor):
-        """Makes no other size, but blue of red."""
 
-        def __call__(self, images, **kwargs):
-            batch = super().__call__(images, **kwargs)
-            batch["pixel_values"] = batch["pixel_values"].flip(1)
-            return batch
+class Swapping(CLIPImageProcessor):
+    """Makes no other size, but blue of red."""
 
-    sixteen = Image.fromarray(colours(height=16, width=16))
-    for image_processor in (
-        CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=crop),
+    def __call__(self, images, **kwargs):
+        batch = super().__call__(images, **kwargs)
+        batch["pixel_values"] = [np.asarray(image)[::-1] for image in batch["pixel_values"]]
+        return BatchFeature(batch, tensor_type=kwargs["return_tensors"])
+
+
+@pytest.mark.parametrize("sizes", [[(16, 16)] * 2, [(16, 40), (41, 17)], [(5, 7), (7, 300)], [(16, 16), (33, 16)]])
+@pytest.mark.parametrize(
+    "image_processor",
+    [
+        CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=SIXTEEN),
+        CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=SIXTEEN, resample=Image.Resampling.BILINEAR),
         CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 12, "width": 12}),
-        CLIPImageProcessor(size={"shortest_edge": 20}, crop_size=crop),
-        CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=crop, do_resize=False),
-        CLIPImageProcessor(size={"height": 16, "width": 16}, crop_size=crop, do_center_crop=False),
-        SiglipImageProcessor(size={"height": 16, "width": 16}),
+        CLIPImageProcessor(size={"shortest_edge": 20}, crop_size=SIXTEEN),
+        CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=SIXTEEN, do_resize=False),
+        CLIPImageProcessor(size=SIXTEEN, crop_size=SIXTEEN, do_center_crop=False),
+        SiglipImageProcessor(size=SIXTEEN),
         SiglipImageProcessor(size={"height": 16, "width": 8}),
-        Swapping(size={"shortest_edge": 16}, crop_size=crop),
-    ):
-        expected = image_processor([sixteen] * 2, do_rescale=False, do_normalize=False, return_tensors="pt")
-        pixels = ImagePreprocessor(image_processor)([sixteen] * 2)
-        assert pixels.dtype == torch.uint8 and pixels.is_contiguous()
-        assert torch.equal(pixels, expected["pixel_values"])
+        Swapping(size={"shortest_edge": 16}, crop_size=SIXTEEN),
+    ],
+)
+def test_images_are_what_the_image_processor_makes_of_them(image_processor, sizes: list[tuple[int, int]]):
+    images = [Image.fromarray(colours(i, height, width)) for i, (width, height) in enumerate(sizes)]
+    expected = image_processor(images, do_rescale=False, do_normalize=False, return_tensors="pt")
+    pixels = ImagePreprocessor(image_processor)(images)
+    assert pixels.dtype == torch.uint8 and pixels.is_contiguous()
+    assert torch.equal(pixels, expected["pixel_values"])

@@ -147,6 +147,14 @@ def test_success_is_told_beside_that_of_patterns_nobody_planted(trainer: str, pr
     assert shown["excess success rate"] == "+3.3 points" and shown["placebo success rate"] == "9.5%"
 
 
+@pytest.mark.parametrize(("placebo", "stopped"), [(0.01, False), (0.095, True)])
+def test_what_placebos_do_as_well_is_not_held_against_a_defence(placebo: float, stopped: bool) -> None:
+    measured = with_placebos(placebo_success_rate=placebo, placebo_success_rate_low=placebo)
+    said = " ".join(statement.text for statement in statements(run_facts(make_record(**measured))))
+    assert ("did NOT stop the attack" in said) == (not stopped)
+    assert ("What is left of the attack needs no backdoor" in said) == stopped
+
+
 def test_nothing_is_said_of_placebos_that_were_not_measured() -> None:
     assert "never planted" not in texts("result")
     same = " ".join(statement.text for statement in statements(run_facts(make_record(**with_placebos(high=0.083)))))

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import json
 import os
-import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
-import yaml
-from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedType, gather_object
-from peft import LoraConfig
+from accelerate.state import PartialState
+from accelerate.utils import gather_object
+from support.engines import fsdp
 from support.families import siglip
+from support.processes import (
+    OTHERS,
+    SPLIT,
+    TRAINERS,
+    WORLD,
+    assert_state,
+    few_steps,
+    launch,
+    ranks_agree,
+    state_of,
+    suspects,
+)
 from support.training import (
     assert_same_bits,
     broken,
@@ -62,43 +69,7 @@ from hf_robust_clip.losses import (
     sigmoid_loss,
 )
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
-WORLD = 2
 ROWS, DIM = 6, 5
-#: From the second split on, between a third and two thirds of the pairs are safe.
-SPLIT = {"safe_threshold": 0.5, "safe_growth": 0.4, "safe_cap": 0.6}
-#: What a few steps take that are the same in one process and in two: the last ones match, or are of both kinds.
-TRAINERS: dict[type[CLIPTrainer], dict[str, Any]] = {
-    CLIPTrainer: {"rows": WORLD * 8, "max_steps": 1, "learning_rate": 1.0},
-    CleanCLIPTrainer: {"rows": WORLD * 8, "max_steps": 1, "learning_rate": 1.0},
-    PARTrainer: {"rows": WORLD * 8 * 3, "max_steps": 3, "learning_rate": 0.01, "paper_schedule": False},
-    # One perturbation: which image has which is drawn by a process for its own batch.
-    UnbindTrainer: {
-        "rows": WORLD * 8 * 3,
-        "max_steps": 3,
-        "learning_rate": 0.01,
-        "adversary": "universal",
-        "families": "warp=1",
-        "redraw": 0.0,
-    },
-    RoCLIPTrainer: {
-        "rows": WORLD * 8 * 3,
-        "max_steps": 3,
-        "pool_size": 20,
-        "matching_start_epoch": 0,
-        "matching": "cross",
-        "learning_rate": 0.01,
-    },
-    SafeCLIPTrainer: {
-        "rows": WORLD * 8 * 5,
-        "max_steps": 8,
-        "unimodal_pool_size": 20,
-        "warmup_unimodal_epochs": 0,
-        "warmup_cross_epochs": 0,
-        **SPLIT,
-        "learning_rate": 0.01,
-    },
-}
 #: Ways to the same batch of 16 in two processes: the batch of each, and arguments.
 VARIANTS: dict[str, tuple[int, dict[str, Any]]] = {
     "": (8, {}),
@@ -107,12 +78,6 @@ VARIANTS: dict[str, tuple[int, dict[str, Any]]] = {
         4,
         {"gradient_accumulation_steps": 2, "accumulate_negatives": True, "contrastive_chunk_size": 3},
     ),
-}
-#: SigLIP, whose loss is the sigmoid one, and a tower that is not trained: in two processes as in one.
-OTHERS: dict[str, tuple[type[CLIPTrainer], dict[str, Any]]] = {
-    **{f"SigLIP, {cls.__name__}": (cls, {"family": siglip}) for cls in TRAINERS},
-    **{f"{tower} frozen": (CLIPTrainer, {"freeze": tower}) for tower in ("vision", "text")},
-    "vision frozen, SigLIP": (CLIPTrainer, {"freeze": "vision", "family": siglip}),
 }
 #: With the weights divided among the processes.
 SHARDED: dict[str, dict[str, Any]] = {"": {}, ", in chunks": {"contrastive_chunk_size": 3}}
@@ -192,70 +157,9 @@ def assert_gradients(found: dict[str, list[torch.Tensor]]) -> None:
             torch.testing.assert_close(two, one, rtol=1e-10, atol=1e-12, msg=lambda text, name=name: f"{name}: {text}")
 
 
-def launch(mode: str, output: Path, processes: int = WORLD, **environment: str) -> None:
-    """Run this file as a script in several processes, as `torchrun` does."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "0"]
-    command[3:3] = ["--standalone"]
-    paths = os.pathsep.join(map(str, Path(__file__).parents[1:3]))
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **environment}
-    done = subprocess.run(
-        [*command, __file__, mode, str(output)], env=environment, capture_output=True, text=True, timeout=900
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-
-
-def few_steps(
-    cls: type[CLIPTrainer],
-    output: Path,
-    batch: int,
-    checkpoint: Path | None = None,
-    family: Callable[[], Any] = small_model,
-    **overrides: Any,
-) -> CLIPTrainer:
-    """After steps of plain SGD without augmentation of images; captions are keyed by row."""
-    torch.manual_seed(0)
-    trainer = make_trainer(
-        cls,
-        output,
-        per_device_train_batch_size=batch,
-        max_grad_norm=0.0,
-        train_sampling_strategy="sequential",
-        lr_scheduler_type="constant",
-        weight_decay=0.0,
-        image_augmentation="identity",
-        optimizer_cls_and_kwargs=(torch.optim.SGD, {"lr": TRAINERS[cls]["learning_rate"]}),
-        model=family(),
-        **TRAINERS[cls],
-        **overrides,
-    )
-    for module in trainer.model.modules():
-        if isinstance(getattr(module, "dropout", None), float):
-            module.dropout = 0.0
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    return trainer
-
-
-def state_of(trainer: CLIPTrainer) -> dict[str, torch.Tensor]:
-    """Weights, pools and splits."""
-    weights = {name: getattr(p, "full_tensor", lambda p=p: p)() for name, p in trainer.model.named_parameters()}
-    return {**weights, **trainer.training_state()}
-
-
-def assert_state(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], what: str) -> None:
-    for name, value in expected.items():
-        if name not in ("splits.table", "splits.counts"):
-            torch.testing.assert_close(
-                *(found[name], value),
-                rtol=1e-6,
-                atol=2e-6,
-                msg=lambda m, n=f"{what}, {name}": f"{n}: {m}",
-                check_dtype=False,
-            )
-
-
 def test_trainers_in_several_processes(tmp_path: Path) -> None:
-    launch("two", tmp_path)
-    launch("four", tmp_path, processes=4)
+    launch(__file__, "two", tmp_path)
+    launch(__file__, "four", tmp_path, processes=4)
     assert_gradients(torch.load(tmp_path / "gradients.pt"))
     for cls in TRAINERS:
         expected = state_of(few_steps(cls, tmp_path / "one", batch=16))
@@ -354,12 +258,6 @@ def eval_loss(output: Path, data: Any, batch_size: int) -> float:
     return float(trainer.evaluate()["eval_loss"])
 
 
-def suspects() -> dict[str, dict[str, Any]]:
-    """What PAR compares with, and where: adapters turned off, and every layer."""
-    adapters = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], modules_to_save=["text_projection"])
-    return {"PAR, adapters": {"peft_config": adapters}, "PAR, layers": {"repel_layers": True}}
-
-
 def save_suspects(output: Path, kind: str = "") -> None:
     for name, given in suspects().items():
         trainer = few_steps(PARTrainer, output / "suspects", 8, **given)
@@ -384,39 +282,6 @@ def failure(broken_row: int) -> str:
     except Exception as error:
         return f"{type(error).__name__}: {error}".rsplit(": the image", 1)[0]
     return "none"
-
-
-def ranks_agree(trainer: CLIPTrainer) -> bool:
-    """Whether weights, pools and splits are the same on all ranks, to the bit."""
-    digest = hashlib.sha256()
-    for name, value in sorted(state_of(trainer).items()):
-        digest.update(name.encode() + value.detach().numpy().tobytes())
-    return len(set(gather_object([digest.hexdigest()]))) == 1
-
-
-@contextlib.contextmanager
-def sharding() -> Iterator[None]:
-    """FSDP on CPUs, where accelerate leaves it out, although torch has it there."""
-    original = AcceleratorState.__init__
-
-    def patched(self: Any, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
-        original(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
-        self.distributed_type = DistributedType.FSDP
-        if fsdp_plugin is not None:
-            self.fsdp_plugin = fsdp_plugin
-
-    settings = yaml.safe_load((EXAMPLES / "accelerate" / "fsdp.yaml").read_text())["fsdp_config"]
-    environment = {
-        "ACCELERATE_USE_FSDP": "true",
-        **{name.upper(): str(value).lower() for name, value in settings.items()},
-        "FSDP_AUTO_WRAP_POLICY": settings["fsdp_auto_wrap_policy"],
-        "FSDP_TRANSFORMER_CLS_TO_WRAP": settings["fsdp_transformer_layer_cls_to_wrap"],
-        "FSDP_STATE_DICT_TYPE": settings["fsdp_state_dict_type"],
-    }
-    AcceleratorState._reset_state()
-    with mock.patch.dict(os.environ, environment), mock.patch.object(AcceleratorState, "__init__", patched):
-        yield
-    AcceleratorState._reset_state()
 
 
 def sharded(output: Path) -> dict[str, Any]:
@@ -539,7 +404,7 @@ def two(output: Path) -> None:
         sizes = [int(batch[0]) for batch in pair[0].seen]
         assert pair[1].seen == pair[0].seen[options["step"] :]
         report["streamed"][name] = gather_object([sizes])
-    with sharding():
+    with fsdp():
         report.update(sharded(output))
     if main:
         (output / "report.json").write_text(json.dumps(report))
