@@ -17,7 +17,7 @@ THUMBNAIL = 8
 #: Bits of the 64 of a fingerprint in which near-equal images may differ, and how the bits are cut to find candidates.
 BITS, BANDS = 6, 4
 #: Most mean difference of two thumbnails that count as one image, of 255.
-DIFFERENCE = 6.0
+DIFFERENCE = 3.0
 #: Most rows with one band alike that are compared with each other: of blank images there are more.
 _MOST = 2000
 #: Captions of one image that are compared with each other.

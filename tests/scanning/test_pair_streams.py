@@ -8,13 +8,17 @@ from typing import Any
 import datasets
 import numpy as np
 import pytest
+from support.records import make_record
 from support.training import digits, small_model
 
 from hf_robust_clip import PairScan, scan_pairs
 from hf_robust_clip.data.digits import digit_processor
+from hf_robust_clip.data.loading import load_pairs
 from hf_robust_clip.describing import describe_dataset
 from hf_robust_clip.scanning import pairs as module
 from hf_robust_clip.scanning.reading import identity, priorities
+from hf_robust_clip.telling.card import render_card
+from hf_robust_clip.telling.tables import summary
 
 COLUMNS = ("group", "k_distance", "slof", "dao", "projected_slof", "pair_distance", "distrust", "copies", "rank")
 
@@ -137,6 +141,9 @@ def test_what_stays_says_what_was_left_out(pairs: datasets.Dataset, tmp_path: Pa
     assert describe_dataset(datasets.load_from_disk(tmp_path / "kept"))["filtered"] == noted
     assert describe_dataset(scan.keep(pairs.to_iterable_dataset(), 0.1))["filtered"] == noted
     assert "filtered" not in describe_dataset(pairs)
+    record = make_record(data=describe_dataset(load_pairs(str(tmp_path / "kept"))))
+    assert ("Suspect pairs left out", "scan_pairs left out 10 of 100 pairs") in summary(record)
+    assert "left out 10 of 100 pairs, those that it found most suspect" in render_card(record)
 
 
 def test_priorities_depend_on_the_identity_and_the_seed_alone() -> None:
