@@ -53,6 +53,7 @@ test-engines: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/step_cost.py --json benchmarks/results/step_cost.json
+	$(BIN)/python benchmarks/peers.py --json benchmarks/results/peers.json
 	$(BIN)/python benchmarks/pool_lookup.py --json benchmarks/results/pool_lookup.json
 	$(BIN)/python benchmarks/evaluation_cost.py --json benchmarks/results/evaluation_cost.json
 	$(BIN)/python benchmarks/memory.py --json benchmarks/results/memory.json

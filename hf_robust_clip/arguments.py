@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import numbers
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import Field, dataclass, field, fields
 from multiprocessing.context import get_spawning_popen
 from typing import Any
@@ -181,23 +181,21 @@ _KINDS: dict[str, tuple[type, str]] = {
 }
 
 
+def _accepted(kinds: Sequence[str]) -> str:
+    return " or ".join(_KINDS[kind][1] for kind in kinds)
+
+
 def check_kinds(args: CLIPTrainingArguments) -> None:
     """That the package's own fields of plain kinds hold values of these kinds: text is not a number."""
-    # Not the types of the fields: HfArgumentParser replaces these, and leaves the None out.
-    written = {
-        name: kind for cls in reversed(type(args).__mro__) for name, kind in inspect.get_annotations(cls).items()
-    }
-    for item in own_fields(type(args)):
-        kind = written.get(item.name, item.type)
-        declared = kind if isinstance(kind, str) else getattr(kind, "__name__", str(kind))
-        kinds = [part.strip() for part in declared.split("|")]
+    for name, annotation in _own_annotations(type(args), TrainingArguments).items():
+        declared = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", str(annotation))
+        kinds = [kind.strip() for kind in declared.split("|")]
         if not set(kinds) <= set(_KINDS):
             continue
-        value = getattr(args, item.name)
+        value = getattr(args, name)
         is_flag = isinstance(value, bool) and "bool" not in kinds  # which Python counts among the whole numbers
         if is_flag or not isinstance(value, tuple(_KINDS[kind][0] for kind in kinds)):
-            accepted = " or ".join(_KINDS[kind][1] for kind in kinds)
-            raise ValueError(f"{item.name} must be {accepted}, but is {shown(value)}")
+            raise ValueError(f"{name} must be {_accepted(kinds)}, but is {shown(value)}")
 
 
 def check_choice(args: Any, name: str, accepted: Collection[str]) -> None:
@@ -215,10 +213,11 @@ def own_fields(
     arguments: type[TrainingArguments], base: type[TrainingArguments] = TrainingArguments
 ) -> list[Field[Any]]:
     """The fields that a class of arguments adds to one that it derives from, or gives another default."""
-    names = {
-        name
-        for cls in arguments.__mro__
-        if issubclass(cls, base) and cls is not base
-        for name in inspect.get_annotations(cls)
-    }
+    names = _own_annotations(arguments, base)
     return [item for item in fields(arguments) if item.name in names]
+
+
+def _own_annotations(arguments: type[TrainingArguments], base: type[TrainingArguments]) -> dict[str, Any]:
+    """As they are written: `HfArgumentParser` writes other types into the fields."""
+    classes = [cls for cls in arguments.__mro__ if issubclass(cls, base) and cls is not base]
+    return {name: kind for cls in reversed(classes) for name, kind in inspect.get_annotations(cls).items()}

@@ -25,10 +25,15 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def matmul_rate(device: torch.device, runs: int = 3) -> float:
-    """FLOP a second of a large float32 matrix product, the median of some runs after one that warms up."""
+def bf16_rate(device: torch.device) -> float:
+    """As [`matmul_rate`], of bfloat16: what a training in half precision can reach at most."""
+    return matmul_rate(device, runs=20 if device.type == "cuda" else 1, dtype=torch.bfloat16)
+
+
+def matmul_rate(device: torch.device, runs: int = 3, dtype: torch.dtype = torch.float32) -> float:
+    """FLOP a second of a large matrix product, the median of some runs after one that warms up."""
     side = 8192 if device.type == "cuda" else 1024
-    one, other = torch.randn(side, side, device=device), torch.randn(side, side, device=device)
+    one, other = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     times = [run_seconds(lambda: one @ other, device) for _ in range(runs + 1)][1:]
     return 2 * side**3 / statistics.median(times)
 

@@ -296,12 +296,14 @@ class _CropAndFlip:
         first = (sides <= size).all(dim=2).int().argmax(dim=1)
         side = sides[torch.arange(batch), first].minimum(size)  # (B, 2), of whole pixels
         start = (place * (size - side + 1)).floor()
-        theta = torch.zeros(batch, 2, 3)  # on a scale on which the image is 2 long, with 0 in the middle
-        theta[:, :, 2] = (2 * start + side) / size - 1
-        side = side / size
-        theta[:, 0, 0] = torch.where(flip[:, 0] < self.flip, -side[:, 0], side[:, 0])
-        theta[:, 1, 1] = side[:, 1]
-        grid = F.affine_grid(_to(theta.to(images.dtype), images), list(images.shape), align_corners=False)
+        # Where the result's columns and rows come from, in pixels; then on a scale on which the image is 2 long.
+        columns, rows = (
+            start[:, [axis]] + (torch.arange(length) + 0.5) * side[:, [axis]] / length  # (B, W) and (B, H)
+            for axis, length in enumerate((width, height))
+        )
+        columns = torch.where(flip < self.flip, columns.flip(1), columns)
+        x, y = (_to((2 * places / places.shape[1] - 1).to(images.dtype), images) for places in (columns, rows))
+        grid = torch.stack([x[:, None, :].expand(-1, height, -1), y[:, :, None].expand(-1, -1, width)], dim=3)
         return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
 

@@ -76,8 +76,8 @@ def _check_deepspeed(plugin: Any, args: CLIPTrainingArguments) -> None:
         if section in config:
             reason = "would decay logit_scale as well" if section == "optimizer" else "would replace this trainer's"
             raise ValueError(
-                f"DeepSpeed's configuration has {section!r}, {shown(config[section])}, which {reason}: leave it out, "
-                f"and set {instead} and learning_rate in args"
+                f"DeepSpeed's configuration has {shown(section)}, {shown(config[section])}, which {reason}: leave it "
+                f"out, and set {instead} and learning_rate in args"
             )
     gathered = config.get("zero_optimization", {}).get("stage3_gather_16bit_weights_on_model_save")
     if plugin.zero_stage == 3 and gathered is not True:
