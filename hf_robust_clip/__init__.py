@@ -31,7 +31,7 @@ _PUBLIC = {
     "ImageAugmentation": "augment.images",
     "LinearProbeEvaluator": "evaluation.linear_probe",
     "OptimizedPatchTrigger": "attacks.patches",
-    "PairScan": "scanning.pairs",
+    "PairScan": "scanning.found",
     "PairSimilarityCallback": "callbacks",
     "PatchTrigger": "attacks.patches",
     "PhraseTrigger": "attacks.text_triggers",
@@ -117,7 +117,7 @@ if TYPE_CHECKING:
     from .scanning.checkpoint import CheckpointScan as CheckpointScan
     from .scanning.checkpoint import cluster_captions as cluster_captions
     from .scanning.checkpoint import scan_checkpoint as scan_checkpoint
-    from .scanning.pairs import PairScan as PairScan
+    from .scanning.found import PairScan as PairScan
     from .scanning.pairs import scan_pairs as scan_pairs
     from .trainers.checkpoints import newest_checkpoint as newest_checkpoint
     from .trainers.defended import CleanCLIPTrainer as CleanCLIPTrainer

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import numbers
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import Field, dataclass, field, fields
 from multiprocessing.context import get_spawning_popen
 from typing import Any
@@ -181,6 +181,10 @@ _KINDS: dict[str, tuple[type, str]] = {
 }
 
 
+def _accepted(kinds: Sequence[str]) -> str:
+    return " or ".join(_KINDS[kind][1] for kind in kinds)
+
+
 def check_kinds(args: CLIPTrainingArguments) -> None:
     """That the package's own fields of plain kinds hold values of these kinds: text is not a number."""
     for name, annotation in _own_annotations(type(args), TrainingArguments).items():
@@ -191,8 +195,7 @@ def check_kinds(args: CLIPTrainingArguments) -> None:
         value = getattr(args, name)
         is_flag = isinstance(value, bool) and "bool" not in kinds  # which Python counts among the whole numbers
         if is_flag or not isinstance(value, tuple(_KINDS[kind][0] for kind in kinds)):
-            accepted = " or ".join(_KINDS[kind][1] for kind in kinds)
-            raise ValueError(f"{name} must be {accepted}, but is {shown(value)}")
+            raise ValueError(f"{name} must be {_accepted(kinds)}, but is {shown(value)}")
 
 
 def check_choice(args: Any, name: str, accepted: Collection[str]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from .columns import POISONED
+from .data.filtered import filtered_of
 from .data.rows import column_values
 from .record import Measure, Skipped, checked, jsonable
 
@@ -29,8 +30,8 @@ def describe_dataset(dataset: Any) -> dict[str, Any]:
 
     Returns:
         `dict`: `rows` and `name`, `None` where it has no length or no name of its own, and where it is known `hub_id`
-        with `revision`, `split`, `fingerprint`, and `poisons`, the number of rows that a boolean column `poisoned`
-        marks.
+        with `revision`, `split`, `fingerprint`, `poisons`, the number of rows that a boolean column `poisoned` marks,
+        and `filtered`, what a scan left out of it, as [`~data.filtered.filtered_of`] says.
     """
     info, rows = getattr(dataset, "info", None), len(dataset) if hasattr(dataset, "__len__") else None
     name = getattr(info, "dataset_name", None)
@@ -45,6 +46,8 @@ def describe_dataset(dataset: Any) -> dict[str, Any]:
     ):
         if value is not None:
             found[name] = str(value)
+    if (filtered := filtered_of(dataset)) is not None:
+        found["filtered"] = filtered
     if rows and POISONED in (getattr(dataset, "column_names", None) or ()):
         found["poisons"] = sum(map(bool, column_values(dataset, POISONED)))
     return found

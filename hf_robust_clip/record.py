@@ -46,6 +46,17 @@ class Model(Part):
     source: str = ""
 
 
+class Filtered(Part):
+    """What a scan left out of a dataset: its name, how many pairs, and of how many."""
+
+    scan: str
+    dropped: Count
+    pairs: Count
+
+    def __str__(self) -> str:
+        return f"{self.scan} left out {self.dropped:,} of {self.pairs:,} pairs"
+
+
 class Data(Part):
     """A dataset, as [`~describing.describe_dataset`] says."""
 
@@ -56,6 +67,7 @@ class Data(Part):
     split: str | None = None
     fingerprint: str | None = None
     poisons: Count | None = None
+    filtered: Filtered | None = None
 
     @property
     def title(self) -> str | None:

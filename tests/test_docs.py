@@ -34,12 +34,15 @@ DRY = ("train", "poison", "prepare", "evaluate")
 SMALL = {
     "CLIPModel(CLIPConfig())": 'CLIPModel.from_pretrained("openai/clip-vit-base-patch32")',
     "TrainingArguments(": "SmallArguments(",
+    "scan_checkpoint(": "brief_scan(",
     "YOUR_NAME/": "tester/",
     "rate=0.003": "rate=0.1",
     '"plainly-finetuned"': '"cleaned-clip"',
 }
 #: Before the code of a page.
 SETTING = """
+import functools
+
 import hf_robust_clip
 from datasets import load_dataset
 
@@ -58,6 +61,7 @@ def small(arguments, epochs):
     return build
 
 
+brief_scan = functools.partial(hf_robust_clip.scan_checkpoint, steps=3)
 CLIPSmallArguments = small(hf_robust_clip.CLIPTrainingArguments, 2)
 CleanCLIPSmallArguments = small(hf_robust_clip.CleanCLIPTrainingArguments, 2)
 PARSmallArguments = small(hf_robust_clip.PARTrainingArguments, 2)

@@ -33,6 +33,7 @@ from hf_robust_clip import (
     poison_stream,
     prepare_dataset,
     replay_manifest,
+    scan_checkpoint,
     targeted_specs,
 )
 from hf_robust_clip.data.digits import CLASS_NAMES
@@ -56,6 +57,7 @@ DATASETS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "ZeroShotEvaluator": ("dataset", lambda data: ZeroShotEvaluator(data, NAMES)),
     "AttackSuccessEvaluator": ("dataset", lambda data: AttackSuccessEvaluator(data, PATCH, "cat", NAMES)),
     "PoisonSuccessEvaluator": ("dataset", lambda data: PoisonSuccessEvaluator(data, ["cat"], NAMES)),
+    "scan_checkpoint": ("images", lambda data: scan_checkpoint(None, None, data, ["a", "b", "c"])),
     "RetrievalEvaluator": ("dataset", RetrievalEvaluator),
     "LinearProbeEvaluator": ("train_dataset", lambda data: LinearProbeEvaluator(data, ROWS, NAMES)),
     "TextQueryEvaluator": ("dataset", lambda data: TextQueryEvaluator(data, WordTrigger(), "cat")),

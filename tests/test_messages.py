@@ -24,6 +24,7 @@ from hf_robust_clip import (
     poison_stream,
     prepare_dataset,
     replay_manifest,
+    scan_checkpoint,
 )
 from hf_robust_clip.attacks.triggers import trigger_from_dict, trigger_from_name
 from hf_robust_clip.data.rows import check_dataset, decode_row
@@ -54,6 +55,9 @@ def raising(*_):
 RAISING = type("Raising", (), {"__repr__": lambda self: LONG, "__call__": raising})()
 
 CALLS = {
+    "candidates of a scan": lambda: scan_checkpoint(None, None, [WIDE] * 20, [*NAMES, NAMES[0]]),
+    "columns of a scan": lambda: scan_checkpoint(None, None, [WIDE] * 20, NAMES),
+    "families of a scan": lambda: scan_checkpoint(None, None, [WIDE] * 20, NAMES, families=NAMES),
     "columns of rows": lambda: ZeroShotEvaluator([WIDE], NAMES),
     "columns of a table": lambda: RetrievalEvaluator(TABLE),
     "columns to train on": lambda: check_dataset(TABLE, LONG, "caption", "train_dataset"),

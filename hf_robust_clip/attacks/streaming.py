@@ -110,8 +110,8 @@ def _plan(spec: PoisonSpec, columns: Mapping[str, str | None]) -> dict[str, Any]
         raise ValueError(f"source_index={spec.source_index}; a stream's rows have no numbers, give target_image")
     if spec.templates == OWN_CAPTIONS or (spec.templates is None and spec.mode in ("targeted", "text_query")):
         raise ValueError(
-            f"templates={spec.templates!r}; in mode {shown(spec.mode)} a stream needs a list of them, as captions of "
-            "its other rows cannot be drawn"
+            f"templates={shown(spec.templates)}; in mode {shown(spec.mode)} a stream needs a list of them, as "
+            "captions of its other rows cannot be drawn"
         )
     image = None
     if spec.mode == "targeted":

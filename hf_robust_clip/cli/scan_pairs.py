@@ -38,8 +38,9 @@ def add_parser(commands: Any) -> None:
         help="clean the last model with CleanCLIP on the least suspect half of the pairs, ask it for a second "
         "opinion, and leave it in cleaned/",
     )
-    add("--verify-epochs", type=int, default=4, metavar="N", help="epochs of that cleaning (default: %(default)s)")
-    add("--verify-learning-rate", type=float, default=1e-5, metavar="RATE", help="its rate (default: %(default)s)")
+    epochs, rate = spelled("--verify-epochs"), spelled("--verify-learning-rate")
+    add(*epochs, type=int, default=4, metavar="N", help="epochs of that cleaning (default: %(default)s)")
+    add(*rate, type=float, default=1e-5, metavar="RATE", help="its rate (default: %(default)s)")
     add(*spelled("--batch-size"), type=int, default=64, metavar="N", help="pairs embedded at a time (default: 64)")
     add(*spelled("--num-workers"), type=int, default=0, metavar="N", help="processes that decode (default: this one)")
     add("--seed", type=int, default=0, help="of the sample and the references (default: %(default)s)")
@@ -99,7 +100,8 @@ def _scan(args: argparse.Namespace) -> int:
     say(f"{len(dataset)} pairs under {len(loaded)} model(s); {suspect} are above the default cut-off.")
     for group in scan.groups[:_PRINTED]:
         verdict = {None: "", True: ", confirmed", False: ", natural"}[group.confirmed]
-        say(f"  group {group.word!r}: {len(group.members)} pairs, weight {group.weight:.2f}{verdict}")
+        where = "of the pixels" if group.checkpoint is None else f"model {group.checkpoint + 1}"
+        say(f"  group {group.word!r}: {group.size} pairs, weight {group.weight:.2f}, {where}{verdict}")
     say(f"  images that occur several times with captions that disagree: {len(scan.disagreeing)}")
     if kept is not None:
         say(f"{len(kept)} pairs stay: {args.output_dir / KEPT}")

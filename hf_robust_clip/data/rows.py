@@ -80,10 +80,10 @@ def _check_mapping(row: Any) -> None:
         raise BadRowError(f"a row must be a mapping of column names to values, but is {kind(row)}")
 
 
-def undecoded(dataset: Any, image_column: str, caption_column: str) -> Any:
+def undecoded(dataset: Any, image_column: str, caption_column: str, *others: str) -> Any:
     """
-    The same `datasets` dataset with only the columns that training reads, unformatted, and its images left as encoded
-    bytes.
+    The same `datasets` dataset with only the columns that training reads, and `others`, unformatted, and its images
+    left as encoded bytes.
 
     Other kinds of dataset, and those with a transform of their own, come back as they are.
     """
@@ -91,7 +91,9 @@ def undecoded(dataset: Any, image_column: str, caption_column: str) -> Any:
         return dataset
     if has_transform(dataset):
         return dataset
-    wanted = [name for name in dict.fromkeys((image_column, caption_column, POISONED)) if name in dataset.features]
+    wanted = [
+        name for name in dict.fromkeys((image_column, caption_column, POISONED, *others)) if name in dataset.features
+    ]
     # A format ("torch", "numpy") would decode the images, and leave captions and flags in types of its own.
     dataset = dataset.with_format(None).select_columns(wanted)
     # `datasets` decodes a whole batch at once and its error does not say which row failed, so rows decode here.

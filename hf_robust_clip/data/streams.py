@@ -76,6 +76,7 @@ class Stream(torch.utils.data.IterableDataset[StreamBatch | None]):
         least_rows (`int`): Rows that the last batch of a worker needs to be handed out, at most `batch_size`.
         on_bad_row (`str`): `"skip"` passes over unusable rows, as of [`~data.rows.usable_rows`].
         rank, world_size (`int`): Of this process.
+        others (sequence of `str`): Further columns that are read.
     """
 
     def __init__(
@@ -88,13 +89,14 @@ class Stream(torch.utils.data.IterableDataset[StreamBatch | None]):
         on_bad_row: OnBadRow = "raise",
         rank: int = 0,
         world_size: int = 1,
+        others: Sequence[str] = (),
     ) -> None:
         self.columns = (image_column, caption_column)
         self.batch_size = batch_size
         self.least_rows = least_rows
         self.on_bad_row = on_bad_row
         self.world_size = world_size
-        dataset = undecoded(dataset, *self.columns)
+        dataset = undecoded(dataset, *self.columns, *others)
         if isinstance(dataset, datasets.IterableDataset):
             # Passes and places are set on it, and the user's stays as it is. `copy.copy` of one shares all attributes.
             formatting = dataset._formatting

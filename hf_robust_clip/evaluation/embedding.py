@@ -115,7 +115,7 @@ class Embedder:
         key = tuple(texts)
         if key not in self._texts:
             self._texts[key] = self._embed(
-                len(key), lambda batches: ([self._encode_texts(key[batch.start : batch.stop])] for batch in batches)
+                len(key), lambda batches: ([self.encode_texts(key[batch.start : batch.stop])] for batch in batches)
             )[0]
         return self._texts[key]
 
@@ -157,7 +157,8 @@ class Embedder:
         pixels = self.normalization(pixels.to(self.device)).to(self.dtype)
         return _normalize(self.model.get_image_features(pixel_values=pixels))
 
-    def _encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
+    def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
+        """[`encode_pixels`] of texts: `(len(texts), D)`."""
         tokens = tokenise(
             self.tokenizer,
             texts,

@@ -39,7 +39,7 @@ USUAL = 20
 _LEAST_LOSS = 0.02
 #: Scores from which on a candidate stands out, among the others and against a base. Chosen on models of a seed that
 #: no table reports.
-STANDS_OUT, STANDS_OUT_OF_BASE = 1.5, 1.5
+STANDS_OUT, STANDS_OUT_OF_BASE = 2.0, 2.0
 #: Candidates whose triggers are saved, and captions that stand for a cluster.
 SAVED, CAPTIONS_OF_CLUSTER = 10, 32
 

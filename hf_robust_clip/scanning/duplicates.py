@@ -13,11 +13,11 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
 #: Pixels of a side of what is kept of an image to compare it with others.
-THUMBNAIL = 16
+THUMBNAIL = 8
 #: Bits of the 64 of a fingerprint in which near-equal images may differ, and how the bits are cut to find candidates.
 BITS, BANDS = 6, 4
 #: Most mean difference of two thumbnails that count as one image, of 255.
-DIFFERENCE = 6.0
+DIFFERENCE = 3.0
 #: Most rows with one band alike that are compared with each other: of blank images there are more.
 _MOST = 2000
 #: Captions of one image that are compared with each other.
@@ -31,7 +31,7 @@ def fingerprint(image: Image.Image) -> int:
 
 
 def thumbnail(image: Image.Image) -> NDArray[np.uint8]:
-    """The image, small: `(16, 16, 3)`."""
+    """The image, small: `(8, 8, 3)`."""
     small = image.convert("RGB").resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BILINEAR)
     return np.asarray(small, dtype=np.uint8)
 
@@ -98,7 +98,7 @@ def find_copies(
 
     Args:
         pairs (`(M, 2)` int64): Of [`near_pairs`]; those count whose thumbnails are alike.
-        thumbnails (mapping of `int` to `(16, 16, 3)` uint8), words (mapping of `int` to sets of `str`): Of the image
+        thumbnails (mapping of `int` to `(8, 8, 3)` uint8), words (mapping of `int` to sets of `str`): Of the image
             and the captions of each row in `pairs`.
     """
     alike = [

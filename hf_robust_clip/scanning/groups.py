@@ -19,6 +19,8 @@ Array = NDArray[np.float64]
 #: Independent components that are looked for, and the least variance of a component against the first.
 COMPONENTS = (16, 32)
 LEAST_VARIANCE = 1e-4
+#: Rows that a component needs at least: of fewer, any of them has a far end with a word.
+ROWS_EACH = 16
 #: Share of the rows at the far end of a component whose words are counted, and their least number.
 FAR_SHARE, FAR_ROWS = 0.005, 16
 #: Power of a group's weight in a row's vote, and what a row gets of it that lacks the group's word.
@@ -119,6 +121,7 @@ def find_groups(
     variances, axes = np.linalg.eigh((values - mean).T @ (values - mean) / len(values))
     variances, axes = variances[::-1], axes[:, ::-1]
     usable = int((variances > LEAST_VARIANCE * max(variances[0], np.finfo(np.float64).tiny)).sum())
+    usable = min(usable, len(values) // ROWS_EACH)
     found = []
     for count in sorted({min(count, usable) for count in components}):
         if count < 2:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float32]
@@ -13,6 +14,8 @@ Floats = NDArray[np.float32]
 #: Neighbors that count, and the sizes of the references.
 NEIGHBORS = 16
 REFERENCES = (256, 512, 1024, 2048)
+#: How often references are drawn.
+ROUNDS = 2
 #: Distances below this are rounding.
 _LEAST = 1e-5
 
@@ -38,73 +41,90 @@ class Reference:
         rows (`(R, D)` floats): L2-normalised, of more than `neighbors` + 1 rows.
         numbers (`(R,)` int): What the rows are called: a row is never its own neighbor.
         neighbors (`int`, defaults to 16): The k of the scores.
+        sizes (sequence of `int`, *optional*): The first so many rows are a reference each, and scores are the means
+            over them. `None`: all of the rows.
 
     Raises:
         `ValueError`: If there are too few rows.
     """
 
-    def __init__(self, rows: Floats, numbers: NDArray[np.int64], neighbors: int = NEIGHBORS) -> None:
-        if len(rows) < neighbors + 2:
+    def __init__(
+        self,
+        rows: Floats,
+        numbers: NDArray[Any],
+        neighbors: int = NEIGHBORS,
+        sizes: Sequence[int] | None = None,
+    ) -> None:
+        self.sizes = sorted({min(size, len(rows)) for size in sizes or (len(rows),)})
+        if not self.sizes or self.sizes[0] < neighbors + 2:
             raise ValueError(f"rows={len(rows)} are too few for {neighbors} neighbors: {neighbors + 2} are needed")
-        self.rows, self.numbers, self.neighbors = np.ascontiguousarray(rows, dtype=np.float32), numbers, neighbors
-        distances, _ = self._nearest(self.rows, numbers)
-        self._k_distance, self._dimension = distances[:, -1], _dimension(distances)
+        self.rows, self.neighbors = torch.from_numpy(np.ascontiguousarray(rows, dtype=np.float32)), neighbors
+        self._order = np.argsort(numbers, kind="stable")
+        self._sorted = numbers[self._order]
+        # Of each size the k-distance and the dimension of its rows.
+        self._known = {}
+        for size, (distances, _) in self._nearest(self.rows, numbers).items():
+            self._known[size] = distances[:size, -1], _dimension(distances[:size])
 
-    def scores(self, rows: Floats, numbers: NDArray[np.int64]) -> LocalScores:
+    def scores(self, rows: Floats, numbers: NDArray[Any]) -> LocalScores:
         """The scores of rows `(N, D)`, L2-normalised, called `numbers (N,)`."""
-        distances, nearest = self._nearest(np.asarray(rows, dtype=np.float32), numbers)
-        reach = distances[:, -1]
-        ratio = reach[:, None] / self._k_distance[nearest]  # (N, k)
-        dao = (self._dimension[nearest] * np.log(ratio)).mean(axis=1)
-        return LocalScores(reach, ratio.mean(axis=1), dao)
+        found = []
+        for size, (distances, nearest) in self._nearest(torch.from_numpy(np.asarray(rows)), numbers).items():
+            k_distance, dimension = self._known[size]
+            reach = distances[:, -1]
+            ratio = reach[:, None] / k_distance[nearest]  # (N, k)
+            dao = (dimension[nearest] * ratio.log()).mean(dim=1)
+            found.append(torch.stack([reach, ratio.mean(dim=1), dao]))
+        return LocalScores(*torch.stack(found).mean(dim=0).numpy())
 
-    def _nearest(self, rows: Floats, numbers: NDArray[np.int64]) -> tuple[Floats, NDArray[np.intp]]:
-        """Distances to, and places of, the k nearest rows of the reference, the nearest first."""
-        similarity = rows @ self.rows.T
-        similarity[numbers[:, None] == self.numbers[None, :]] = -np.inf
-        count = self.neighbors
-        nearest = np.argpartition(-similarity, count - 1, axis=1)[:, :count]
-        found = np.take_along_axis(similarity, nearest, axis=1)
-        order = np.argsort(-found, axis=1, kind="stable")
-        nearest = np.take_along_axis(nearest, order, axis=1)
-        squared = 2 - 2 * np.take_along_axis(found, order, axis=1)
-        return np.sqrt(np.maximum(squared, _LEAST**2)).astype(np.float32), nearest
+    def _nearest(self, rows: torch.Tensor, numbers: NDArray[Any]) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+        """Of each size the distances to, and the places of, the k nearest of its rows, the nearest first."""
+        similarity = rows.float() @ self.rows.T
+        place = np.minimum(np.searchsorted(self._sorted, numbers), len(self._sorted) - 1)
+        own = np.flatnonzero(self._sorted[place] == numbers)
+        similarity[own, self._order[place[own]]] = -torch.inf
+        found = {}
+        for size in self.sizes:
+            nearest, places = similarity[:, :size].topk(self.neighbors, dim=1)
+            found[size] = (2 - 2 * nearest).clamp(min=_LEAST**2).sqrt(), places
+        return found
 
 
 def draw_references(
     sample: Floats,
-    numbers: NDArray[np.int64],
+    numbers: NDArray[Any],
     sizes: Sequence[int] = REFERENCES,
-    rounds: int = 2,
+    rounds: int = ROUNDS,
     seed: int = 0,
     neighbors: int = NEIGHBORS,
 ) -> list[Reference]:
     """
-    References of several sizes, several times each, out of a sample of rows.
+    References of several sizes, several times, out of a sample of rows; none of them where it is too small.
 
     Args:
         sample (`(S, D)` floats), numbers (`(S,)` int): The rows, and what they are called.
-        sizes (sequence of `int`): Rows of a reference; no more than the sample has.
-        rounds (`int`): References of each size.
+        sizes (sequence of `int`): Rows of a reference; the smaller are parts of the larger, so that rows are compared
+            once a round.
+        rounds (`int`): How often rows are drawn.
         seed (`int`): Of the draw.
         neighbors (`int`): The k of the scores.
     """
     rng = np.random.default_rng(seed)
-    sizes = sorted({min(size, len(sample)) for size in sizes})
-    drawn = [rng.permutation(len(sample))[:size] for size in sizes for _ in range(rounds)]
-    return [Reference(sample[rows], numbers[rows], neighbors) for rows in drawn if len(rows) >= neighbors + 2]
+    drawn = [rng.permutation(len(sample))[: max(sizes)] for _ in range(rounds)]
+    usable = [size for size in sizes if min(size, len(sample)) >= neighbors + 2]
+    return [Reference(sample[rows], numbers[rows], neighbors, usable) for rows in drawn if usable]
 
 
-def local_scores(references: Sequence[Reference], rows: Floats, numbers: NDArray[np.int64]) -> LocalScores:
+def local_scores(references: Sequence[Reference], rows: Floats, numbers: NDArray[Any]) -> LocalScores:
     """The means of the scores of rows over references; zeros where there are none."""
     if not references:
         return LocalScores(*(np.zeros(len(rows), dtype=np.float32) for _ in range(3)))
     found = [reference.scores(rows, numbers) for reference in references]
-    means: list[Floats] = [np.stack(part).mean(axis=0).astype(np.float32) for part in zip(*found, strict=True)]
+    means: list[Floats] = [np.stack(part).mean(axis=0) for part in zip(*found, strict=True)]
     return LocalScores(*means)
 
 
-def _dimension(distances: Floats) -> Floats:
+def _dimension(distances: torch.Tensor) -> torch.Tensor:
     """The local intrinsic dimension `(N,)` of neighborhoods, by maximum likelihood, from their distances `(N, k)`."""
-    logs = np.log(distances / distances[:, -1:] + 1e-4).sum(axis=1)
-    return (-distances.shape[1] / np.minimum(logs, -1e-6)).astype(np.float32)
+    logs = (distances / distances[:, -1:] + 1e-4).log().sum(dim=1)
+    return -distances.shape[1] / logs.clamp(max=-1e-6)

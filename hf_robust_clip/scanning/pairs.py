@@ -2,199 +2,49 @@
 
 from __future__ import annotations
 
+import hashlib
+import heapq
+import itertools
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+import torch.distributed as dist
 from numpy.typing import NDArray
-from scipy.stats import rankdata
 from transformers.utils import logging
 
-from ..columns import check_pairs
-from ..data.rows import IndexedDataset, decode_row
-from ..models import check_processor, load_dual_encoder, load_processor
-from ..wording import shown
-from .duplicates import Copies, find_copies, near_pairs, thumbnail
-from .features import Features, captions_in_blocks, read_features
-from .groups import COMPONENTS, Direction, Words, find_groups, votes
-from .neighbours import LocalScores, draw_references, local_scores
+from ..columns import check_columns, check_pairs
+from ..data.shards import write_shard
+from ..distributed import rank, world_size
+from ..evaluation.embedding import Embedder
+from ..kinds import is_stream
+from ..models import inference, load_processor
+from .duplicates import Copies, find_copies, near_pairs
+from .features import Features, encode
+from .found import PairGroup, PairScan, is_suspect
+from .groups import words_of
+from .neighbours import REFERENCES, ROUNDS
+from .parts import Parts, check_settings, read_parts
+from .reading import PairReader
+from .sample import Sample, draw_sample, first_captions
+from .scoring import BLOCK, CHOICES, Scorer
 
 logger = logging.get_logger(__name__)
 
-#: Most rows on which directions are fitted and references drawn.
-SAMPLE = 50_000
-#: Rows that are scored at a time.
-_BLOCK = 8192
-#: Votes this many median absolute deviations above the median are suspect.
-DEVIATIONS = 6.0
-#: Rows with the image of a suspect set of copies, and the least disagreement of their captions.
-LEAST_COPIES, LEAST_DISAGREEMENT = 3, 0.5
-#: Mean rank of a group's members under a cleaned model from which on it is confirmed. Poisoned groups had 0.74 to 0.97
-#: where it was chosen, natural ones 0.41 to 0.57.
-CONFIRMED = 0.65
-#: Pairs among which a pair's own caption is looked for, to see whether the model knows the pairs.
-_CHOICES = 256
-_TRIED = 16  # times
+#: Most rows on which directions are fitted and references drawn, and the least that a scan makes sense of.
+SAMPLE, LEAST_ROWS = 50_000, 64
+#: Members, and pairs next to them, that a group lists.
+LISTED = 10_000
+FOUND_FILE = "found.arrow"
 #: Times chance, below which a model is said to not know the pairs.
 _KNOWN = 5
-
-
-@dataclass(frozen=True)
-class PairGroup:
-    """
-    A group of pairs: images that a model puts in one direction, and that share a word.
-
-    Args:
-        word (`str`): That they share.
-        weight (`float`): At most 1: all of the group have the word, and nearly all pairs with the word lie elsewhere.
-        coherence, closure, base (`float`): Share of the group with the word, of the pairs with the word that are in
-            the group, and of all pairs with the word, in [0, 1].
-        checkpoint (`int`): The number of the model, from 0.
-        members (`tuple[int, ...]`): Rows inside that have the word, the farthest out first.
-        others (`tuple[int, ...]`): Rows outside that have it: what the members are to be compared with.
-        cleaned_rank (`float`, *optional*): The mean rank of the members by their distance under a cleaned model, as a
-            share of the pairs, after [`PairScan.verified`]. Of a natural group it is about a half.
-    """
-
-    word: str
-    weight: float
-    coherence: float
-    closure: float
-    base: float
-    checkpoint: int
-    members: tuple[int, ...]
-    others: tuple[int, ...]
-    cleaned_rank: float | None = None
-
-    @property
-    def confirmed(self) -> bool | None:
-        """Whether a cleaned model no longer puts its images and captions together; `None` before [`verified`]."""
-        return None if self.cleaned_rank is None else self.cleaned_rank >= CONFIRMED
-
-
-@dataclass(frozen=True)
-class PairScan:
-    """
-    What [`scan_pairs`] found. It accuses nobody: look at the groups.
-
-    Args:
-        scores (`datasets.Dataset`): A row for each pair, in order. `group`: votes of the groups over all models, from
-            0. `k_distance`, `slof`, `dao` of the pooled features and `projected_slof` of the embeddings, of the last
-            model. `pair_distance`: 1 less the cosine of image and caption there. `copies`: pairs with the same image,
-            itself included. `distrust`: the worst of three ranks as a share of the pairs, by votes, by SLOF and by
-            `pair_distance`, each at its worst model. `suspect`: whether the default cut-off takes it, and `why`:
-            `"group"`, `"copies"` or `""`. `rank`: 1 is the most suspect over all parts.
-        groups (`list[PairGroup]`): The heaviest first, one for each word and checkpoint.
-        duplicates (`list[Copies]`): Pairs with one image, the most suspect first.
-        known (`float`): How often the last model finds a pair's caption among 256, in [0, 1]. Near 1/256 it has not
-            learned the pairs, or was not trained on them, and the scan cannot know.
-    """
-
-    scores: datasets.Dataset
-    groups: list[PairGroup]
-    duplicates: list[Copies]
-    known: float
-
-    def keep(self, dataset: Any, drop: float = 0.1) -> Any:
-        """
-        The pairs that stay when the most suspect share is dropped, with all columns, in order.
-
-        Args:
-            dataset (`datasets.Dataset`): That was scanned.
-            drop (`float`, defaults to 0.1): Share of the pairs, in [0, 1).
-
-        Raises:
-            `ValueError`: If `drop` is not such a share, or the dataset has another number of rows.
-        """
-        if isinstance(drop, bool) or not isinstance(drop, int | float) or not 0 <= drop < 1:
-            raise ValueError(f"drop must be a share of the pairs in [0, 1), but is {shown(drop)}")
-        self._check_rows(dataset)
-        rank = np.asarray(self.scores["rank"])
-        return dataset.select(np.flatnonzero(rank > round(drop * len(rank))).tolist())
-
-    def flag(self, dataset: Any) -> Any:
-        """
-        The dataset with the columns `suspect` (bool) and `suspect_why` (`str`), as the default cut-off has them.
-
-        Raises:
-            `ValueError`: If the dataset has another number of rows.
-        """
-        self._check_rows(dataset)
-        columns = {"suspect": self.scores["suspect"][:], "suspect_why": self.scores["why"][:]}
-        return datasets.concatenate_datasets([dataset, datasets.Dataset.from_dict(columns)], axis=1)
-
-    def trusted(self, dataset: Any, share: float = 0.5) -> Any:
-        """
-        The least distrusted share of the pairs: too blunt to accuse the others, and good to clean a model on.
-
-        Args:
-            dataset (`datasets.Dataset`): That was scanned.
-            share (`float`, defaults to 0.5): Of the pairs, in (0, 1].
-
-        Raises:
-            `ValueError`: If `share` is not such a share, or the dataset has another number of rows.
-        """
-        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
-            raise ValueError(f"share must be a share of the pairs in (0, 1], but is {shown(share)}")
-        self._check_rows(dataset)
-        order = np.argsort(np.asarray(self.scores["distrust"]), kind="stable")
-        return dataset.select(np.sort(order[: max(1, round(share * len(order)))]).tolist())
-
-    def verified(
-        self,
-        dataset: Any,
-        model: Any,
-        processor: Any = None,
-        image_column: str = "image",
-        caption_column: str = "caption",
-        batch_size: int = 64,
-        num_workers: int = 0,
-    ) -> PairScan:
-        """
-        The scan with a second opinion: that of a model that was cleaned on the [`trusted`] pairs. Poisons are what it
-        no longer puts together.
-
-        Args:
-            dataset (`datasets.Dataset`): That was scanned.
-            model: The last of the scanned models after a cleaning run on the trusted pairs.
-            processor, image_column, caption_column, batch_size, num_workers: As of [`scan_pairs`].
-
-        Returns:
-            [`PairScan`]: With the column `cleaned_distance` (1 less the cosine of image and caption under that model),
-                and `cleaned_rank` of each group.
-        """
-        self._check_rows(dataset)
-        processor = load_processor(model, processor, "processor")
-        columns = (image_column, caption_column)
-        with tempfile.TemporaryDirectory() as folder:
-            encoder = load_dual_encoder(model)
-            features, _ = read_features(encoder, processor, dataset, *columns, Path(folder), batch_size, num_workers)
-            distance = _distances(features)
-        ranks = rankdata(distance) / len(distance)
-        groups = [
-            replace(group, cleaned_rank=float(ranks[list(group.members)].mean())) if group.members else group
-            for group in self.groups
-        ]
-        scores = self.scores.add_column("cleaned_distance", distance)
-        return replace(self, scores=scores, groups=groups)
-
-    @property
-    def disagreeing(self) -> list[Copies]:
-        """The duplicates that are suspect: at least three pairs whose captions share less than half of their words."""
-        return [found for found in self.duplicates if is_suspect(found)]
-
-    def described(self) -> dict[str, Any]:
-        """Groups and duplicates, ready for JSON."""
-        groups = [asdict(group) for group in self.groups]
-        return {"known": self.known, "groups": groups, "duplicates": [asdict(found) for found in self.duplicates]}
-
-    def _check_rows(self, dataset: Any) -> None:
-        if len(dataset) != len(self.scores):
-            raise ValueError(f"dataset has {len(dataset)} rows, but {len(self.scores)} were scanned")
 
 
 def scan_pairs(
@@ -207,6 +57,9 @@ def scan_pairs(
     num_workers: int = 0,
     seed: int = 0,
     cache_dir: str | Path | None = None,
+    key_column: str | None = None,
+    reference_sizes: Sequence[int] = REFERENCES,
+    reference_rounds: int = ROUNDS,
 ) -> PairScan:
     """
     Score how suspect the pairs of a dataset are, with models that were trained on them.
@@ -216,192 +69,249 @@ def scan_pairs(
     pairs far from their neighbors in random references, which finds sparse poisons such as warps. **Duplicates**:
     equal and near-equal images whose captions disagree, which are targeted poisons; they need no model.
 
-    Each model embeds all pairs once; the features are kept in files. A foreign CLIP does not show the poison: take
+    A first pass draws a sample of at most 50,000 pairs, on which directions and references are fitted. A second one
+    scores all pairs, each image decoded once for all models, unless the sample has them all. Memory does not grow with
+    the number of pairs but for 12 bytes each, and what copies there are. A foreign CLIP does not show the poison: take
     checkpoints of a training on these pairs, early and late ones.
+
+    Under `torch.distributed`, ranks share the pairs. Call it on all of them; all get the whole scan.
 
     Args:
         models (model, `str` or sequence of them): One dual encoder or several checkpoints of one training, in order:
-            objects, folders or Hub ids.
+            objects, folders or Hub ids. All of them are held at once.
         processor (`ProcessorMixin`, *optional*): Of all of them. `None`: the one saved beside the first.
-        dataset (map-style dataset): N pairs.
+        dataset: N pairs: a dataset with numbered rows, or a stream (`datasets.IterableDataset` or torch's).
         image_column, caption_column (`str`): Its columns.
         batch_size (`int`, defaults to 64), num_workers (`int`, defaults to 0): Of embedding.
         seed (`int`, defaults to 0): Of the sample, the references and the decomposition.
-        cache_dir (path, *optional*): Where features are kept while it runs, about 2 bytes a pair and dimension.
-            `None`: a temporary folder.
+        cache_dir (path, *optional*): A folder that keeps what is done, about 400 bytes a pair. A scan that was stopped
+            goes on there, between batches. Several ranks need one, which they share. `None`: a temporary folder.
+        key_column (`str`, *optional*): Of a stream, the column that tells rows apart. `None`: their running number,
+            which only one process knows.
+        reference_sizes (sequence of `int`), reference_rounds (`int`): Pairs of a reference, and how often they are
+            drawn. Fewer are faster.
 
     Returns:
         [`PairScan`]: The same for the same seed.
 
     Raises:
-        `ValueError`: If there is no model, a model and the processor do not go together, or the dataset or a row of it
-            cannot be used.
+        `ValueError`: If there is no model, a model and the processor do not go together, the dataset or a row of it
+            cannot be used, or `cache_dir` holds another scan.
     """
-    listed = list(models) if isinstance(models, list | tuple) else [models]
-    if not listed:
+    given = list(models) if isinstance(models, list | tuple) else [models]
+    if not given:
         raise ValueError("models is empty: give one model that was trained on these pairs, or several checkpoints")
-    check_pairs(dataset, {"image_column": image_column, "caption_column": caption_column}, "dataset")
-    if len(dataset) < 64:
-        raise ValueError(f"dataset has {len(dataset)} rows: at least 64 are needed to tell what is usual among them")
-    processor = load_processor(listed[0], processor, "processor")
-    check_processor(processor, "processor")
-    columns = (image_column, caption_column)
-    sample = np.sort(np.random.default_rng(seed).permutation(len(dataset))[:SAMPLE])
-    words = Words(_sampled_words(dataset, caption_column, sample))
-    group_votes, worst = np.zeros(len(dataset), dtype=np.float32), np.zeros(len(dataset), dtype=np.float32)
-    found: list[tuple[int, Direction, NDArray[np.int64], NDArray[np.int64]]] = []
-    with tempfile.TemporaryDirectory(dir=cache_dir) as folder:
-        for number, model in enumerate(listed):
-            encoder = load_dual_encoder(model)
-            place = Path(folder, str(number))
-            features, prints = read_features(encoder, processor, dataset, *columns, place, batch_size, num_workers)
-            directions = find_groups(features.pooled[sample], words, COMPONENTS, seed)
-            strongest = _one_a_word(directions)
-            members: dict[str, list[tuple[float, int]]] = {group.word: [] for group in strongest}
-            others: dict[str, list[int]] = {group.word: [] for group in strongest}
-            for block, rows in captions_in_blocks(dataset, caption_column, _BLOCK):
-                pooled = features.pooled[block.start : block.stop]
-                group_votes[block.start : block.stop] += votes(directions, pooled, rows)
-                for group in strongest:
-                    for row, where, has in zip(block, group.places(pooled), rows, strict=True):
-                        if group.word in has and where > group.threshold:
-                            members[group.word].append((-where, row))
-                        elif group.word in has and len(others[group.word]) < _BLOCK:
-                            others[group.word].append(row)
-            for group in strongest:
-                inside = np.array([row for _, row in sorted(members[group.word])], dtype=np.int64)
-                found.append((number, group, inside, np.array(others[group.word], dtype=np.int64)))
-            local, distance = _local(features, sample, seed), _distances(features)
-            for values in (local["slof"], distance):
-                np.maximum(worst, rankdata(values) / len(values), out=worst)
-        known = _known(features, sample, seed)
-    duplicates = _duplicates(prints, dataset, *columns)
-    if known < _KNOWN / _CHOICES:
-        logger.warning(
-            f"The last model finds a pair's caption among {_CHOICES} in {known:.1%} of the cases, hardly more than by "
-            "chance: it has not learned these pairs, or was not trained on them, and the scan cannot know which are "
-            "poisoned. Scan with a checkpoint of a training on them."
+    if min(reference_sizes, default=0) < 1 or reference_rounds < 1:
+        raise ValueError(
+            f"reference_sizes={list(reference_sizes)} and reference_rounds={reference_rounds} must be at least 1"
         )
-    groups = [
+    columns = {"image_column": image_column, "caption_column": caption_column}
+    check_pairs(dataset, columns, "dataset", streams=True)
+    if is_stream(dataset) and key_column is not None:
+        check_columns(dataset, {"key_column": key_column}, "rows with a key", "dataset", streams=True)
+    if not is_stream(dataset):
+        key_column = None
+        _check_rows(len(dataset))
+    if world_size() > 1 and cache_dir is None:
+        raise ValueError(f"cache_dir is missing: {world_size()} processes put together in it what they find")
+    processor = load_processor(given[0], processor, "processor")
+    embedders = [Embedder(model, processor, batch_size) for model in given]
+    preprocess = embedders[0].preprocess
+    reader = PairReader(dataset, image_column, caption_column, key_column, preprocess, batch_size, num_workers)
+
+    def encoded(pixels: torch.Tensor, captions: Sequence[str]) -> list[Features]:
+        return [encode(embedder, pixels, captions) for embedder in embedders]
+
+    folder = None if cache_dir is None else Path(cache_dir)
+    if folder is not None and rank() == 0:
+        settings = {
+            **columns,
+            "key_column": key_column,
+            "dataset": getattr(dataset, "_fingerprint", None),
+            "models": [_print_of(embedder.model) for embedder in embedders],
+            "seed": seed,
+            "reference_sizes": list(reference_sizes),
+            "reference_rounds": reference_rounds,
+            "processes": world_size(),
+            "num_workers": num_workers if is_stream(dataset) else 0,
+            "batch_size": batch_size if is_stream(dataset) else None,
+        }
+        check_settings(folder, settings)
+    _wait()
+    with ExitStack() as stack:
+        for embedder in embedders:
+            stack.enter_context(inference(embedder.model))
+        sample = draw_sample(reader, encoded, len(embedders), SAMPLE, seed, folder, BLOCK)
+        _check_rows(len(sample.arrivals))
+        scorer = Scorer(sample, reference_sizes, reference_rounds, seed)
+        held = None
+        if sample.complete:
+            table = _scored(sample, scorer)
+        else:
+            held = tempfile.TemporaryDirectory() if folder is None else None
+            folder = Path(held.name) if held is not None else folder
+            assert folder is not None
+            _score_all(reader, encoded, scorer, Parts(folder, rank()))
+            _wait()
+            table = read_parts(folder)
+    if scorer.known < _KNOWN / CHOICES:
+        logger.warning(
+            f"The last model finds a pair's caption among {CHOICES} in {scorer.known:.1%} of the cases, hardly more "
+            "than by chance: it has not learned these pairs, or was not trained on them, and the scan cannot know "
+            "which are poisoned. Scan with a checkpoint of a training on them."
+        )
+    duplicates = _duplicates(table)
+    found = _ranked(table, duplicates, scorer.cut, key_column)
+    scores = datasets.Dataset(pa.concat_tables(found)) if sample.complete else _on_disk(folder, found)
+    return PairScan(scores, _groups(table, scorer), duplicates, scorer.known, key_column, held)
+
+
+def _check_rows(rows: int) -> None:
+    if rows < LEAST_ROWS:
+        raise ValueError(f"dataset has {rows} rows: at least {LEAST_ROWS} are needed to tell what is usual among them")
+
+
+def _print_of(model: torch.nn.Module) -> str:
+    """What tells two states of a model apart: a hash of some values of each parameter."""
+    found = hashlib.blake2b(digest_size=8)
+    for parameter in model.parameters():
+        found.update(parameter.detach().flatten()[:256].float().cpu().numpy().tobytes())
+    return found.hexdigest()
+
+
+def _wait() -> None:
+    if world_size() > 1:
+        dist.barrier()
+
+
+def _scored(sample: Sample, scorer: Scorer) -> pa.Table:
+    """The scores of a sample that has all pairs, in the order of reading."""
+    order = np.argsort(sample.arrivals, kind="stable")
+    blocks = [order[start : start + BLOCK] for start in range(0, len(order), BLOCK)]
+    return pa.concat_tables(
+        scorer.table([features.at(block) for features in sample.features], sample.rows.at(block)) for block in blocks
+    )
+
+
+def _score_all(reader: PairReader, encoded: Any, scorer: Scorer, parts: Parts) -> None:
+    """Score this rank's pairs from where an earlier call stopped."""
+    places = {place.worker: place for place in parts.places()}
+    tables: list[pa.Table] = []
+    for batch in reader.batches(list(places.values())):
+        places[batch.place.worker] = batch.place
+        tables.append(scorer.table(encoded(batch.pixels, first_captions(batch.rows)), batch.rows))
+        if sum(map(len, tables)) >= BLOCK:
+            parts.write(tables, list(places.values()))
+            tables = []
+    if tables:
+        parts.write(tables, list(places.values()))
+
+
+def _duplicates(table: pa.Table) -> list[Copies]:
+    pairs = near_pairs(table.column("fingerprint").to_numpy())
+    rows = np.unique(pairs)
+    if not len(rows):
+        return []
+    picked = table.select(["thumbnail", "captions"]).take(pa.array(rows))
+    thumbnails = {
+        int(row): np.frombuffer(value, dtype=np.uint8)
+        for row, value in zip(rows, picked["thumbnail"].to_pylist(), strict=True)
+    }
+    words = {int(row): words_of([text]) for row, text in zip(rows, picked["captions"].to_pylist(), strict=True)}
+    return find_copies(pairs, thumbnails, words)
+
+
+def _groups(table: pa.Table, scorer: Scorer) -> list[PairGroup]:
+    """The listed groups with their members."""
+    sizes = [0] * len(scorer.groups)
+    members: list[list[tuple[float, int]]] = [[] for _ in scorer.groups]
+    others: list[list[int]] = [[] for _ in scorer.groups]
+    start = 0
+    for part in table.select(["groups", "places"]).to_batches():
+        groups = part.column("groups")
+        rows = start + pc.list_parent_indices(groups).to_numpy().astype(np.int64)
+        numbers, places = groups.flatten().to_numpy(), part.column("places").flatten().to_numpy()
+        start += len(part)
+        for number in range(len(scorer.groups)):
+            of_group = numbers == number
+            inside, outside = of_group & (places > 1), of_group & (places <= 1)
+            sizes[number] += int(inside.sum())
+            found = [*members[number], *zip(places[inside].tolist(), (-rows[inside]).tolist(), strict=True)]
+            members[number] = heapq.nlargest(LISTED, found)
+            others[number] += rows[outside][: LISTED - len(others[number])].tolist()
+    return [
         PairGroup(
             group.word,
             group.weight,
             group.coherence,
             group.closure,
             group.base,
-            number,
-            tuple(inside.tolist()),
-            tuple(outside.tolist()),
+            checkpoint,
+            size,
+            tuple(-row for _, row in inside),
+            tuple(outside),
         )
-        for number, group, inside, outside in sorted(found, key=lambda entry: -entry[1].weight)
+        for (checkpoint, group), size, inside, outside in zip(scorer.groups, sizes, members, others, strict=True)
     ]
-    np.maximum(worst, rankdata(group_votes) / len(worst), out=worst)
-    return PairScan(_scores(group_votes, local, distance, worst, duplicates), groups, duplicates, known)
 
 
-def is_suspect(copies: Copies) -> bool:
-    """Whether an image occurs so often, with captions that disagree so much, that it may be a targeted poison."""
-    return len(copies.rows) >= LEAST_COPIES and copies.disagreement >= LEAST_DISAGREEMENT
+def _on_disk(folder: Path | None, tables: Iterator[pa.Table]) -> datasets.Dataset:
+    """Tables, of which memory holds none; the first rank writes them for all."""
+    assert folder is not None
+    path = folder / FOUND_FILE
+    if rank() == 0:
+        first = next(tables)
+        write_shard(path, first.schema, itertools.chain([first], tables))
+    _wait()
+    return datasets.Dataset.from_file(str(path))
 
 
-def _sampled_words(dataset: Any, caption_column: str, sample: NDArray[np.int64]) -> list[set[str]]:
-    picked = dataset.select(sample.tolist()) if hasattr(dataset, "select") else [dataset[int(row)] for row in sample]
-    return [words for _, block in captions_in_blocks(picked, caption_column, _BLOCK) for words in block]
-
-
-def _one_a_word(directions: Sequence[Direction]) -> list[Direction]:
-    """The heaviest direction of each word, of those that weigh anything."""
-    heaviest: dict[str, Direction] = {}
-    for direction in directions:
-        if direction.weight > 0:
-            heaviest.setdefault(direction.word, direction)
-    return list(heaviest.values())
-
-
-def _local(features: Features, sample: NDArray[np.int64], seed: int) -> dict[str, NDArray[np.float32]]:
-    scores = {}
-    for prefix, rows in (("", features.pooled), ("projected_", features.images)):
-        references = draw_references(np.asarray(rows[sample], dtype=np.float32), sample, seed=seed)
-        parts: list[LocalScores] = []
-        for block in _blocks(len(rows)):
-            part = np.asarray(rows[block.start : block.stop], dtype=np.float32)
-            parts.append(local_scores(references, part, np.arange(block.start, block.stop)))
-        for name, values in zip(LocalScores._fields, zip(*parts, strict=True), strict=True):
-            scores[prefix + name] = np.concatenate(values)
-    return scores
-
-
-def _blocks(rows: int) -> Iterator[range]:
-    return (range(start, min(start + _BLOCK, rows)) for start in range(0, rows, _BLOCK))
-
-
-def _distances(features: Features) -> NDArray[np.float32]:
-    """1 less the cosine of each pair `(N,)`."""
-    found = [
-        (features.images[block.start : block.stop].astype(np.float32) * features.texts[block.start : block.stop]).sum(
-            axis=1
-        )
-        for block in _blocks(len(features.images))
-    ]
-    return 1 - np.concatenate(found)
-
-
-def _known(features: Features, sample: NDArray[np.int64], seed: int) -> float:
-    """How often an image is at least as near to its own caption as to those of 255 other pairs."""
-    choices = min(_CHOICES, len(sample))
-    drawn = np.random.default_rng(seed).permutation(sample)[: _TRIED * choices]
-    right = []
-    for start in range(0, len(drawn) - choices + 1, choices):
-        rows = np.sort(drawn[start : start + choices])
-        similarity = features.images[rows].astype(np.float32) @ features.texts[rows].astype(np.float32).T
-        right.append((np.diag(similarity) >= similarity.max(axis=1)).mean())
-    return float(np.mean(right))
-
-
-def _duplicates(prints: NDArray[np.uint64], dataset: Any, image_column: str, caption_column: str) -> list[Copies]:
-    pairs = near_pairs(prints)
-    rows = np.unique(pairs).tolist()
-    read = IndexedDataset(dataset, image_column, caption_column)
-    thumbnails = {row: thumbnail(decode_row(read[row], image_column, caption_column)[image_column]) for row in rows}
-    picked = np.array(rows, dtype=np.int64)
-    words = dict(zip(rows, _sampled_words(dataset, caption_column, picked), strict=True)) if rows else {}
-    return find_copies(pairs, thumbnails, words)
-
-
-def _scores(
-    group: NDArray[np.float32],
-    local: dict[str, NDArray[np.float32]],
-    distance: NDArray[np.float32],
-    distrust: NDArray[np.float32],
-    duplicates: Sequence[Copies],
-) -> datasets.Dataset:
-    copies = np.ones(len(group), dtype=np.int64)
-    suspicion = np.zeros(len(group))
+def _ranked(table: pa.Table, duplicates: Sequence[Copies], cut: float, key_column: str | None) -> Iterator[pa.Table]:
+    """The scores that a user sees, with the ranks over all parts, block by block."""
+    suspicious: dict[int, float] = {}
+    copied: dict[int, int] = {}
     for found in duplicates:
-        copies[list(found.rows)] = len(found.rows)
+        copied |= dict.fromkeys(found.rows, len(found.rows))
         if is_suspect(found):
-            suspicion[list(found.rows)] = found.suspicion
-    middle = np.median(group)
-    cut = middle + DEVIATIONS * np.median(np.abs(group - middle))
-    by_group, by_copies = group > max(cut, 0), suspicion > 0
-    # Copies that disagree first, then the votes, then what is far from its neighbors.
-    rest = np.maximum(rankdata(group), rankdata(local["slof"]))
-    order = np.lexsort((-rest, np.where(by_group, -group, 0), ~by_group, -suspicion))
-    rank = np.empty(len(group), dtype=np.int64)
-    rank[order] = np.arange(1, len(group) + 1)
-    why = np.where(by_copies, "copies", np.where(by_group, "group", ""))
-    return datasets.Dataset.from_dict(
-        {
-            "group": group,
-            "k_distance": local["k_distance"],
-            "slof": local["slof"],
-            "dao": local["dao"],
-            "projected_slof": local["projected_slof"],
-            "pair_distance": distance,
-            "copies": copies,
-            "distrust": distrust,
-            "suspect": by_group | by_copies,
-            "why": why.tolist(),
-            "rank": rank,
+            suspicious |= dict.fromkeys(found.rows, found.suspicion)
+    rank_of = _ranks(table, suspicious, cut)
+    names = ["group", "k_distance", "slof", "dao", "projected_slof", "pair_distance", "distrust"]
+    start = 0
+    for part in table.to_batches(max_chunksize=BLOCK):
+        rows = range(start, start + len(part))
+        start += len(part)
+        by_group = part.column("group").to_numpy() > cut
+        by_copies = np.array([row in suspicious for row in rows], dtype=bool)
+        why = np.where(by_copies, "copies", np.where(by_group, "group", ""))
+        columns = {name: part.column(name) for name in names} | {
+            "copies": pa.array([copied.get(row, 1) for row in rows], pa.int64()),
+            "suspect": pa.array(by_group | by_copies),
+            "why": pa.array(why.tolist(), pa.string()),
+            "rank": pa.array(rank_of[rows.start : rows.stop].astype(np.int64)),
         }
-    )
+        yield pa.table(columns | ({} if key_column is None else {"key": part.column("key")}))
+
+
+def _ranks(table: pa.Table, suspicious: dict[int, float], cut: float) -> NDArray[np.int32]:
+    """From 1, the most suspect first: copies that disagree, then the votes, then what is far from its neighbors."""
+    # One number of 8 bytes a row, sorted in place: how little suspect it is, then the row.
+    packed = np.empty(len(table), dtype=np.uint64)
+    start = 0
+    for part in table.select(["group", "usual"]).to_batches(max_chunksize=BLOCK):
+        group, usual = (part.column(name).to_numpy() for name in ("group", "usual"))
+        by_group = group > cut
+        value = np.where(by_group, group, usual)
+        level = by_group + value / (1 + value)
+        for row in range(start, start + len(part)):
+            if row in suspicious:
+                level[row - start] = 2 + suspicious[row] / (1 + suspicious[row])
+        bits = np.float32(3) - level.astype(np.float32)
+        packed[start : start + len(part)] = bits.view(np.uint32).astype(np.uint64) << np.uint64(32)
+        packed[start : start + len(part)] |= np.arange(start, start + len(part), dtype=np.uint64)
+        start += len(part)
+    packed.sort()
+    ranks = np.empty(len(packed), dtype=np.int32)
+    for first in range(0, len(packed), BLOCK):
+        rows = (packed[first : first + BLOCK] & np.uint64(0xFFFFFFFF)).astype(np.int64)
+        ranks[rows] = np.arange(first + 1, first + 1 + len(rows))
+    return ranks

@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..columns import captions_of
-from ..data.rows import IndexedDataset, decode_row
-from ..scanning.pairs import PairScan
+from ..scanning.found import PairScan
 from ..wording import shortened
 from .html import picture, templates
 from .page import check_report_extra
@@ -37,34 +36,37 @@ def render_pair_scan(
 
     Args:
         scan ([`PairScan`]): Of [`scan_pairs`].
-        dataset (map-style dataset), image_column, caption_column (`str`): The pairs that were scanned.
+        dataset, image_column, caption_column (`str`): The pairs that were scanned. A stream is read until all pairs
+            that are shown have been found.
 
     Raises:
         `ModuleNotFoundError`: Without the extra `report`.
     """
     check_report_extra()
-    rows = IndexedDataset(dataset, image_column, caption_column)
+    values = {name: np.asarray(scan.scores.data.column(name)) for name in SCORES}
+    most = {name: np.argsort(-values[name], kind="stable")[:FIRST].tolist() for name in SCORES}
+    members = [group.members[:MEMBERS] for group in scan.groups[:GROUPS]]
+    others = [_spread(group.others, MEMBERS) for group in scan.groups[:GROUPS]]
+    copies = [found.rows[:MEMBERS] for found in scan.duplicates[:COPIES]]
+    wanted = {number for numbers in (*members, *others, *copies, *most.values()) for number in numbers}
+    pairs: dict[int, dict[str, Any]] = {}
+    for number, row in scan.pairs_of(dataset, wanted, image_column, caption_column):
+        image = row[image_column].convert("RGB")
+        image.thumbnail((_SIDE, _SIDE))
+        caption = shortened(" | ".join(captions_of(row[caption_column])), _CAPTION)
+        pairs[number] = {"row": number, "image": picture(image), "caption": caption}
 
     def shown(numbers: Iterable[int]) -> list[dict[str, Any]]:
-        pairs = []
-        for number in numbers:
-            row = decode_row(rows[int(number)], image_column, caption_column)
-            image = row[image_column].convert("RGB")
-            image.thumbnail((_SIDE, _SIDE))
-            caption = shortened(" | ".join(captions_of(row[caption_column])), _CAPTION)
-            pairs.append({"row": int(number), "image": picture(image), "caption": caption})
-        return pairs
+        return [pairs[number] for number in numbers]
 
     groups = [
-        {"group": group, "members": shown(group.members[:MEMBERS]), "others": shown(_spread(group.others, MEMBERS))}
-        for group in scan.groups[:GROUPS]
+        {"group": group, "members": shown(inside), "others": shown(outside)}
+        for group, inside, outside in zip(scan.groups[:GROUPS], members, others, strict=True)
     ]
-    duplicates = [{"copies": found, "pairs": shown(found.rows[:MEMBERS])} for found in scan.duplicates[:COPIES]]
-    values = {name: np.asarray(scan.scores[name], dtype=float) for name in SCORES}
-    firsts = [
-        {"name": name, "label": label, "pairs": shown(np.argsort(-values[name], kind="stable")[:FIRST])}
-        for name, label in SCORES.items()
+    duplicates = [
+        {"copies": found, "pairs": shown(rows)} for found, rows in zip(scan.duplicates[:COPIES], copies, strict=True)
     ]
+    firsts = [{"name": name, "label": label, "pairs": shown(most[name])} for name, label in SCORES.items()]
     environment = templates(autoescape=True)
     return environment.get_template("pair_scan.html.j2").render(
         pairs=len(scan.scores),

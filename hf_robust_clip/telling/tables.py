@@ -138,10 +138,12 @@ def summary(record: RunRecord) -> list[tuple[str, str]]:
         parts += [
             f"{name.replace('_', ' ')} {value}"
             for name, value in data
-            if name not in ("poisons", "rows") and value is not None
+            if name not in ("poisons", "rows", "filtered") and value is not None
         ]
         known = "unknown, the data has no column that says so" if data.poisons is None else f"{data.poisons:,}"
         found += [("Training data", ", ".join(parts)), ("Pairs known to be poisoned", known)]
+    if data is not None and data.filtered is not None:
+        found.append(("Suspect pairs left out", str(data.filtered)))
     if record.skipped:
         found.append(("Unusable rows left out", str(record.skipped)))
     found += [(f"Augmentation of {views}", used or "none") for views, used in record.augmentation or ()]

@@ -14,7 +14,7 @@ from support.training import digits, small_model
 from hf_robust_clip import PairScan, scan_pairs
 from hf_robust_clip.cli.main import main
 from hf_robust_clip.data.digits import digit_processor
-from hf_robust_clip.scanning import pairs as pairs_module
+from hf_robust_clip.scanning import scoring
 from hf_robust_clip.scanning.features import Features
 from hf_robust_clip.telling.scan_page import render_pair_scan
 
@@ -100,16 +100,15 @@ def test_the_same_seed_gives_the_same_scan(scan: PairScan, pairs: datasets.Datas
 def test_how_well_a_model_knows_the_pairs_is_measured() -> None:
     rng = np.random.default_rng(0)
     texts = rng.normal(size=(1024, 64)).astype(np.float16)
-    numbers = np.arange(1024)
-    assert pairs_module._known(Features(texts, texts, texts), numbers, seed=0) == 1
+    assert scoring.known(Features(texts, texts, texts), seed=0) == 1
     foreign = rng.normal(size=(1024, 64)).astype(np.float16)
-    assert pairs_module._known(Features(texts, foreign, texts), numbers, seed=0) < 5 / 256
+    assert scoring.known(Features(texts, foreign, texts), seed=0) < 5 / 256
 
 
 def test_a_model_that_does_not_know_the_pairs_is_said_to(
     pairs: datasets.Dataset, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pairs_module, "_known", lambda *args: 1 / 256)
+    monkeypatch.setattr(scoring, "known", lambda *args: 1 / 256)
     scan_pairs(small_model(0), digit_processor(), pairs)
     assert "has not learned these pairs" in caplog.text
 

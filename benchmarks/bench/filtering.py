@@ -1,0 +1,55 @@
+"""Filter and retrain: the pairs that a scan leaves, and as a control those that chance leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+
+from hf_robust_clip import PairScan, scan_pairs
+from hf_robust_clip.seeding import derive_seed
+
+#: Share of the pairs that both rows drop.
+DROP = 0.1
+#: Epochs of the brief training whose checkpoints are scanned.
+EPOCHS = (1, 2, 4, 7, 10)
+
+
+def filtered(
+    pairs: Dataset,
+    checkpoints: Sequence[str | Path],
+    processor: Any,
+    image_column: str = "image",
+    caption_column: str = "caption",
+    drop: float = DROP,
+    seed: int = 0,
+) -> tuple[Dataset, PairScan]:
+    """
+    The pairs that stay when the most suspect are dropped, and the scan that says which they are.
+
+    Args:
+        pairs (`Dataset`): Poisoned ones. A column `poisoned` is not looked at.
+        checkpoints (sequence of folders): Of a training on these pairs, in order.
+        processor: Of the checkpoints.
+        image_column, caption_column (`str`): Of the pairs.
+        drop (`float`): Share of the pairs, in [0, 1).
+        seed (`int`): Of the scan.
+    """
+    models = [str(path) for path in checkpoints]
+    scan = scan_pairs(models, processor, pairs, image_column, caption_column, batch_size=256, seed=seed)
+    return scan.keep(pairs, drop), scan
+
+
+def random_drop(pairs: Dataset, drop: float = DROP, seed: int = 0) -> Dataset:
+    """The control: as many pairs are dropped, by chance."""
+    drawn = np.random.default_rng(derive_seed(seed, len(pairs))).permutation(len(pairs))
+    return pairs.select(np.sort(drawn[round(drop * len(pairs)) :]))
+
+
+def epoch_checkpoints(folder: Path, epochs: Sequence[int] = EPOCHS) -> list[Path]:
+    """Those of a training with `save_strategy="epoch"`, after some epochs; the last one where it was shorter."""
+    saved = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    return [saved[number] for number in sorted({min(epoch, len(saved)) - 1 for epoch in epochs})]
