@@ -31,7 +31,7 @@ from bench.grid import Results, run_cells
 from bench.marked import ROOT, put_between, table_marks
 from bench.plots import plot_table
 from bench.study import ROWS, TWIN, Study, load_study
-from bench.table import accuracy_title, overview, page, summary, table_figures
+from bench.table import accuracy_title, overview, page, rows_with_cells, summary, table_figures
 
 RESULTS = ROOT / "benchmarks" / "results" / "defences"
 #: The page of the tables, and the one that shows them all in one table.
@@ -231,6 +231,7 @@ def fill(
     results.keep([*(cell for group in groups for cell in group), *cells])
     results.save(study=describe(study, chosen, cells, tried))
     wanted = [cell for cell in cells if cell.row in rows and cell.attack in attacks and cell.seed in seeds]
+    wanted = [cell for cell in wanted if not cell.twin or TWIN in rows]
     run_cells(wanted, results, **run)
     print(f"search {(searched - start) / 60:.1f} min, table {(time.perf_counter() - searched) / 60:.1f} min")
 
@@ -242,7 +243,7 @@ def main() -> None:
     )
     parser.add_argument("--docs", action="store_true", help="put the table into docs/results.md and README.md")
     parser.add_argument("--table", action="store_true", help="run nothing: the table of the results there are")
-    parser.add_argument("--rows", nargs="+", help="of the study (default: all)")
+    parser.add_argument("--rows", nargs="+", help="of the study (default: all); cleaned twins come with the row twin")
     parser.add_argument("--attacks", nargs="+", help="of the study (default: all)")
     parser.add_argument("--seeds", nargs="+", type=int, help="of the study (default: all)")
     add_run_arguments(parser)
@@ -266,7 +267,7 @@ def main() -> None:
             parser.exit(0, f"{error}: run this again\n")
     text = page(results.content)
     results.path.with_suffix(".md").write_text(text)
-    titles = {row: ROWS[row].title for row in study.rows}
+    titles = {row: ROWS[row].title for row in rows_with_cells(results.content)}
     accuracy = accuracy_title(results.content)
     plot_table(table_figures(results.content), titles, accuracy, results.path.with_suffix(".png"))
     print(text)

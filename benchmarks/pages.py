@@ -76,7 +76,7 @@ def peers() -> str:
         for name, one in result["contenders"].items()
     ]
     ratios = result["ratios"]["update_clock"].items()
-    clock = ", ".join(f"{value:.2f} of the {other}'s" for other, value in ratios)
+    clock = ", ".join(f"{value:.2f} times that of {other}" for other, value in ratios)
     heads = ("", "a step, CPU ms", "JPEG to update, CPU ms a pair", "peak, MiB", "to the end of the first step, CPU s")
     text = f"From JPEG to update, the time by the clock was {clock}, with {result['workers']} workers.\n"
     return markdown(heads, rows) + "\n" + text + "\n" + whereof("peers")

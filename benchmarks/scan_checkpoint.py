@@ -65,6 +65,10 @@ class Suspect(NamedTuple):
         """Of its folder and its results."""
         return f"{self.study}-{'+'.join(self.planted) or 'clean'}-{self.seed}{'-tuned' if self.tuned else ''}"
 
+    def key_of(self, with_base: bool) -> str:
+        """Of the result of its scan."""
+        return f"{self.key}{'-base' if with_base else ''}"
+
     @property
     def base(self) -> Suspect | None:
         """The clean model that it was fine-tuned from."""
@@ -190,8 +194,14 @@ def own_scan(suspect: Suspect, with_base: bool, work: Path, data: Path | None) -
     found = scanned(
         work / suspect.key, None if base is None else work / base.key, load_study(suspect.study), suspect.seed, data
     )
-    key = f"{suspect.key}{'-base' if with_base else ''}"
-    return {"key": key, "models": "own", **suspect._asdict(), "with_base": with_base, **about, **found}
+    return {
+        "key": suspect.key_of(with_base),
+        "models": "own",
+        **suspect._asdict(),
+        "with_base": with_base,
+        **about,
+        **found,
+    }
 
 
 def grid_scans(name: str, work: Path, table: Path, rows: Sequence[str], results: Results, data: Path | None) -> None:
@@ -305,24 +315,26 @@ def main() -> None:
     if options.grid:
         work, table = options.grid
         grid_scans(options.study, work, table, options.rows, results, options.data)
-    for seed in options.seeds:
-        for name in options.models or (*REPORTED, "clean"):
-            planted = () if name == "clean" else tuple(name.split("+"))
-            suspect = Suspect(options.study, planted, seed, options.tuned)
+    names = options.models or [*REPORTED, "clean"]
+    suspects = [
+        Suspect(options.study, () if name == "clean" else tuple(name.split("+")), seed, options.tuned)
+        for seed in options.seeds
+        for name in names
+    ]
+    for with_base in (True, False) if options.tuned else (False,):
+        for suspect in suspects:
             made(suspect, options.work, options.data)
-            for with_base in (False, True) if options.tuned else (False,):
-                key = f"{suspect.key}{'-base' if with_base else ''}"
-                if options.train or key in results.cells:
-                    continue
-                found = own_scan(suspect, with_base, options.work, options.data)
-                results.add(found)
-                print(*(found[name] for name in ("key", "targets", "first", "score", "next")), flush=True)
+            if options.train or suspect.key_of(with_base) in results.cells:
+                continue
+            found = own_scan(suspect, with_base, options.work, options.data)
+            results.add(found)
+            print(*(found[figure] for figure in ("key", "targets", "first", "score", "next")), flush=True)
     kinds: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for one in results.cells.values():
         if one["seed"] != SEARCH_SEED:
-            kinds.setdefault((one["study"], one["models"], one["tuned"], one["with_base"]), []).append(one)
-    names = ("study", "models", "tuned", "with_base")
-    tables = [{**dict(zip(names, kind, strict=True)), **summary(found)} for kind, found in kinds.items()]
+            kinds.setdefault((one["study"], one["tuned"], one["with_base"]), []).append(one)
+    parts = ("study", "tuned", "with_base")
+    tables = [{**dict(zip(parts, kind, strict=True)), **summary(found)} for kind, found in kinds.items()]
     results.save(summary=tables, versions=versions(("torch", "transformers")))
     for table in tables:
         print(json.dumps(table))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import shutil
@@ -27,6 +28,7 @@ from hf_robust_clip.models import load_dual_encoder, load_processor
 from hf_robust_clip.versions import versions
 
 from .attack import Planted, plant
+from .filtering import epoch_checkpoints, filtered, random_drop
 from .material import Material, load_material, start_model
 from .rebound import REBOUND, rebound
 from .study import ROWS, Study, digest
@@ -206,25 +208,36 @@ def _train(cell: Cell, model: Any, processor: Any, material: Material, planted: 
     settings, study = cell.settings(), cell.study
     poisoned = material.pairs if cell.twin else planted.pairs
     pairs = poisoned if cell.start is None else _clean_pairs(cell, material, planted)
-    set_seed(cell.seed)
-    trainer = row_trainer(
-        ROWS[cell.row].trainer,
-        folder,
-        cell.seed,
-        {"image_column": study.image_column, "caption_column": study.caption_column, **settings["arguments"]},
-        settings["image_augmentation"],
-        model=model,
-        train_dataset=pairs,
-        processing_class=processor,
-    )
+    columns = {"image_column": study.image_column, "caption_column": study.caption_column}
+
+    def make(place: Path, encoder: Any, dataset: Dataset, **saving: Any) -> Any:
+        set_seed(cell.seed)
+        arguments = {**columns, **settings["arguments"], **saving}
+        parts = {"model": encoder, "train_dataset": dataset, "processing_class": processor}
+        trainer = ROWS[cell.row].trainer
+        return row_trainer(trainer, place, cell.seed, arguments, settings["image_augmentation"], **parts)
+
+    start = time.perf_counter()
+    left_out: dict[str, int] = {}
+    if cell.row == "random_drop":
+        pairs = random_drop(pairs, seed=cell.seed)
+    elif cell.row == "filter":
+        first = folder / "first"
+        make(first, copy.deepcopy(model), pairs, save_strategy="epoch", save_only_model=True).train()
+        kept, scan = filtered(pairs, epoch_checkpoints(first), processor, **columns, seed=cell.seed)
+        left_out = {"kept": len(kept), "poisons_kept": sum(kept[POISONED]), "suspect": sum(scan.scores["suspect"])}
+        pairs = kept
+        shutil.rmtree(first)
+    trainer = make(folder, model, pairs)
     similarities = None
     if cell.follow:
         similarities = PairSimilarityCallback(planted.pairs, study.image_column, study.caption_column)
         trainer.add_callback(similarities)
-    start = time.perf_counter()
     trainer.train()
     seconds = round(time.perf_counter() - start, 1)
     course: dict[str, Any] = {"log": [_numbers(entry) for entry in trainer.state.log_history if "loss" in entry]}
+    if left_out:
+        course["filter"] = left_out
     if isinstance(trainer, SafeCLIPTrainer):
         course["splits"] = [_numbers(record._asdict()) for record in trainer.splits.records]
     if similarities is not None:

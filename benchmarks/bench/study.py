@@ -28,10 +28,15 @@ ROWS: dict[str, Row] = {
     "augmentation": Row("augmentation alone", "clip"),
     "roclip": Row("RoCLIP", "roclip", control="augmentation"),
     "safeclip": Row("SafeCLIP", "safeclip", control="augmentation"),
+    "filter": Row("scan, drop a tenth, retrain", "clip", control="undefended"),
+    "random_drop": Row("a random tenth dropped", "clip", control="undefended"),
     "rebound": Row("plain fine-tuning after CleanCLIP", "clip", start="cleanclip", control="plain"),
 }
 #: The rows of the table; a study can name others of those above.
-GRID = ("undefended", "twin", "plain", "cleanclip", "par", "unbind", "augmentation", "roclip", "safeclip")
+GRID = (
+    *("undefended", "twin", "plain", "cleanclip", "par", "unbind"),
+    *("augmentation", "roclip", "safeclip", "filter", "random_drop"),
+)
 #: Trained on pairs without poisons, and measured under each attack.
 TWIN = "twin"
 PHASES = ("all", "pretraining", "finetuning")

@@ -59,7 +59,7 @@ def row_trainer(
     trainer: str, folder: Path, seed: int, arguments: dict[str, Any], augmentation: dict[str, Any] | None, **parts: Any
 ) -> CLIPTrainer:
     """
-    The trainer of a row of a table, quiet and without checkpoints.
+    The trainer of a row of a table, quiet, and without checkpoints unless its arguments ask for them.
 
     Args:
         trainer (`str`): One of `TRAINERS`.
@@ -78,13 +78,15 @@ def row_trainer(
     trainer_class = TRAINERS[trainer]
     made = trainer_class(
         args=trainer_class.args_class(
-            output_dir=str(folder),
-            logging_strategy="epoch",
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            seed=seed,
-            **arguments,
+            **{
+                "output_dir": str(folder),
+                "logging_strategy": "epoch",
+                "save_strategy": "no",
+                "report_to": "none",
+                "disable_tqdm": True,
+                "seed": seed,
+                **arguments,
+            }
         ),
         image_augmentation="identity" if augmentation is None else ImageAugmentation(**augmentation),
         **parts,

@@ -18,6 +18,7 @@ from ..data.rows import IndexedDataset, decode_row
 from ..data.streams import Place, Stream
 from ..distributed import rank, world_size
 from ..kinds import is_stream
+from ..wording import shown
 from .duplicates import fingerprint, thumbnail
 
 
@@ -189,7 +190,7 @@ class PairReader:
 def key_of(row: Mapping[str, Any], key_column: str) -> str:
     """What a row of a stream is called."""
     if row.get(key_column) is None:
-        raise ValueError(f"key_column={key_column!r}: a row has no value there; each row needs one of its own")
+        raise ValueError(f"key_column={shown(key_column)}: a row has no value there; each row needs one of its own")
     return str(row[key_column])
 
 
