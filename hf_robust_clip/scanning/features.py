@@ -30,7 +30,8 @@ class Features(NamedTuple):
 
     def distances(self) -> NDArray[np.float32]:
         """1 less the cosine of each pair `(N,)`."""
-        return 1 - (self.images.astype(np.float32) * self.texts.astype(np.float32)).sum(axis=1)
+        images, texts = (np.asarray(part, dtype=np.float32) for part in (self.images, self.texts))
+        return 1 - np.einsum("nd,nd->n", images, texts)
 
 
 def joined(parts: Sequence[Features]) -> Features:

@@ -161,10 +161,12 @@ def votes(groups: Sequence[Direction], features: NDArray[np.floating], rows: Seq
     if not kept:
         return total
     # One product for all of them.
-    places = np.asarray(features, dtype=np.float64) @ np.stack([group.direction for group in kept], axis=1)
+    directions = np.stack([group.direction for group in kept], axis=1).astype(np.float32)
+    places = np.asarray(features, dtype=np.float32) @ directions
+    has = {word: np.array([word in words for words in rows]) for word in {group.word for group in kept}}
     for group, column in zip(kept, places.T, strict=True):
-        has = np.fromiter((group.word in words for words in rows), dtype=bool, count=len(rows))
-        share = np.clip((column + group.offset) / group.threshold, 0.0, MOST) * np.where(has, 1.0, WITHOUT_WORD)
+        share = np.clip((column + group.offset) / group.threshold, 0.0, MOST)
+        share *= np.where(has[group.word], 1.0, WITHOUT_WORD)
         np.maximum(total, group.weight**POWER * share, out=total)
     return total
 

@@ -58,6 +58,22 @@ class _Model:
         return found
 
 
+class _Directions:
+    """Some of the listed groups, with their numbers in the list, for one product with the rows."""
+
+    def __init__(self, groups: Sequence[tuple[int, Direction]]) -> None:
+        self.numbers = [number for number, _ in groups]
+        thresholds = np.array([group.threshold for _, group in groups])
+        self._directions = np.stack([group.direction / group.threshold for _, group in groups], axis=1)
+        self._directions = self._directions.astype(np.float32)
+        self._offsets = (np.array([group.offset for _, group in groups]) / thresholds).astype(np.float32)
+
+    def places(self, rows: Floats) -> Floats:
+        """Where rows `(N, D)` are along them `(G, N)`, in their thresholds."""
+        found: Floats = (rows @ self._directions + self._offsets).T
+        return found
+
+
 class Scorer:
     """
     Fits all models on a sample, and scores any pairs.
@@ -78,6 +94,10 @@ class Scorer:
             found += [(number, group) for group in _one_a_word(model.directions)]
         #: The groups that are listed, each with the number of its model (`None`: of the pixels), the heaviest first.
         self.groups = sorted(found, key=lambda entry: -entry[1].weight)[:GROUPS]
+        self._directions = {
+            model: _Directions([(at, group) for at, (number, group) in enumerate(self.groups) if number == model])
+            for model in dict.fromkeys(number for number, _ in self.groups)
+        }
         #: How often the last model finds a pair's caption among 256.
         self.known = known(sample.features[-1], seed)
         blocks = [
@@ -145,11 +165,10 @@ class Scorer:
         self, features: Sequence[Features], rows: Rows, words: Sequence[set[str]]
     ) -> tuple[pa.Array, pa.Array]:
         """For each row the listed groups whose word it has, and where it is along them, in their thresholds."""
-        pixels = _flat(rows)
-        places = [
-            group.places(pixels if number is None else features[number].pooled) / group.threshold
-            for number, group in self.groups
-        ]
+        places = np.empty((len(self.groups), len(words)), dtype=np.float32)
+        for model, directions in self._directions.items():
+            seen = _flat(rows) if model is None else np.asarray(features[model].pooled, dtype=np.float32)
+            places[directions.numbers] = directions.places(seen)
         of_word: dict[str, list[int]] = {}
         for number, (_, group) in enumerate(self.groups):
             of_word.setdefault(group.word, []).append(number)
@@ -157,8 +176,7 @@ class Scorer:
         offsets = np.cumsum([0, *(len(row) for row in numbers)], dtype=np.int32)
         flat = np.array([number for row in numbers for number in row], dtype=np.uint8)
         where = np.repeat(np.arange(len(words)), np.diff(offsets))
-        values = np.stack(places)[flat, where] if places else np.empty(0)
-        lists = (pa.array(flat), pa.array(values.astype(np.float32)))
+        lists = (pa.array(flat), pa.array(places[flat, where]))
         return tuple(pa.ListArray.from_arrays(pa.array(offsets), entries) for entries in lists)
 
 
