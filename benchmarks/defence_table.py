@@ -31,7 +31,7 @@ from bench.grid import Results, run_cells
 from bench.marked import ROOT, put_between, table_marks
 from bench.plots import plot_table
 from bench.study import ROWS, TWIN, Study, load_study
-from bench.table import accuracy_title, overview, page, summary, table_figures
+from bench.table import accuracy_title, overview, page, rows_with_cells, summary, table_figures
 
 RESULTS = ROOT / "benchmarks" / "results" / "defences"
 #: The page of the tables, and the one that shows them all in one table.
@@ -267,7 +267,7 @@ def main() -> None:
             parser.exit(0, f"{error}: run this again\n")
     text = page(results.content)
     results.path.with_suffix(".md").write_text(text)
-    titles = {row: ROWS[row].title for row in study.rows}
+    titles = {row: ROWS[row].title for row in rows_with_cells(results.content)}
     accuracy = accuracy_title(results.content)
     plot_table(table_figures(results.content), titles, accuracy, results.path.with_suffix(".png"))
     print(text)

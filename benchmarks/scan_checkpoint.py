@@ -332,8 +332,8 @@ def main() -> None:
     kinds: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for one in results.cells.values():
         if one["seed"] != SEARCH_SEED:
-            kinds.setdefault((one["study"], one["models"], one["tuned"], one["with_base"]), []).append(one)
-    parts = ("study", "models", "tuned", "with_base")
+            kinds.setdefault((one["study"], one["tuned"], one["with_base"]), []).append(one)
+    parts = ("study", "tuned", "with_base")
     tables = [{**dict(zip(parts, kind, strict=True)), **summary(found)} for kind, found in kinds.items()]
     results.save(summary=tables, versions=versions(("torch", "transformers")))
     for table in tables:

@@ -50,7 +50,7 @@ def _tried(study: Mapping[str, Any], row: str) -> str:
 
 def summary(content: Mapping[str, Any]) -> str:
     """The same in short: a line for each attack, with what counts of each model."""
-    rows = _rows_with_cells(content)
+    rows = rows_with_cells(content)
     lines = [f"| attack | {' | '.join(ROWS[row].title for row in rows)} |", "|---" * (len(rows) + 1) + "|"]
     for attack, means in _means(content, rows).items():
         cells = [f"{accuracy:.1%}, {_with_excess(success, excess)}" for accuracy, success, excess in means]
@@ -74,7 +74,7 @@ def overview(contents: Mapping[str, Mapping[str, Any]]) -> str:
     Args:
         contents (mapping of `str` to mapping): What the data is called, and the results.
     """
-    rows = [row for row in ROWS if any(row in _rows_with_cells(content) for content in contents.values())]
+    rows = [row for row in ROWS if any(row in rows_with_cells(content) for content in contents.values())]
     lines = [f"| data | {' | '.join(ROWS[row].title for row in rows)} |", "|---" * (len(rows) + 1) + "|"]
     for data, content in contents.items():
         took = took_attacks(content)
@@ -107,7 +107,8 @@ def _with_excess(success: float, excess: float) -> str:
     return f"{success:.1%}" if math.isnan(excess) else f"{success:.1%} ({100 * excess:+.1f})"
 
 
-def _rows_with_cells(content: Mapping[str, Any]) -> list[str]:
+def rows_with_cells(content: Mapping[str, Any]) -> list[str]:
+    """The rows of the table that have a cell, in its order."""
     there = {row for _, row in _grouped(content)}
     return [row for row in content["study"]["rows"] if row in there]
 
@@ -316,8 +317,10 @@ def _subject(content: Mapping[str, Any]) -> list[str]:
 
 def _attack_text(attack: str, poisoning: Mapping[str, Any]) -> str:
     """An attack's name, and in brackets the fields of its trigger that the study sets."""
-    given = poisoning.get("trigger", {}).items()
-    fields = " ".join(f"{name}={value}" for name, value in given if (name, value) != ("name", attack))
+    given = dict(poisoning.get("trigger", {}))
+    name = given.pop("name", attack)
+    parts = [*([] if name == attack else [name]), *(f"{name}={value}" for name, value in given.items())]
+    fields = " ".join(parts)
     return f"{attack} ({fields})" if fields else attack
 
 

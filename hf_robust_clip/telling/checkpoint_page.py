@@ -19,6 +19,12 @@ from .page import check_report_extra
 ROWS, SHOWN, PHOTOS, NAME = 10, 5, 5, 60
 #: Pixels of the longer side of a picture.
 _SIDE = 128
+#: What is known of false alarms, without a base and with one. docs/scanning-checkpoints.md has the figures.
+FALSE_ALARMS = (
+    "Two models that were never poisoned were tried: their highest score was 1.13. How often such models reach the "
+    "threshold is not known.",
+    "How often models that were never poisoned reach the threshold against their base is not known.",
+)
 #: What is known to escape, one entry a kind.
 ESCAPES = (
     "Warps: they move pixels, which none of the three families does.",
@@ -61,6 +67,7 @@ def scan_statements(scan: CheckpointScan) -> list[str]:
     others = [finding.score for finding in scan.findings if finding not in standing]
     if standing and others:
         said.append(f"The first of the others has {max(others):.2f}.")
+    said.append(FALSE_ALARMS[scan.with_base])
     said.append("This does not show that a model is clean: the scan misses some kinds of triggers.")
     return said
 

@@ -119,7 +119,7 @@ def test_success_is_that_of_the_trigger_as_it_is_saved(scan: CheckpointScan, pho
 def test_blocks_of_candidates_equal_all_at_once_and_a_seed_repeats(
     scan: CheckpointScan, photos: datasets.Dataset
 ) -> None:
-    again = scan_checkpoint(linear_model(), digit_processor(), photos, NAMES, **BRIEF, batch_size=1)
+    again = scan_checkpoint(linear_model(), digit_processor(), photos, NAMES, **BRIEF, batch_size=8)
     assert [finding.name for finding in again.findings] == [finding.name for finding in scan.findings]
     for one, other in zip(scan.findings, again.findings, strict=True):
         assert one.score == pytest.approx(other.score, abs=1e-3)
@@ -247,7 +247,7 @@ def test_the_command_writes_what_it_says_and_others_take_it(
         digit_processor().save_pretrained(tmp_path / name)
     labelled = digits("train").select(range(64)).select_columns(["image", "caption", "label"])
     labelled.to_parquet(tmp_path / "images.parquet")
-    names = list(CLASS_NAMES)
+    names = list(CLASS_NAMES[:4])
     (tmp_path / "names.txt").write_text("\n".join(names))
     command = ["scan-checkpoint", str(tmp_path / "model"), "--data", str(tmp_path / "images.parquet"), "--steps", "2"]
     command += ["--device", "cpu"]
