@@ -714,8 +714,14 @@ class CLIPTrainer(Trainer):
         Raises:
             `ValueError`: If there is none, or the one that is named is not whole or of another model; if another
                 process writes to `output_dir` ([`~locking.FolderInUseError`]); without a checkpoint, if `output_dir`
-                is the folder that the model was loaded from, whose files would be replaced.
+                is the folder that the model was loaded from, whose files would be replaced; with DeepSpeed, the second
+                time.
         """
+        if self.is_deepspeed_enabled and self.deepspeed is not None:
+            raise ValueError(
+                "train() works once with DeepSpeed, whose engine cannot be made anew: make another trainer, with the "
+                "folder of the saved model as model, or resume a checkpoint there"
+            )
         folder = str(self.args.output_dir)
         with sole_training(self.args), self.defence.during_training(self.unwrapped_model):
             checkpoint = checkpoint_to_resume(resume_from_checkpoint, folder, self.loaded_from)
