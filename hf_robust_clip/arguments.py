@@ -144,7 +144,7 @@ class CLIPTrainingArguments(TrainingArguments):
             raise ValueError(f"max_logit_scale must be at least 1, but is {shown(self.max_logit_scale)}")
         if self.contrastive_chunk_size is not None:
             check_whole(self, "contrastive_chunk_size", least=1)
-        if self.max_length is not None and self.max_length < 2:
+        if self.max_length is not None and not (isinstance(self.max_length, int) and self.max_length >= 2):
             raise ValueError(f"max_length must be None or at least 2 tokens, but is {shown(self.max_length)}")
         # B x B logits of several batches cannot be concatenated, and nothing here reads them.
         self.prediction_loss_only = True
@@ -171,10 +171,10 @@ class _Token(str):
         return self
 
 
-#: What a field of a plain kind accepts, and what a message calls it.
+#: What a field of a plain kind accepts, and what a message calls it. Which numbers a field takes its own check says.
 _KINDS: dict[str, tuple[type, str]] = {
     "bool": (bool, "True or False"),
-    "int": (numbers.Integral, "a whole number"),
+    "int": (numbers.Real, "a whole number"),
     "float": (numbers.Real, "a number"),
     "str": (str, "a string"),
     "None": (type(None), "None"),
@@ -193,8 +193,7 @@ def check_kinds(args: CLIPTrainingArguments) -> None:
         if not set(kinds) <= set(_KINDS):
             continue
         value = getattr(args, name)
-        is_flag = isinstance(value, bool) and "bool" not in kinds  # which Python counts among the whole numbers
-        if is_flag or not isinstance(value, tuple(_KINDS[kind][0] for kind in kinds)):
+        if not isinstance(value, tuple(_KINDS[kind][0] for kind in kinds)):
             raise ValueError(f"{name} must be {_accepted(kinds)}, but is {shown(value)}")
 
 

@@ -251,7 +251,8 @@ def test_arguments_of_a_trainer_are_named(name: str, value: Any, message: str, p
     [
         ("max_length", "8", "a whole number or None"),
         ("max_logit_scale", "100", "a number"),
-        ("contrastive_chunk_size", True, "a whole number or None"),
+        ("contrastive_chunk_size", True, "a whole number of at least 1"),
+        ("max_length", 8.5, "None or at least 2 tokens"),
         ("image_preset", 3, "a string"),
     ],
 )

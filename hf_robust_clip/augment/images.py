@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -179,7 +180,7 @@ class ImageAugmentation(nn.Module):
             self._steps = _build(self.config)
         # On the CPU, row by row, from a generator that the steps leave alone: the same numbers for an image on each
         # device, in a batch of each size, and no waiting for the device.
-        generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
+        generator = torch.Generator().manual_seed(int(torch.randint(2**62, ()).numpy()))
         counts = [step.draws for step in self._steps]
         drawn = torch.rand(images.shape[0], sum(counts), generator=generator)
         augmented = images.to(torch.promote_types(images.dtype, torch.float32))
@@ -228,6 +229,11 @@ def _to(values: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
     return values.to(images.device, non_blocking=True)
 
 
+def _rows(chosen: torch.Tensor) -> torch.Tensor:
+    """The numbers of the chosen rows. On the CPU, where NumPy says by itself that nothing waits for the device."""
+    return torch.from_numpy(np.flatnonzero(chosen.numpy()))
+
+
 def _within(drawn: torch.Tensor, low: float, high: float) -> torch.Tensor:
     return low + (high - low) * drawn
 
@@ -250,8 +256,8 @@ class _AutoAugment:
     def __call__(self, images: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
         policy = (drawn[:, 0] * len(self.policies)).long()
         augmented = images.clone()
-        for i in policy.unique().tolist():
-            rows = _to((policy == i).nonzero().flatten(), images)
+        for i in np.unique(policy.numpy()).tolist():
+            rows = _to(_rows(policy == i), images)
             augmented[rows] = self.policies[i](images[rows])
         return augmented
 
@@ -363,7 +369,7 @@ class _Blur:
         low, high = (fraction * side for fraction in self.sigma)
         # Two standard deviations each way hold 95% of the kernel; more taps cost time and change little.
         taps = min(2 * max(1, round(2 * high)) + 1, side - 1 + side % 2)
-        rows = (drawn[:, 0] < self.probability).nonzero().flatten()
+        rows = _rows(drawn[:, 0] < self.probability)
         if not len(rows):
             return images
         sigma = _to(_within(drawn[rows, 1:].expand(-1, 2), low, high).to(images.dtype), images)
