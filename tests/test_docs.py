@@ -250,7 +250,7 @@ def test_every_argument_is_on_its_page(page: str, name: str, site: Path) -> None
 )
 def test_costs_are_those_of_the_committed_results(page: str, name: str, digits: str) -> None:
     ratios: dict[str, float] = {}
-    for path in (ROOT / "benchmarks" / "results").glob("step_cost*.json"):
+    for path in sorted((ROOT / "benchmarks" / "results").glob("step_cost*.json")):
         ratios |= json.loads(path.read_text())["ratios"]
     assert digits.format(ratios[name]) in PAGES[page].replace("\n", " ")
 
