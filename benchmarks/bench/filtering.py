@@ -11,6 +11,7 @@ from datasets import Dataset
 
 from hf_robust_clip import PairScan, scan_pairs
 from hf_robust_clip.seeding import derive_seed
+from hf_robust_clip.trainers.checkpoints import checkpoints_in
 
 #: Share of the pairs that both rows drop.
 DROP = 0.1
@@ -51,5 +52,5 @@ def random_drop(pairs: Dataset, drop: float = DROP, seed: int = 0) -> Dataset:
 
 def epoch_checkpoints(folder: Path, epochs: Sequence[int] = EPOCHS) -> list[Path]:
     """Those of a training with `save_strategy="epoch"`, after some epochs; the last one where it was shorter."""
-    saved = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    saved = checkpoints_in(folder)
     return [saved[number] for number in sorted({min(epoch, len(saved)) - 1 for epoch in epochs})]

@@ -23,6 +23,7 @@ from hf_robust_clip import (
     RoCLIPTrainer,
     SafeCLIPTrainer,
     ZeroShotEvaluator,
+    scan_checkpoint,
     scan_pairs,
 )
 from hf_robust_clip.data.digits import CAPTION_TEMPLATES, CLASS_NAMES, digit_processor, load_digit_pairs
@@ -42,8 +43,6 @@ from hf_robust_clip.trainers.defended import TRAINERS
 from .machine import run_seconds
 
 PACKAGE = Path(hf_robust_clip.__file__).parent
-#: What a scan of checkpoints is called, where the package has one.
-_SCAN = "scan_checkpoint"
 #: What makes both kinds of steps of a trainer come up at once, and the most steps that are looked at.
 _GIVEN: dict[type[CLIPTrainer], dict[str, Any]] = {
     RoCLIPTrainer: {"pool_size": 32, "matching_start_epoch": 0},
@@ -254,12 +253,9 @@ class Small:
 
     def scan_of_checkpoints(self) -> Any:
         """The scores that the scan gives candidates, against those on the CPU: the largest difference."""
-        scan = getattr(hf_robust_clip, _SCAN, None)
-        if scan is None:
-            return "the package has none"
         model, images = self.trained(), self.test.select(range(40))
         found = [
-            scan(copy.deepcopy(model).to(place), self.processor, images, CLASS_NAMES, steps=5)
+            scan_checkpoint(copy.deepcopy(model).to(place), self.processor, images, CLASS_NAMES, steps=5)
             for place in (self.device, "cpu")
         ]
         one, two = ({finding.name: finding.score for finding in each.findings} for each in found)

@@ -112,8 +112,7 @@ class Attack:
         if stem == self.success:
             return None
         ends = ("", "_low", "_high")
-        found = [column.value(self.measure, f"{stem}placebo_success_rate{end}") for end in ends]
-        mean, low, high = found
+        mean, low, high = (column.value(self.measure, f"{stem}placebo_success_rate{end}") for end in ends)
         return None if mean is None or low is None or high is None else (mean, low, high)
 
     def backdoor(self, column: Column, success: float) -> float:

@@ -140,8 +140,9 @@ def _free(folder: Path) -> int:
 
 
 def checkpoints_in(output_dir: Path) -> list[Path]:
-    """The folders there that are called checkpoints, whole or not."""
-    return [path for path in output_dir.glob("*") if _NAME.fullmatch(path.name) and path.is_dir()]
+    """The folders there that are called checkpoints, whole or not, by their step."""
+    found = [path for path in output_dir.glob("*") if _NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
 
 
 def newest_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
@@ -154,7 +155,7 @@ def newest_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
     Returns:
         `str` or `None`: Its folder.
     """
-    for path in sorted(checkpoints_in(Path(output_dir)), key=lambda path: int(path.name.split("-")[1]), reverse=True):
+    for path in reversed(checkpoints_in(Path(output_dir))):
         reason = why_incomplete(path)
         if reason is None:
             return str(path)
