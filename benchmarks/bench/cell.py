@@ -29,6 +29,7 @@ from hf_robust_clip.versions import versions
 
 from .attack import Planted, plant
 from .filtering import epoch_checkpoints, filtered, random_drop
+from .machine import accelerator
 from .material import Material, load_material, start_model
 from .rebound import REBOUND, rebound
 from .study import ROWS, Study, digest
@@ -167,13 +168,14 @@ def _run(cell: Cell, data: Path | None, work: Path, threads: int) -> dict[str, A
     if not cell.is_trained(work):
         _train(cell, model, processor, material, planted, folder)
     training = json.loads((folder / _DONE).read_text())
-    model = load_dual_encoder(folder).to(_device())
+    model = load_dual_encoder(folder).to(accelerator())
     start = time.perf_counter()
     figures = run_evaluators(planted.evaluators, processor, Embedder(model, processor, batch_size=256))
     measuring_seconds = round(time.perf_counter() - start, 1)
     course = None
     if cell.rebound_rate is not None:
-        course = rebound(cell.study, model, processor, material, planted, folder, cell.seed, cell.rebound_rate)
+        # One twin is measured under every attack.
+        course = rebound(cell.study, folder, material, planted, cell.seed, cell.rebound_rate, keep=cell.twin)
     return {
         "key": cell.key,
         "row": cell.row,
@@ -272,7 +274,3 @@ def _numbers(entry: Mapping[str, Any]) -> dict[str, Any]:
 
 def _finite(value: float) -> float | None:
     return round(value, 6) if math.isfinite(value) else None
-
-
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"

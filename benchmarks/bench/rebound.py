@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,15 @@ from transformers import set_seed
 
 from hf_robust_clip import AttackSuccessEvaluator, PoisonSuccessEvaluator, ZeroShotEvaluator
 from hf_robust_clip.cli.rows import row_trainer
+from hf_robust_clip.evaluation.embedding import Embedder
+from hf_robust_clip.evaluation.running import run_evaluators
+from hf_robust_clip.models import load_dual_encoder, load_processor
+from hf_robust_clip.trainers.checkpoints import checkpoints_in
 
 from .attack import Planted
+from .machine import accelerator
 from .material import Material
-from .study import Study
+from .study import Study, digest
 
 #: Steps, and between how many of them the model is measured.
 REBOUND = {"steps": 300, "every": 50}
@@ -20,66 +26,65 @@ REBOUND = {"steps": 300, "every": 50}
 
 def rebound(
     study: Study,
-    model: Any,
-    processor: Any,
+    cleaned: Path,
     material: Material,
     planted: Planted,
-    folder: Path,
     seed: int,
     learning_rate: float,
+    keep: bool = False,
 ) -> dict[str, Any] | None:
     """
-    Fine-tune a measured model plainly, on other clean pairs than it was cleaned on where the data has such.
+    Fine-tune a cleaned model plainly, on other clean pairs than it was cleaned on where the data has such.
 
     Args:
         study ([`Study`]): Gives the settings of plain fine-tuning.
-        model (`PreTrainedModel`), processor (`ProcessorMixin`): Cleaned; the model is changed.
+        cleaned (`Path`): The folder of the model and its processor.
         material ([`Material`]), planted ([`Planted`]): The pairs and what is measured.
-        folder (`Path`): Of the trainer; nothing is kept in it.
         seed (`int`), learning_rate (`float`): Of the training.
+        keep (`bool`): Whether the checkpoints stay in the folder, for what else is measured of them.
 
     Returns:
         `dict`: `steps`, and as many `accuracy` and `success`, fractions in [0, 1]; `pairs`, `"other"` or `"same"`.
         `None` for an attack whose success is not a share of images.
     """
-    evaluators = [
-        evaluator
-        for evaluator in planted.evaluators
-        if isinstance(evaluator, AttackSuccessEvaluator | PoisonSuccessEvaluator | ZeroShotEvaluator)
-    ]
+    measured = AttackSuccessEvaluator | PoisonSuccessEvaluator | ZeroShotEvaluator
+    evaluators = [evaluator for evaluator in planted.evaluators if isinstance(evaluator, measured)]
     for evaluator in evaluators:
         if isinstance(evaluator, AttackSuccessEvaluator):
             evaluator.placebos = []
     if len(evaluators) < 2:
         return None
-    pairs = material.later if material.later is not None else material.clean or material.pairs
+    folder = cleaned / f"rebound-{digest([REBOUND, learning_rate])}"
+    processor = load_processor(cleaned, None)
+    if len(checkpoints_in(folder)) < REBOUND["steps"] // REBOUND["every"]:
+        _train(study, load_dual_encoder(cleaned), processor, material, folder, seed, learning_rate)
+    course: dict[str, Any] = {"steps": [], "accuracy": [], "success": []}
+    for checkpoint in checkpoints_in(folder):
+        model = load_dual_encoder(checkpoint).to(accelerator())
+        figures = run_evaluators(evaluators, processor, Embedder(model, processor, batch_size=256))
+        course["steps"].append(int(checkpoint.name.split("-")[1]))
+        course["accuracy"].append(round(figures["clean_accuracy"], 6))
+        course["success"].append(round(figures[planted.success], 6))
+    if not keep:
+        shutil.rmtree(folder)
+    return {"pairs": "same" if material.later is None else "other", **course}
+
+
+def _train(
+    study: Study, model: Any, processor: Any, material: Material, folder: Path, seed: int, learning_rate: float
+) -> None:
+    """Leave the checkpoints of plain fine-tuning in a folder."""
     settings: dict[str, Any] = {
         "image_column": study.image_column,
         "caption_column": study.caption_column,
         **study.row_arguments("plain"),
         "learning_rate": learning_rate,
         "max_steps": REBOUND["steps"],
-        "eval_strategy": "steps",
-        "eval_steps": REBOUND["every"],
-        "per_device_eval_batch_size": 256,
+        "save_strategy": "steps",
+        "save_steps": REBOUND["every"],
+        "save_only_model": True,
     }
+    pairs = material.later if material.later is not None else material.clean or material.pairs
     set_seed(seed)
-    trainer = row_trainer(
-        "clip",
-        folder / "rebound",
-        seed,
-        settings,
-        study.row_augmentation("plain"),
-        model=model,
-        train_dataset=pairs,
-        processing_class=processor,
-        evaluators=evaluators,
-    )
-    trainer.train()
-    course = [entry for entry in trainer.state.log_history if f"eval_{planted.success}" in entry]
-    return {
-        "pairs": "same" if material.later is None else "other",
-        "steps": [int(entry["step"]) for entry in course],
-        "accuracy": [round(entry["eval_clean_accuracy"], 6) for entry in course],
-        "success": [round(entry[f"eval_{planted.success}"], 6) for entry in course],
-    }
+    parts = {"model": model, "train_dataset": pairs, "processing_class": processor}
+    row_trainer("clip", folder, seed, settings, study.row_augmentation("plain"), **parts).train()

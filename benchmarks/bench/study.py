@@ -25,6 +25,7 @@ ROWS: dict[str, Row] = {
     "cleanclip": Row("CleanCLIP", "cleanclip", start="undefended", control="plain"),
     "par": Row("PAR", "par", start="undefended", control="plain"),
     "unbind": Row("Unbind", "unbind", start="undefended", control="plain"),
+    "unbind_learned": Row("Unbind, perturbations that learn", "unbind", start="undefended", control="unbind"),
     "augmentation": Row("augmentation alone", "clip"),
     "roclip": Row("RoCLIP", "roclip", control="augmentation"),
     "safeclip": Row("SafeCLIP", "safeclip", control="augmentation"),
