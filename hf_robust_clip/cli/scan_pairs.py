@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,14 @@ def add_parser(commands: Any) -> None:
     add("--data", metavar="DATA", help="pairs: a Parquet, CSV, JSON or Arrow file, a folder, or a dataset on the Hub")
     add("--split", default="train", help="split of DATA, where it has several (default: %(default)s)")
     add_columns(parser)
+    add("--streaming", action="store_true", help="read DATA as it is needed, and hold none of it")
+    add(*spelled("--key-column"), metavar="COLUMN", help="with --streaming: column that tells the pairs apart")
+    add(
+        *spelled("--cache-dir"),
+        type=Path,
+        metavar="FOLDER",
+        help="keeps what is done: the same command goes on there after it was stopped",
+    )
     add(*spelled("--output-dir"), type=Path, metavar="FOLDER", help="new folder for what is found")
     add("--drop", type=float, metavar="SHARE", help="share of the pairs, the most suspect, that kept/ leaves out")
     add(
@@ -54,6 +63,12 @@ def run(args: argparse.Namespace) -> int:
     check_whole("--num-workers", args.num_workers, 0)
     if args.drop is not None and not 0 < args.drop < 1:
         raise UsageError(f"--drop: {args.drop} is not a share of the pairs between 0 and 1, such as 0.1")
+    if args.streaming and args.verify:
+        raise UsageError(
+            "--verify trains on the least suspect half of the pairs, which needs their numbers: leave --streaming out"
+        )
+    if args.key_column is not None and not args.streaming:
+        raise UsageError("--key-column goes with --streaming: without it pairs have numbers")
     for model in args.models:
         check_source("MODEL", model)
     check_apart(args.data, args.output_dir)
@@ -74,7 +89,7 @@ def _scan(args: argparse.Namespace) -> int:
     from .progress import quiet_libraries
 
     with quiet_libraries():
-        dataset = load_data("--data", args.data, args.split, args.image_column)
+        dataset = load_data("--data", args.data, args.split, args.image_column, args.streaming)
         loaded = [load_model("MODEL", name) for name in args.models]
         with usage_errors():
             scan = scan_pairs(
@@ -86,6 +101,8 @@ def _scan(args: argparse.Namespace) -> int:
                 batch_size=args.batch_size,
                 num_workers=args.num_workers,
                 seed=args.seed,
+                cache_dir=args.cache_dir,
+                key_column=args.key_column,
             )
         if args.verify:
             scan = _verified(args, scan, dataset, *loaded[-1])
@@ -93,20 +110,34 @@ def _scan(args: argparse.Namespace) -> int:
         write_json(args.output_dir / GROUPS, scan.described())
         page = render_pair_scan(scan, dataset, args.image_column, args.caption_column)
         write_text(args.output_dir / REPORT, page)
-        kept = scan.keep(dataset, args.drop) if args.drop is not None else None
-        if kept is not None:
-            kept.save_to_disk(str(args.output_dir / KEPT))
+        stay = None if args.drop is None else _keep(scan, dataset, args.drop, args.output_dir)
     suspect = sum(scan.scores["suspect"])
-    say(f"{len(dataset)} pairs under {len(loaded)} model(s); {suspect} are above the default cut-off.")
+    say(f"{len(scan.scores)} pairs under {len(loaded)} model(s); {suspect} are above the default cut-off.")
     for group in scan.groups[:_PRINTED]:
         verdict = {None: "", True: ", confirmed", False: ", natural"}[group.confirmed]
         where = "of the pixels" if group.checkpoint is None else f"model {group.checkpoint + 1}"
         say(f"  group {group.word!r}: {group.size} pairs, weight {group.weight:.2f}, {where}{verdict}")
     say(f"  images that occur several times with captions that disagree: {len(scan.disagreeing)}")
-    if kept is not None:
-        say(f"{len(kept)} pairs stay: {args.output_dir / KEPT}")
+    if stay is not None:
+        say(f"{stay} pairs stay: {args.output_dir / KEPT}")
     say(f"Look at the groups: {args.output_dir / REPORT}")
     return 0
+
+
+def _keep(scan: Any, dataset: Any, drop: float, folder: Path) -> int:
+    """Write the pairs that stay, images as they were stored, and say how many they are."""
+    import datasets
+
+    if isinstance(dataset, datasets.Dataset):
+        kept = scan.keep(dataset, drop)
+        kept.save_to_disk(str(folder / KEPT))
+        return len(kept)
+    stream = scan.keep(dataset.decode(False), drop)
+    with tempfile.TemporaryDirectory(dir=folder) as held:
+        kept = datasets.Dataset.from_generator(lambda: iter(stream), features=dataset.features, cache_dir=held)
+        kept.info.description = stream.info.description
+        kept.save_to_disk(str(folder / KEPT))
+        return len(kept)
 
 
 def _verified(args: argparse.Namespace, scan: Any, dataset: Any, model: Any, processor: Any) -> Any:

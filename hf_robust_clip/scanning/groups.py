@@ -163,10 +163,14 @@ def votes(groups: Sequence[Direction], features: NDArray[np.floating], rows: Seq
     # One product for all of them.
     directions = np.stack([group.direction for group in kept], axis=1).astype(np.float32)
     places = np.asarray(features, dtype=np.float32) @ directions
-    has = {word: np.array([word in words for words in rows]) for word in {group.word for group in kept}}
+    numbers = {word: number for number, word in enumerate(dict.fromkeys(group.word for group in kept))}
+    counts = np.full((len(numbers), len(rows)), WITHOUT_WORD)
+    for row, words in enumerate(rows):
+        for word in words & numbers.keys():
+            counts[numbers[word], row] = 1.0
     for group, column in zip(kept, places.T, strict=True):
         share = np.clip((column + group.offset) / group.threshold, 0.0, MOST)
-        share *= np.where(has[group.word], 1.0, WITHOUT_WORD)
+        share *= counts[numbers[group.word]]
         np.maximum(total, group.weight**POWER * share, out=total)
     return total
 

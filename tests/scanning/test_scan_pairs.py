@@ -149,5 +149,23 @@ def test_the_command_writes_what_it_says(pairs: datasets.Dataset, tmp_path: Path
     assert found["duplicates"][0]["rows"] == [0, 120, 121, 122, 123]
     assert len(datasets.load_from_disk(str(tmp_path / "out" / "kept"))) == 112
     assert "Suspect pairs" in (tmp_path / "out" / "report.html").read_text()
+    stream = ["--streaming", "--cache-dir", str(tmp_path / "cache"), "--drop", "0.1"]
+    assert main([*command, "--output-dir", str(tmp_path / "streamed"), *stream]) == 0
+    assert "112 pairs stay" in capsys.readouterr().out
+    one, other = (datasets.load_from_disk(str(tmp_path / name / "kept")) for name in ("out", "streamed"))
+    assert one.features == other.features and one.info.description == other.info.description
+    stored = [dataset.cast_column("image", datasets.Image(decode=False))[:] for dataset in (one, other)]
+    assert stored[0] == stored[1] and sorted(path.name for path in (tmp_path / "streamed").iterdir()) == [
+        "groups.json",
+        "kept",
+        "report.html",
+        "scores.parquet",
+    ]
+    for flags, message in (
+        (["--streaming", "--verify"], "--verify trains on the least suspect half of the pairs"),
+        (["--key-column", "label"], "--key-column goes with --streaming"),
+    ):
+        assert main([*command, "--output-dir", str(tmp_path / "other"), *flags]) == 2
+        assert message in capsys.readouterr().err
     assert main([*command, "--output-dir", str(tmp_path / "other"), "--drop", "2"]) == 2
     assert "--drop: 2.0 is not a share of the pairs" in capsys.readouterr().err

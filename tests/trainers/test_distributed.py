@@ -53,6 +53,7 @@ from hf_robust_clip import (
     TextQueryEvaluator,
     UnbindTrainer,
     ZeroShotEvaluator,
+    scan_pairs,
 )
 from hf_robust_clip.data.digits import CAPTION_TEMPLATES, CLASS_NAMES, digit_processor
 from hf_robust_clip.data.sampling import unpack_mask
@@ -209,6 +210,10 @@ def test_trainers_in_several_processes(tmp_path: Path) -> None:
         expected = state_of(few_steps(PARTrainer, tmp_path / "one", batch=16, **given))
         for variant in (name, f"{name}, sharded"):
             assert_state(torch.load(tmp_path / f"{variant}.pt"), expected, variant)
+    assert report["scans_agree"]
+    for name, scores in scanned(None).items():
+        for column, values in scores.items():
+            assert report["scans"][name][column] == pytest.approx(values, rel=1e-3, abs=1e-3), (name, column)
     # A pass ends on both ranks with the shard of 27 rows. CleanCLIP's batches have two views of each.
     assert report["streamed"] == {
         "own shards": [[8, 8, 8, 8, 8]] * WORLD,
@@ -256,6 +261,18 @@ def evaluated() -> list[tuple[Any, int]]:
 def eval_loss(output: Path, data: Any, batch_size: int) -> float:
     trainer = make_trainer(CLIPTrainer, output, eval_dataset=data, per_device_eval_batch_size=batch_size)
     return float(trainer.evaluate()["eval_loss"])
+
+
+def scanned(folder: Path | None) -> dict[str, dict[str, list[float]]]:
+    """The scores of pairs whose sample has all of them, and of pairs that are read once more."""
+    found = {}
+    for name, most in (("at once", 50_000), ("in two passes", 80)):
+        with mock.patch.multiple("hf_robust_clip.scanning.pairs", SAMPLE=most, BLOCK=24):
+            place = None if folder is None else folder / name
+            pairs = digits().select(range(100))
+            scan = scan_pairs(small_model(0), digit_processor(), pairs, batch_size=8, cache_dir=place)
+        found[name] = {column: scan.scores[column][:] for column in ("group", "slof", "distrust", "rank")}
+    return found
 
 
 def save_suspects(output: Path, kind: str = "") -> None:
@@ -396,6 +413,8 @@ def two(output: Path) -> None:
     trainer.train()
     report["similarities"] = len(followed.records)
     report["similarities_agree"] = same_on_ranks(followed.records)
+    report["scans"] = scanned(output / "scans")
+    report["scans_agree"] = same_on_ranks(report["scans"])
     report["streamed"] = {}
     for name, (cls, make, options) in STREAMED.items():
         pair = train_and_resume(cls, output / name, train_dataset=make(), **options)
