@@ -30,7 +30,7 @@ from bench.cell import Cell, with_learning_rate
 from bench.grid import Results, run_cells
 from bench.marked import ROOT, put_between, table_marks
 from bench.plots import plot_table
-from bench.study import ROWS, TWIN, Study, load_study
+from bench.study import FILTER, ROWS, TWIN, Study, load_study
 from bench.table import accuracy_title, overview, page, rows_with_cells, summary, table_figures
 
 RESULTS = ROOT / "benchmarks" / "results" / "defences"
@@ -56,7 +56,8 @@ def make_cell(
     if start and twin:
         start = TWIN
     before = make_cell(study, start, attack, poisoning, seed, chosen, twin) if start else None
-    cell = Cell(study, row, attack, poisoning, seed, start=before, twin=twin or row == TWIN)
+    scanned = make_cell(study, "undefended", attack, poisoning, seed, chosen) if row == FILTER else None
+    cell = Cell(study, row, attack, poisoning, seed, start=before, scanned=scanned, twin=twin or row == TWIN)
     return with_learning_rate(cell, chosen.get("undefended" if row == TWIN else row))
 
 

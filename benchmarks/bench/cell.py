@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import shutil
@@ -32,7 +31,7 @@ from .filtering import epoch_checkpoints, filtered, random_drop
 from .machine import accelerator
 from .material import Material, load_material, start_model
 from .rebound import REBOUND, rebound
-from .study import ROWS, Study, digest
+from .study import FILTER, ROWS, TWIN, Study, digest
 
 _DONE = "training.json"
 #: Raised when what a result holds changes.
@@ -57,6 +56,7 @@ class Cell:
         seed (`int`): Of the data, the attack, the untrained model and training.
         arguments (mapping): Training arguments in place of the row's.
         start (`Cell`, *optional*): Whose model it starts from.
+        scanned (`Cell`, *optional*): Of row `filter`, whose checkpoints are scanned.
         twin (`bool`): Whether nothing is planted: the same training on the pairs as they were, which the attack is
             then measured on.
         rebound_rate (`float`, *optional*): Learning rate at which a cleaned model is fine-tuned on plainly, after it
@@ -73,6 +73,7 @@ class Cell:
     seed: int
     arguments: Mapping[str, Any] = field(default_factory=dict)
     start: Cell | None = None
+    scanned: Cell | None = None
     twin: bool = False
     rebound_rate: float | None = None
     left_poisons: int = 0
@@ -82,11 +83,14 @@ class Cell:
     def __post_init__(self) -> None:
         if (ROWS[self.row].start is None) != (self.start is None):
             raise ValueError(f"row {self.row!r} starts from {ROWS[self.row].start}, but start is {self.start}")
+        if (self.row == FILTER) != (self.scanned is not None):
+            raise ValueError(f"row {self.row!r}, but scanned is {self.scanned}")
 
     @property
     def starts(self) -> list[Cell]:
         """The cells whose models it needs, the nearest first."""
-        return [] if self.start is None else [self.start, *self.start.starts]
+        needed = self.start or self.scanned
+        return [] if needed is None else [needed, *needed.starts]
 
     def is_trained(self, work: Path) -> bool:
         """Whether its folder holds its model."""
@@ -113,7 +117,7 @@ class Cell:
             "image_augmentation": study.row_augmentation(self.row) if self.augment else None,
             "left_poisons": self.left_poisons,
             "follow": self.follow,
-            "start": self.start.model_key if self.start else None,
+            "start": self.starts[0].model_key if self.starts else None,
             "study": {name: getattr(study, name) for name in _DATA_AND_MODEL},
         }
 
@@ -212,25 +216,28 @@ def _train(cell: Cell, model: Any, processor: Any, material: Material, planted: 
     pairs = poisoned if cell.start is None else _clean_pairs(cell, material, planted)
     columns = {"image_column": study.image_column, "caption_column": study.caption_column}
 
-    def make(place: Path, encoder: Any, dataset: Dataset, **saving: Any) -> Any:
-        set_seed(cell.seed)
-        arguments = {**columns, **settings["arguments"], **saving}
-        parts = {"model": encoder, "train_dataset": dataset, "processing_class": processor}
-        trainer = ROWS[cell.row].trainer
-        return row_trainer(trainer, place, cell.seed, arguments, settings["image_augmentation"], **parts)
-
     start = time.perf_counter()
     left_out: dict[str, int] = {}
     if cell.row == "random_drop":
         pairs = random_drop(pairs, seed=cell.seed)
-    elif cell.row == "filter":
-        first = folder / "first"
-        make(first, copy.deepcopy(model), pairs, save_strategy="epoch", save_only_model=True).train()
-        kept, scan = filtered(pairs, epoch_checkpoints(first), processor, **columns, seed=cell.seed)
+    elif cell.scanned is not None:
+        checkpoints = epoch_checkpoints(folder.parent / cell.scanned.model_key)
+        kept, scan = filtered(pairs, checkpoints, processor, **columns, seed=cell.seed)
         left_out = {"kept": len(kept), "poisons_kept": sum(kept[POISONED]), "suspect": sum(scan.scores["suspect"])}
         pairs = kept
-        shutil.rmtree(first)
-    trainer = make(folder, model, pairs)
+    # What a scan of pairs needs of those that learn the pairs as they are.
+    saving = {"save_strategy": "epoch", "save_only_model": True} if cell.row in ("undefended", TWIN) else {}
+    set_seed(cell.seed)
+    trainer = row_trainer(
+        ROWS[cell.row].trainer,
+        folder,
+        cell.seed,
+        {**columns, **settings["arguments"], **saving},
+        settings["image_augmentation"],
+        model=model,
+        train_dataset=pairs,
+        processing_class=processor,
+    )
     similarities = None
     if cell.follow:
         similarities = PairSimilarityCallback(planted.pairs, study.image_column, study.caption_column)

@@ -170,4 +170,4 @@ def _can_start(cell: Cell, waiting: dict[str, Cell], running: dict[Future[dict[s
     if cell.model_key in {other.model_key for other in running.values()}:
         return False  # twins: the first trains the model of all
     under_way = {other.model_key for other in (*waiting.values(), *running.values())}
-    return cell.start is None or cell.start.is_trained(work) or cell.start.model_key not in under_way
+    return all(need.is_trained(work) or need.model_key not in under_way for need in cell.starts[:1])

@@ -40,6 +40,8 @@ GRID = (
 )
 #: Trained on pairs without poisons, and measured under each attack.
 TWIN = "twin"
+#: Trained on what a scan leaves of the pairs, under the checkpoints of the undefended model.
+FILTER = "filter"
 PHASES = ("all", "pretraining", "finetuning")
 MEASURES = ("zero_shot", "attack", "linear_probe", "retrieval")
 
