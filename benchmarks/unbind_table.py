@@ -3,12 +3,11 @@ Unbind on the digits: what its adversary and each of its families are worth, aga
 
     python benchmarks/unbind_table.py --search 0.001 0.002 0.004
     python benchmarks/unbind_table.py --arms plain random unbind
-    python benchmarks/unbind_table.py --arms plain random unbind --single
 
-A model has all backdoors at once, each with a target of its own, or with `--single` one of them. Each is cleaned by
-each arm, and so is the twin, which learned the same pairs without poisons. What is reported is the excess: the attack
-success of a cleaned model less that of its cleaned twin under the same trigger. `--search` tries learning rates on a
-seed that is not reported; those with the best accuracy less mean attack success are then used.
+A model has all backdoors at once, each with a target of its own. Each is cleaned by each arm, and so is the twin,
+which learned the same pairs without poisons. What is reported is the excess: the attack success of a cleaned model
+less that of its cleaned twin under the same trigger. `--search` tries learning rates on a seed that is not reported;
+those with the best accuracy less mean attack success are then used.
 
 Each result is saved as it comes in `benchmarks/results/unbind/digits.json`, and is not computed again. The table goes
 next to it, as Markdown, and with `--docs` into docs/unbind.md.
@@ -216,23 +215,16 @@ def chosen_rate(arm: str, results: Results) -> float:
 
 
 def table(results: Results) -> str:
-    """What each arm leaves, over all seeds and attacks that it was run on with its twin."""
-    lines = []
-    for title, plans in (
-        ("Seven backdoors in each model", [tuple(ATTACKS)]),
-        ("One backdoor in each model", [(name,) for name in ATTACKS]),
-    ):
-        rows = []
-        for name, arm in ARMS.items():
-            rate = chosen_rate(name, results)
-            pairs = [(Model(plan, seed, name, rate), Model((), seed, name, rate)) for plan in plans for seed in SEEDS]
-            pairs = [pair for pair in pairs if all(model.key in results.cells for model in pair)]
-            if pairs:
-                rows.append(f"| {arm.title} | {rate:g} | {' | '.join(figures(pairs, results))} |")
-        if rows:
-            headings = "learning rate | seeds | accuracy | excess, mean | excess, worst | right under the patch"
-            lines += [f"**{title}**", "", f"| | {headings} |", f"|{'---|' * 7}", *rows, ""]
-    return "\n".join(lines)
+    """What each arm leaves, over all seeds that it was run on with its twin."""
+    headings = "learning rate | seeds | accuracy | excess, mean | excess, worst | right under the patch"
+    lines = [f"| | {headings} |", f"|{'---|' * 7}"]
+    for name, arm in ARMS.items():
+        rate = chosen_rate(name, results)
+        pairs = [(Model(tuple(ATTACKS), seed, name, rate), Model((), seed, name, rate)) for seed in SEEDS]
+        pairs = [pair for pair in pairs if all(model.key in results.cells for model in pair)]
+        if pairs:
+            lines.append(f"| {arm.title} | {rate:g} | {' | '.join(figures(pairs, results))} |")
+    return "\n".join([*lines, ""])
 
 
 def figures(pairs: Sequence[tuple[Model, Model]], results: Results) -> list[str]:
@@ -258,7 +250,6 @@ def main() -> None:
     parser.add_argument("--arms", nargs="*", default=[], choices=[*ARMS], help="which are run, one after the other")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), help="(default: all)")
     parser.add_argument("--search", type=float, nargs="+", choices=_TRIED, help="learning rates to try first")
-    parser.add_argument("--single", nargs="*", choices=[*ATTACKS], help="one backdoor a model: these; by default all")
     parser.add_argument("--docs", action="store_true", help="put the table into docs/unbind.md")
     parser.add_argument("--work", type=Path, default=ROOT / "bench-output" / "unbind", help="folder for the models")
     options = parser.parse_args()
@@ -269,10 +260,8 @@ def main() -> None:
         for rate in options.search:
             for arm in [name for name, arm in ARMS.items() if len(arm.rates) > 1]:
                 run(Model(tuple(ATTACKS), SEARCH_SEED, arm, rate), results, options.work)
-    together = [tuple(ATTACKS)]
-    plans = together if options.single is None else [(name,) for name in options.single or ATTACKS]
     for seed in options.seeds:
-        for plan in (*plans, ()):
+        for plan in (tuple(ATTACKS), ()):
             for arm in options.arms:
                 run(Model(plan, seed, arm, chosen_rate(arm, results)), results, options.work)
     text = table(results)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -53,7 +53,19 @@ class Planted:
 
 
 def plant(study: Study, attack: Mapping[str, Any], material: Material, image_size: int, seed: int) -> Planted:
-    """Poison the pairs of a study, and make its evaluators."""
+    """
+    Poison the pairs of a study, and make its evaluators. An attack of `parts` plants one after the other, each with
+    its `share` of the `rate`; success is that of the first.
+    """
+    if "parts" in attack:
+        planted = []
+        for part in attack["parts"]:
+            one = {name: value for name, value in part.items() if name != "share"}
+            one["rate"] = attack["rate"] * part["share"]
+            planted.append(plant(study, one, material, image_size, seed))
+            material = replace(material, pairs=planted[-1].pairs)
+        counts = {**planted[0].counts, "poisons": int(sum(material.pairs["poisoned"]))}
+        return replace(planted[0], pairs=material.pairs, counts=counts)
     settings = dict(attack)
     mode = settings.pop("mode", "backdoor")
     target = settings.pop("target", study.target)
