@@ -95,12 +95,15 @@ class CheckpointScan:
         triggers (`dict[str, dict[str, FoundTrigger]]`): Of candidates that got every step, by family: first that in
             which the candidate leads the most.
         with_base (`bool`): Whether the losses were compared with those of a base.
+        certainty (`float`): The probability that the model gives to what it calls a photo without a trigger, on
+            average, in (0, 1]. It is low under prompts unlike the captions that it learned, which hide a backdoor.
         settings (`dict`): What decides how it comes out.
     """
 
     findings: list[Finding]
     triggers: dict[str, dict[str, FoundTrigger]]
     with_base: bool
+    certainty: float
     settings: dict[str, Any]
 
     @property
@@ -136,6 +139,7 @@ class CheckpointScan:
         """All but the triggers' pixels, ready for JSON."""
         return {
             "with_base": self.with_base,
+            "certainty": self.certainty,
             "threshold": self.threshold,
             "settings": self.settings,
             "findings": [
@@ -274,9 +278,8 @@ def scan_checkpoint(
         "judged_images": len(judge),
         "image_size": list(pixels.shape[-2:]),
     }
-    return CheckpointScan(
-        ranked, {name: found for name, found in triggers.items() if found}, base is not None, settings
-    )
+    kept = {name: found for name, found in triggers.items() if found}
+    return CheckpointScan(ranked, kept, base is not None, lookups[0].certainty, settings)
 
 
 def cluster_captions(
@@ -354,7 +357,9 @@ class _Lookup:
         )  # (K, D)
         self.scale = float(embedder.model.logit_scale.detach().exp())
         with torch.no_grad(), _frozen(embedder.model):
-            self.called = (self._encoded(judge) @ self.candidates.T).argmax(dim=1)  # (N,)
+            probabilities = (self.scale * self._encoded(judge) @ self.candidates.T).softmax(dim=1)
+        certainties, self.called = probabilities.max(dim=1)  # (N,)
+        self.certainty = float(certainties.mean())
 
     def measure(
         self, families: Sequence[Family], numbers: Sequence[int], steps: int, pixels: bool = False

@@ -223,11 +223,12 @@ def test_saved_triggers_are_those_of_the_scan(scan: CheckpointScan, tmp_path: Pa
 
 def test_the_statements_never_call_a_model_clean(scan: CheckpointScan, photos: datasets.Dataset) -> None:
     assert "“four” stands out: its score is" in scan_statements(scan)[0]
-    quiet = CheckpointScan(scan.findings[1:], scan.triggers, False, scan.settings)
+    quiet = CheckpointScan(scan.findings[1:], scan.triggers, False, scan.certainty, scan.settings)
     assert "No candidate reaches the threshold" in scan_statements(quiet)[0]
     for found in (scan, quiet):
         said = " ".join(scan_statements(found))
         assert "This does not show that a model is clean" in said and said.count("clean") == 1
+        assert f"the model is {scan.certainty:.0%} certain what to call them" in said and 0 < scan.certainty <= 1
 
 
 def test_the_page_escapes_names(photos: datasets.Dataset) -> None:
