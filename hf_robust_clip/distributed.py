@@ -18,6 +18,15 @@ def rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
+def gathered(value: Any) -> list[Any]:
+    """A picklable value of each rank, in rank order."""
+    if world_size() == 1:
+        return [value]
+    found: list[Any] = [None] * world_size()
+    dist.all_gather_object(found, value)
+    return found
+
+
 class _AllGather(torch.autograd.Function):
     """Concatenate one tensor per rank; in the backward pass, sum over ranks what each owes to this rank's rows."""
 

@@ -52,6 +52,7 @@ def add_parser(commands: Any) -> None:
     add(*rate, type=float, default=1e-5, metavar="RATE", help="its rate (default: %(default)s)")
     add(*spelled("--batch-size"), type=int, default=64, metavar="N", help="pairs embedded at a time (default: 64)")
     add(*spelled("--num-workers"), type=int, default=0, metavar="N", help="processes that decode (default: this one)")
+    add("--device", metavar="NAME", help="such as cuda:1 or cpu (default: an accelerator if there is one)")
     add("--seed", type=int, default=0, help="of the sample and the references (default: %(default)s)")
     parser.set_defaults(run=run)
 
@@ -61,6 +62,8 @@ def run(args: argparse.Namespace) -> int:
     check_source("--data", args.data)
     check_whole("--batch-size", args.batch_size, 1)
     check_whole("--num-workers", args.num_workers, 0)
+    check_whole("--verify-epochs", args.verify_epochs, 1)
+    check_whole("--seed", args.seed, 0)
     if args.drop is not None and not 0 < args.drop < 1:
         raise UsageError(f"--drop: {args.drop} is not a share of the pairs between 0 and 1, such as 0.1")
     if args.streaming and args.verify:
@@ -82,18 +85,21 @@ def run(args: argparse.Namespace) -> int:
 
 def _scan(args: argparse.Namespace) -> int:
     # These import torch and datasets, which takes seconds.
+    import pyarrow.compute as pc
+
     from ..files import write_text
     from ..scanning.pairs import scan_pairs
     from ..telling.scan_page import render_pair_scan
-    from .measuring import load_data, load_model
+    from .measuring import device_of, load_data, load_model
     from .progress import quiet_libraries
 
     with quiet_libraries():
+        device = device_of(args.device)
         dataset = load_data("--data", args.data, args.split, args.image_column, args.streaming)
         loaded = [load_model("MODEL", name) for name in args.models]
         with usage_errors():
             scan = scan_pairs(
-                [model for model, _ in loaded],
+                [model.to(device) for model, _ in loaded],
                 loaded[0][1],
                 dataset,
                 image_column=args.image_column,
@@ -111,10 +117,10 @@ def _scan(args: argparse.Namespace) -> int:
         page = render_pair_scan(scan, dataset, args.image_column, args.caption_column)
         write_text(args.output_dir / REPORT, page)
         stay = None if args.drop is None else _keep(scan, dataset, args.drop, args.output_dir)
-    suspect = sum(scan.scores["suspect"])
+    suspect = pc.sum(scan.scores.data.column("suspect")).as_py()
     say(f"{len(scan.scores)} pairs under {len(loaded)} model(s); {suspect} are above the default cut-off.")
     for group in scan.groups[:_PRINTED]:
-        verdict = {None: "", True: ", confirmed", False: ", natural"}[group.confirmed]
+        verdict = {None: "", True: ", confirmed", False: ", not confirmed"}[group.confirmed]
         where = "of the pixels" if group.checkpoint is None else f"model {group.checkpoint + 1}"
         say(f"  group {group.word!r}: {group.size} pairs, weight {group.weight:.2f}, {where}{verdict}")
     say(f"  images that occur several times with captions that disagree: {len(scan.disagreeing)}")
@@ -159,6 +165,7 @@ def _verified(args: argparse.Namespace, scan: Any, dataset: Any, model: Any, pro
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
+            use_cpu=args.device == "cpu",
             **columns,
         ),
         train_dataset=trusted,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,8 +18,8 @@ THUMBNAIL = 8
 BITS, BANDS = 6, 4
 #: Most mean difference of two thumbnails that count as one image, of 255.
 DIFFERENCE = 3.0
-#: Most rows with one band alike that are compared with each other: of blank images there are more.
-_MOST = 2000
+#: Most fingerprints with one band alike that are compared with each other, and pairs of thumbnails at a time.
+_MOST, _BLOCK = 2000, 65_536
 #: Captions of one image that are compared with each other.
 _COMPARED = 100
 
@@ -61,7 +61,8 @@ def near_pairs(fingerprints: NDArray[np.uint64]) -> NDArray[np.int64]:
     Pairs of rows whose fingerprints differ in few bits.
 
     Fingerprints that differ in fewer bits than they have bands agree in a band: those of one band are compared. More
-    than 2,000 rows with one band alike (blank images, say) are compared each with the next only.
+    than 2,000 with one band alike are compared each with the next only. Of rows with one fingerprint the first stands
+    for all, and the others follow one another.
 
     Args:
         fingerprints (`(N,)` uint64): Of [`fingerprint`].
@@ -69,55 +70,62 @@ def near_pairs(fingerprints: NDArray[np.uint64]) -> NDArray[np.int64]:
     Returns:
         `(M, 2)` int64: Row numbers, the lower first, each pair once.
     """
-    found = [np.empty((0, 2), dtype=np.int64)]
+    order = np.argsort(fingerprints, kind="stable")
+    fresh = np.r_[True, np.diff(fingerprints[order]) != 0]
+    equal = np.stack([order[:-1], order[1:]], axis=1)[~fresh[1:]]
+    found, first_rows = [equal.astype(np.int64)], order[fresh]
+    values = fingerprints[first_rows]
     width = np.uint64(64 // BANDS)
     for band in range(BANDS):
-        part = (fingerprints >> (np.uint64(band) * width)) & np.uint64((1 << int(width)) - 1)
+        part = (values >> (np.uint64(band) * width)) & np.uint64((1 << int(width)) - 1)
         order = np.argsort(part, kind="stable")
         starts = np.flatnonzero(np.r_[True, np.diff(part[order]) != 0, True])
         for start, stop in itertools.pairwise(starts):
-            rows = order[start:stop]
-            if len(rows) < 2:
+            places = order[start:stop]
+            if len(places) < 2:
                 continue
-            if len(rows) <= _MOST:
-                first, second = np.triu_indices(len(rows), 1)
+            if len(places) <= _MOST:
+                first, second = np.triu_indices(len(places), 1)
             else:
-                rows = rows[np.argsort(fingerprints[rows], kind="stable")]
-                first = np.arange(len(rows) - 1)
+                first = np.arange(len(places) - 1)
                 second = first + 1
-            alike = np.bitwise_count(fingerprints[rows[first]] ^ fingerprints[rows[second]]) <= BITS
-            found.append(np.sort(np.stack([rows[first[alike]], rows[second[alike]]], axis=1), axis=1))
+            alike = np.bitwise_count(values[places[first]] ^ values[places[second]]) <= BITS
+            pairs = np.stack([places[first[alike]], places[second[alike]]], axis=1)
+            found.append(np.sort(first_rows[pairs], axis=1))
     return np.unique(np.concatenate(found), axis=0)
 
 
 def find_copies(
-    pairs: NDArray[np.int64], thumbnails: Mapping[int, NDArray[np.uint8]], words: Mapping[int, set[str]]
+    pairs: NDArray[np.int64], rows: NDArray[np.int64], thumbnails: NDArray[np.uint8], words: Sequence[set[str]]
 ) -> list[Copies]:
     """
     Rows with equal or near-equal images, the most suspect first.
 
     Args:
         pairs (`(M, 2)` int64): Of [`near_pairs`]; those count whose thumbnails are alike.
-        thumbnails (mapping of `int` to `(8, 8, 3)` uint8), words (mapping of `int` to sets of `str`): Of the image
-            and the captions of each row in `pairs`.
+        rows (`(R,)` int64): The rows in `pairs`, in order.
+        thumbnails (`(R, 192)` uint8), words (sequence of sets of `str`): Of the image and the captions of each.
     """
+    ends = np.searchsorted(rows, pairs)
     alike = [
-        (first, second)
-        for first, second in pairs.tolist()
-        if np.abs(thumbnails[first].astype(np.int16) - thumbnails[second].astype(np.int16)).mean() <= DIFFERENCE
+        np.abs(thumbnails[block[:, 0]].astype(np.int16) - thumbnails[block[:, 1]]).mean(axis=1) <= DIFFERENCE
+        for block in (ends[start : start + _BLOCK] for start in range(0, len(ends), _BLOCK))
     ]
-    numbers, edges = np.unique(np.array(alike, dtype=np.int64).reshape(-1, 2), return_inverse=True)
-    edges = edges.reshape(-1, 2)
-    graph = coo_matrix((np.ones(len(edges)), (edges[:, 0], edges[:, 1])), shape=(len(numbers), len(numbers)))
-    count, component = connected_components(graph, directed=False)
-    found = []
-    for number in range(count):
-        rows = tuple(numbers[component == number].tolist())
-        found.append(Copies(rows, _disagreement([words[row] for row in rows])))
+    edges = ends[np.concatenate(alike)] if alike else ends
+    graph = coo_matrix((np.ones(len(edges)), (edges[:, 0], edges[:, 1])), shape=(len(rows), len(rows)))
+    _, component = connected_components(graph, directed=False)
+    order = np.argsort(component, kind="stable")
+    sets = np.split(order, np.flatnonzero(np.diff(component[order])) + 1)
+    found = [
+        Copies(tuple(rows[members].tolist()), _disagreement([words[member] for member in members]))
+        for members in sets
+        if len(members) > 1
+    ]
     return sorted(found, key=lambda copies: (-copies.suspicion, copies.rows))
 
 
 def _disagreement(words: Sequence[set[str]]) -> float:
     """1 less the mean share of words in common (Jaccard) of two of some captions."""
-    shares = [len(a & b) / max(1, len(a | b)) for a, b in itertools.combinations(words[:_COMPARED], 2)]
+    pairs = itertools.combinations(words[:_COMPARED], 2)
+    shares = [1.0 if one == other else len(one & other) / len(one | other) for one, other in pairs]
     return 1 - sum(shares) / len(shares)

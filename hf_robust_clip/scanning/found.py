@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -14,6 +15,7 @@ from scipy.stats import rankdata
 
 from ..data.filtered import note_filtered
 from ..data.rows import IndexedDataset, decode_row, undecoded
+from ..distributed import gathered
 from ..evaluation.embedding import Embedder
 from ..kinds import is_stream
 from ..models import inference
@@ -23,13 +25,14 @@ from .features import encode
 from .reading import PairReader, identity, key_of
 from .sample import first_captions
 
-#: Rows with the image of a suspect set of copies, and the least disagreement of their captions.
-LEAST_COPIES, LEAST_DISAGREEMENT = 3, 0.5
+#: Rows with the image of a suspect set of copies at least, the least disagreement of their captions, and the most
+#: pairs that are suspect so, as a share: in data with a row for each caption of an image, five copies are usual.
+LEAST_COPIES, LEAST_DISAGREEMENT, MOST_COPIES = 3, 0.5, 0.05
 #: Mean rank of a group's members under a cleaned model from which on it is confirmed. Poisoned groups had 0.74 to 0.97
 #: where it was chosen, natural ones 0.41 to 0.57.
 CONFIRMED = 0.65
-#: Rows whose scores are read at a time.
-_BLOCK = 100_000
+#: Rows whose scores are read at a time, and pairs next to a group that its description names.
+_BLOCK, _DESCRIBED = 100_000, 100
 
 
 @dataclass(frozen=True)
@@ -84,8 +87,9 @@ class PairScan:
             or `""`. `rank`: 1 is the most suspect over all parts.
         groups (`list[PairGroup]`): The heaviest first, one for each word and checkpoint.
         duplicates (`list[Copies]`): Pairs with one image, the most suspect first.
-        known (`float`): How often the last model finds a pair's caption among 256, in [0, 1]. Near 1/256 it has not
-            learned the pairs, or was not trained on them, and the scan cannot know.
+        known, chance (`float`): How often the last model finds a pair's caption among 256, in [0, 1], and how often
+            chance does. Where they are near it has not learned the pairs, or was not trained on them, and the scan
+            cannot know.
         key_column (`str`, *optional*): What the rows of the stream are called.
     """
 
@@ -93,6 +97,7 @@ class PairScan:
     groups: list[PairGroup]
     duplicates: list[Copies]
     known: float
+    chance: float
     key_column: str | None = None
     # Where the scores are, unless in memory: it goes when the scan does.
     _folder: tempfile.TemporaryDirectory[str] | None = field(default=None, repr=False, compare=False)
@@ -110,9 +115,8 @@ class PairScan:
         Raises:
             `ValueError`: If `drop` is not such a share, or the dataset has another number of rows.
         """
-        if isinstance(drop, bool) or not isinstance(drop, int | float) or not 0 <= drop < 1:
-            raise ValueError(f"drop must be a share of the pairs in [0, 1), but is {shown(drop)}")
-        self._check_rows(dataset)
+        _check_share("drop", drop, "[0, 1)", 0 <= drop < 1 if isinstance(drop, int | float) else False)
+        self._check_kind(dataset)
         least = round(drop * len(self.scores))
         kept = self._without(dataset, self._rows_where("rank", lambda rank: rank <= least))
         note_filtered(kept, "scan_pairs", least, len(self.scores))
@@ -125,7 +129,7 @@ class PairScan:
         Raises:
             `ValueError`: If the dataset has another number of rows.
         """
-        self._check_rows(dataset)
+        self._check_kind(dataset)
         if not is_stream(dataset):
             columns = {"suspect": self.scores["suspect"][:], "suspect_why": self.scores["why"][:]}
             return datasets.concatenate_datasets([dataset, datasets.Dataset.from_dict(columns)], axis=1)
@@ -152,9 +156,8 @@ class PairScan:
         Raises:
             `ValueError`: If `share` is not such a share, or the dataset has another number of rows.
         """
-        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
-            raise ValueError(f"share must be a share of the pairs in (0, 1], but is {shown(share)}")
-        self._check_rows(dataset)
+        _check_share("share", share, "(0, 1]", 0 < share <= 1 if isinstance(share, int | float) else False)
+        self._check_kind(dataset)
         order = np.argsort(self._column("distrust"), kind="stable")
         return self._without(dataset, np.sort(order[max(1, round(share * len(order))) :]))
 
@@ -170,7 +173,7 @@ class PairScan:
     ) -> PairScan:
         """
         The scan with a second opinion: that of a model that was cleaned on the [`trusted`] pairs. Poisons are what it
-        no longer puts together. It reads all pairs in this process.
+        no longer puts together. Under `torch.distributed` ranks share the pairs; call it on all of them.
 
         Args:
             dataset: That was scanned.
@@ -186,10 +189,19 @@ class PairScan:
         columns = (image_column, caption_column)
         reader = PairReader(dataset, *columns, self.key_column, embedder.preprocess, batch_size, num_workers)
         with inference(embedder.model):
-            found = [
-                encode(embedder, batch.pixels, first_captions(batch.rows)).distances() for batch in reader.batches()
+            own = [
+                (batch.rows.identities, encode(embedder, batch.pixels, first_captions(batch.rows)).distances())
+                for batch in reader.batches()
             ]
-        distance = np.concatenate(found)
+        everyone = itertools.chain.from_iterable(gathered(own))
+        asked, distances = (np.concatenate(part) for part in zip(*everyone, strict=True))
+        # A stream may come in another order than it did.
+        places, order = self._sorted_identities(np.arange(len(self.scores)))
+        arrived = np.argsort(asked, kind="stable")
+        if not np.array_equal(asked[arrived], places):
+            raise ValueError(f"dataset: its {len(asked)} pairs are not the {len(places)} that were scanned")
+        distance = np.empty(len(places), dtype=np.float32)
+        distance[order] = distances[arrived]
         ranks = rankdata(distance) / len(distance)
         groups = [
             replace(group, cleaned_rank=float(ranks[list(group.members)].mean())) if group.members else group
@@ -226,13 +238,14 @@ class PairScan:
 
     @property
     def disagreeing(self) -> list[Copies]:
-        """The duplicates that are suspect: at least three pairs whose captions share less than half of their words."""
-        return [found for found in self.duplicates if is_suspect(found)]
+        """The duplicates that are suspect: of [`suspect_copies`]."""
+        return suspect_copies(self.duplicates, len(self.scores))
 
     def described(self) -> dict[str, Any]:
         """Groups and duplicates, ready for JSON."""
-        groups = [asdict(group) for group in self.groups]
-        return {"known": self.known, "groups": groups, "duplicates": [asdict(found) for found in self.duplicates]}
+        groups = [{**asdict(group), "others": group.others[:_DESCRIBED]} for group in self.groups]
+        duplicates = [asdict(found) for found in self.duplicates]
+        return {"known": self.known, "chance": self.chance, "groups": groups, "duplicates": duplicates}
 
     def _column(self, name: str) -> NDArray[Any]:
         return np.asarray(self.scores.data.column(name))
@@ -272,11 +285,41 @@ class PairScan:
     def _identity(self, row: Mapping[str, Any], number: int) -> int:
         return number if self.key_column is None else identity(key_of(row, self.key_column))
 
+    def _check_kind(self, dataset: Any) -> None:
+        if not isinstance(dataset, datasets.Dataset | datasets.IterableDataset):
+            raise ValueError(
+                f"dataset is a {type(dataset).__name__}; accepted is that which was scanned, as a datasets.Dataset or "
+                "a datasets.IterableDataset"
+            )
+        self._check_rows(dataset)
+
     def _check_rows(self, dataset: Any) -> None:
         if not is_stream(dataset) and len(dataset) != len(self.scores):
             raise ValueError(f"dataset has {len(dataset)} rows, but {len(self.scores)} were scanned")
 
 
-def is_suspect(copies: Copies) -> bool:
-    """Whether an image occurs so often, with captions that disagree so much, that it may be a targeted poison."""
+def disagrees(copies: Copies) -> bool:
+    """Whether an image occurs at least three times with captions that share less than half of their words."""
     return len(copies.rows) >= LEAST_COPIES and copies.disagreement >= LEAST_DISAGREEMENT
+
+
+def suspect_copies(duplicates: Sequence[Copies], rows: int) -> list[Copies]:
+    """
+    Sets of copies that may be a targeted poison, the most suspect first: at least three pairs whose captions share
+    less than half of their words. Where those are more than 5% of all pairs, only the sets with the most copies, as
+    far as they are no more.
+
+    Args:
+        duplicates (sequence of [`Copies`]): The most suspect first.
+        rows (`int`): How many pairs there are.
+    """
+    disagreeing = [copies for copies in duplicates if disagrees(copies)]
+    sizes, counts = np.unique([len(copies.rows) for copies in disagreeing], return_counts=True)
+    total = np.cumsum((sizes * counts)[::-1])[::-1]  # pairs in sets of this size or more
+    usual = sizes[total > MOST_COPIES * rows]
+    return [copies for copies in disagreeing if not len(usual) or len(copies.rows) > usual.max()]
+
+
+def _check_share(name: str, value: Any, accepted: str, within: bool) -> None:
+    if isinstance(value, bool) or not within:
+        raise ValueError(f"{name} must be a share of the pairs in {accepted}, but is {shown(value)}")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import re
+import unicodedata
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -28,12 +30,21 @@ POWER, WITHOUT_WORD = 4, 0.5
 #: Most that a row's place along a group's direction counts, in units of the group's threshold.
 MOST = 1.5
 
-_WORD = re.compile(r"[a-z]+")
+#: Letters, with the marks that some scripts put on them; and scripts that have no spaces between words.
+_MARKS = "\u0300-\u036f\u0591-\u05bd\u064b-\u065f\u0900-\u0dff\u0e31\u0e34-\u0e3a\u0e47-\u0e4e"
+_WORD = re.compile(rf"(?:[^\W\d_]|[{_MARKS}])+")
+_UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]")
 
 
 def words_of(captions: Iterable[str]) -> set[str]:
-    """The words of a pair's captions: letters alone, in lower case."""
-    return set(_WORD.findall(" ".join(captions).lower()))
+    """The words of a pair's captions, letters alone, without case; of scripts without spaces, any two letters."""
+    text = unicodedata.normalize("NFKC", " ".join(captions)).casefold()
+    found = set(_WORD.findall(text))
+    if not text.isascii():
+        for word in [word for word in found if len(word) > 2 and _UNSPACED.search(word)]:
+            found.remove(word)
+            found.update(first + second for first, second in itertools.pairwise(word))
+    return found
 
 
 @dataclass(frozen=True)
@@ -144,35 +155,55 @@ def find_groups(
     return sorted(found, key=lambda group: -group.weight)
 
 
-def votes(groups: Sequence[Direction], features: NDArray[np.floating], rows: Sequence[set[str]]) -> Array:
+class Directions:
     """
-    How much the groups of one checkpoint speak against each row: the most of any.
+    The groups of one checkpoint, for one product with the rows.
 
     Args:
-        groups (sequence of [`Direction`]): Of [`find_groups`].
-        features (`(N, D)` floats): Of the rows.
-        rows (sequence of sets of `str`): The words of each row.
-
-    Returns:
-        `(N,)` float64: In [0, 1.5].
+        groups (sequence of [`Direction`]): Of [`find_groups`]; those without weight are left out.
     """
-    total = np.zeros(len(features))
-    kept = [group for group in groups if group.weight > 0]
-    if not kept:
+
+    def __init__(self, groups: Sequence[Direction]) -> None:
+        self.groups = [group for group in groups if group.weight > 0]
+        if self.groups:
+            thresholds = np.array([group.threshold for group in self.groups])
+            self._directions = np.stack([group.direction for group in self.groups], axis=1) / thresholds
+            self._directions = self._directions.astype(np.float32)
+            offsets = np.array([group.offset for group in self.groups]) / thresholds
+            self._offsets = offsets.astype(np.float32)
+        #: Of each word the number of its heaviest group.
+        self.heaviest: dict[str, int] = {}
+        for number, group in enumerate(self.groups):
+            self.heaviest.setdefault(group.word, number)
+
+    def places(self, features: NDArray[np.floating]) -> NDArray[np.float32]:
+        """Where rows `(N, D)` are along each group's direction `(G, N)`, in its thresholds."""
+        if not self.groups:
+            return np.empty((0, len(features)), dtype=np.float32)
+        found: NDArray[np.float32] = (np.asarray(features, dtype=np.float32) @ self._directions + self._offsets).T
+        return found
+
+    def votes(self, places: NDArray[np.float32], rows: Sequence[set[str]]) -> NDArray[np.float32]:
+        """
+        How much the groups speak against each row: the most of any.
+
+        Args:
+            places (`(G, N)` float32): Of [`places`].
+            rows (sequence of sets of `str`): The words of each row.
+
+        Returns:
+            `(N,)` float32: In [0, 1.5].
+        """
+        total = np.zeros(len(rows), dtype=np.float32)
+        numbers = {word: number for number, word in enumerate(self.heaviest)}
+        counts = np.full((len(numbers), len(rows)), WITHOUT_WORD, dtype=np.float32)
+        for row, words in enumerate(rows):
+            for word in words & numbers.keys():
+                counts[numbers[word], row] = 1.0
+        for group, place in zip(self.groups, places, strict=True):
+            share = np.clip(place, 0.0, MOST) * counts[numbers[group.word]]
+            np.maximum(total, np.float32(group.weight**POWER) * share, out=total)
         return total
-    # One product for all of them.
-    directions = np.stack([group.direction for group in kept], axis=1).astype(np.float32)
-    places = np.asarray(features, dtype=np.float32) @ directions
-    numbers = {word: number for number, word in enumerate(dict.fromkeys(group.word for group in kept))}
-    counts = np.full((len(numbers), len(rows)), WITHOUT_WORD)
-    for row, words in enumerate(rows):
-        for word in words & numbers.keys():
-            counts[numbers[word], row] = 1.0
-    for group, column in zip(kept, places.T, strict=True):
-        share = np.clip((column + group.offset) / group.threshold, 0.0, MOST)
-        share *= counts[numbers[group.word]]
-        np.maximum(total, group.weight**POWER * share, out=total)
-    return total
 
 
 def _group(values: Array, direction: Array, offset: float, words: Words) -> Direction | None:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float32]
@@ -18,6 +19,9 @@ REFERENCES = (256, 512, 1024, 2048)
 ROUNDS = 2
 #: Distances below this are rounding.
 _LEAST = 1e-5
+#: Share of the median k-distance of a reference below which one counts as that much: rows that occur many times have
+#: none, and would make outliers of all that are next to them.
+_LEAST_SHARE = 0.1
 
 
 class LocalScores(NamedTuple):
@@ -38,7 +42,7 @@ class Reference:
     Rows that others are compared with, and what their own neighborhoods are like.
 
     Args:
-        rows (`(R, D)` floats): L2-normalised, of more than `neighbors` + 1 rows.
+        rows (`(R, D)` floats): Of more than `neighbors` + 1 rows.
         numbers (`(R,)` int): What the rows are called: a row is never its own neighbor.
         neighbors (`int`, defaults to 16): The k of the scores.
         sizes (sequence of `int`, *optional*): The first so many rows are a reference each, and scores are the means
@@ -58,18 +62,20 @@ class Reference:
         self.sizes = sorted({min(size, len(rows)) for size in sizes or (len(rows),)})
         if not self.sizes or self.sizes[0] < neighbors + 2:
             raise ValueError(f"rows={len(rows)} are too few for {neighbors} neighbors: {neighbors + 2} are needed")
-        self.rows, self.neighbors = torch.from_numpy(np.ascontiguousarray(rows, dtype=np.float32)), neighbors
+        self.rows, self.neighbors = _unit(rows), neighbors
         self._order = np.argsort(numbers, kind="stable")
         self._sorted = numbers[self._order]
         # Of each size the k-distance and the dimension of its rows.
         self._known = {}
         for size, (distances, _) in self._nearest(self.rows, numbers).items():
-            self._known[size] = distances[:size, -1], _dimension(distances[:size])
+            reach = distances[:size, -1]
+            reach = reach.clamp(min=_LEAST_SHARE * float(reach.median()))
+            self._known[size] = reach, _dimension(distances[:size]).clamp(max=self.rows.shape[1])
 
     def scores(self, rows: Floats, numbers: NDArray[Any]) -> LocalScores:
-        """The scores of rows `(N, D)`, L2-normalised, called `numbers (N,)`."""
+        """The scores of rows `(N, D)` called `numbers (N,)`."""
         found = []
-        for size, (distances, nearest) in self._nearest(torch.from_numpy(np.asarray(rows)), numbers).items():
+        for size, (distances, nearest) in self._nearest(_unit(rows), numbers).items():
             k_distance, dimension = self._known[size]
             reach = distances[:, -1]
             ratio = reach[:, None] / k_distance[nearest]  # (N, k)
@@ -79,7 +85,7 @@ class Reference:
 
     def _nearest(self, rows: torch.Tensor, numbers: NDArray[Any]) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
         """Of each size the distances to, and the places of, the k nearest of its rows, the nearest first."""
-        similarity = rows.float() @ self.rows.T
+        similarity = rows @ self.rows.T
         place = np.minimum(np.searchsorted(self._sorted, numbers), len(self._sorted) - 1)
         own = np.flatnonzero(self._sorted[place] == numbers)
         similarity[own, self._order[place[own]]] = -torch.inf
@@ -122,6 +128,11 @@ def local_scores(references: Sequence[Reference], rows: Floats, numbers: NDArray
     found = [reference.scores(rows, numbers) for reference in references]
     means: list[Floats] = [np.stack(part).mean(axis=0) for part in zip(*found, strict=True)]
     return LocalScores(*means)
+
+
+def _unit(rows: NDArray[Any]) -> torch.Tensor:
+    """Rows L2-normalised as float32: those that were rounded to float16 are not quite."""
+    return F.normalize(torch.from_numpy(np.ascontiguousarray(rows, dtype=np.float32)), dim=1)
 
 
 def _dimension(distances: torch.Tensor) -> torch.Tensor:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import heapq
 import itertools
+import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -20,17 +20,19 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from transformers.utils import logging
 
+from ..attacks.fields import check_int
 from ..columns import check_columns, check_pairs
 from ..data.shards import write_shard
 from ..distributed import rank, world_size
 from ..evaluation.embedding import Embedder
 from ..kinds import is_stream
 from ..models import inference, load_processor
+from ..wording import shown
 from .duplicates import Copies, find_copies, near_pairs
 from .features import Features, encode
-from .found import PairGroup, PairScan, is_suspect
+from .found import PairGroup, PairScan, disagrees, suspect_copies
 from .groups import words_of
-from .neighbours import REFERENCES, ROUNDS
+from .neighbours import NEIGHBORS, REFERENCES, ROUNDS
 from .parts import Parts, check_settings, read_parts
 from .reading import PairReader
 from .sample import Sample, draw_sample, first_captions
@@ -43,8 +45,9 @@ SAMPLE, LEAST_ROWS = 50_000, 64
 #: Members, and pairs next to them, that a group lists.
 LISTED = 10_000
 FOUND_FILE = "found.arrow"
-#: Times chance, below which a model is said to not know the pairs.
-_KNOWN = 5
+#: How often a model finds a pair's caption, beyond chance and as a share of what is left to find, below which it is
+#: said to not know the pairs.
+_KNOWN = 0.02
 
 
 def scan_pairs(
@@ -88,8 +91,8 @@ def scan_pairs(
             goes on there, between batches. Several ranks need one, which they share. `None`: a temporary folder.
         key_column (`str`, *optional*): Of a stream, the column that tells rows apart. `None`: their running number,
             which only one process knows.
-        reference_sizes (sequence of `int`), reference_rounds (`int`): Pairs of a reference, and how often they are
-            drawn. Fewer are faster.
+        reference_sizes (sequence of `int`, each at least 18), reference_rounds (`int`): Pairs of a reference, and how
+            often they are drawn. Fewer are faster.
 
     Returns:
         [`PairScan`]: The same for the same seed.
@@ -101,10 +104,15 @@ def scan_pairs(
     given = list(models) if isinstance(models, list | tuple) else [models]
     if not given:
         raise ValueError("models is empty: give one model that was trained on these pairs, or several checkpoints")
-    if min(reference_sizes, default=0) < 1 or reference_rounds < 1:
-        raise ValueError(
-            f"reference_sizes={list(reference_sizes)} and reference_rounds={reference_rounds} must be at least 1"
-        )
+    for size in [reference_sizes] if isinstance(reference_sizes, int) else reference_sizes:
+        check_int("reference_sizes", size, minimum=NEIGHBORS + 2)
+    for name, value, least in (
+        ("reference_rounds", reference_rounds, 1),
+        ("batch_size", batch_size, 1),
+        ("num_workers", num_workers, 0),
+        ("seed", seed, 0),
+    ):
+        check_int(name, value, minimum=least)
     columns = {"image_column": image_column, "caption_column": caption_column}
     check_pairs(dataset, columns, "dataset", streams=True)
     if is_stream(dataset) and key_column is not None:
@@ -127,7 +135,8 @@ def scan_pairs(
         settings = {
             **columns,
             "key_column": key_column,
-            "dataset": getattr(dataset, "_fingerprint", None),
+            "dataset": getattr(dataset, "_fingerprint", None) or reader.first(),
+            "processor": _print_of_processor(processor),
             "models": [_print_of(embedder.model) for embedder in embedders],
             "seed": seed,
             "reference_sizes": list(reference_sizes),
@@ -154,16 +163,24 @@ def scan_pairs(
             _score_all(reader, encoded, scorer, Parts(folder, rank()))
             _wait()
             table = read_parts(folder)
-    if scorer.known < _KNOWN / CHOICES:
+    if scorer.known - scorer.chance < _KNOWN * (1 - scorer.chance) or scorer.chance == 1:
         logger.warning(
-            f"The last model finds a pair's caption among {CHOICES} in {scorer.known:.1%} of the cases, hardly more "
-            "than by chance: it has not learned these pairs, or was not trained on them, and the scan cannot know "
-            "which are poisoned. Scan with a checkpoint of a training on them."
+            f"The last model finds a pair's caption among {min(CHOICES, len(sample.arrivals))} in {scorer.known:.1%} "
+            f"of the cases, and chance in {scorer.chance:.1%}: it has not learned these pairs, or was not trained on "
+            "them, and the scan cannot know which are poisoned. Scan with a checkpoint of a training on them."
         )
+    if key_column is not None:
+        _check_keys(table)
     duplicates = _duplicates(table)
-    found = _ranked(table, duplicates, scorer.cut, key_column)
+    suspect = suspect_copies(duplicates, len(table))
+    if len(duplicates) and not suspect and any(map(disagrees, duplicates)):
+        logger.warning(
+            "Many images occur several times with captions that disagree. That is usual in data with a row for each "
+            "caption of an image, and says nothing of targeted poisons: give each image one row with all its captions."
+        )
+    found = _ranked(table, duplicates, suspect, scorer.cut, key_column)
     scores = datasets.Dataset(pa.concat_tables(found)) if sample.complete else _on_disk(folder, found)
-    return PairScan(scores, _groups(table, scorer), duplicates, scorer.known, key_column, held)
+    return PairScan(scores, _groups(table, scorer), duplicates, scorer.known, scorer.chance, key_column, held)
 
 
 def _check_rows(rows: int) -> None:
@@ -177,6 +194,25 @@ def _print_of(model: torch.nn.Module) -> str:
     for parameter in model.parameters():
         found.update(parameter.detach().flatten()[:256].float().cpu().numpy().tobytes())
     return found.hexdigest()
+
+
+def _print_of_processor(processor: Any) -> str:
+    """What tells two processors apart: what they make of an image's settings and of a text."""
+    settings = json.dumps(processor.image_processor.to_dict(), sort_keys=True, default=str)
+    tokens = processor.tokenizer(["A photo of two cats, one of them asleep."])["input_ids"]
+    return hashlib.blake2b(f"{settings}{tokens}".encode(), digest_size=8).hexdigest()
+
+
+def _check_keys(table: pa.Table) -> None:
+    """That each pair has a key of its own."""
+    identities = np.sort(table.column("identity").to_numpy())
+    twice = identities[1:][identities[1:] == identities[:-1]]
+    if len(twice):
+        row = int(np.flatnonzero(table.column("identity").to_numpy() == twice[0])[0])
+        raise ValueError(
+            f"key_column: {len(twice)} pairs have a key that another one has, such as "
+            f"{shown(table.column('key')[row].as_py())}; accepted is a column in which each row has its own"
+        )
 
 
 def _wait() -> None:
@@ -213,31 +249,32 @@ def _duplicates(table: pa.Table) -> list[Copies]:
     if not len(rows):
         return []
     picked = table.select(["thumbnail", "captions"]).take(pa.array(rows))
-    thumbnails = {
-        int(row): np.frombuffer(value, dtype=np.uint8)
-        for row, value in zip(rows, picked["thumbnail"].to_pylist(), strict=True)
-    }
-    words = {int(row): words_of([text]) for row, text in zip(rows, picked["captions"].to_pylist(), strict=True)}
-    return find_copies(pairs, thumbnails, words)
+    thumbnails = np.stack([np.frombuffer(value, dtype=np.uint8) for value in picked["thumbnail"].to_pylist()])
+    return find_copies(pairs, rows, thumbnails, [words_of([text]) for text in picked["captions"].to_pylist()])
 
 
 def _groups(table: pa.Table, scorer: Scorer) -> list[PairGroup]:
     """The listed groups with their members."""
-    sizes = [0] * len(scorer.groups)
-    members: list[list[tuple[float, int]]] = [[] for _ in scorer.groups]
-    others: list[list[int]] = [[] for _ in scorer.groups]
+    count = len(scorer.groups)
+    sizes = np.zeros(count, dtype=np.int64)
+    members: list[tuple[Any, Any]] = [(np.empty(0, dtype=np.float32), np.empty(0, dtype=np.int64))] * count
+    others: list[list[int]] = [[] for _ in range(count)]
     start = 0
     for part in table.select(["groups", "places"]).to_batches():
         groups = part.column("groups")
         rows = start + pc.list_parent_indices(groups).to_numpy().astype(np.int64)
         numbers, places = groups.flatten().to_numpy(), part.column("places").flatten().to_numpy()
         start += len(part)
-        for number in range(len(scorer.groups)):
-            of_group = numbers == number
-            inside, outside = of_group & (places > 1), of_group & (places <= 1)
-            sizes[number] += int(inside.sum())
-            found = [*members[number], *zip(places[inside].tolist(), (-rows[inside]).tolist(), strict=True)]
-            members[number] = heapq.nlargest(LISTED, found)
+        order = np.argsort(numbers, kind="stable")
+        bounds = np.searchsorted(numbers[order], np.arange(count + 1))
+        for number in range(count):
+            of_group = order[bounds[number] : bounds[number + 1]]
+            inside, outside = of_group[places[of_group] > 1], of_group[places[of_group] <= 1]
+            sizes[number] += len(inside)
+            found = [
+                np.concatenate(both) for both in zip(members[number], (places[inside], rows[inside]), strict=True)
+            ]
+            members[number] = _farthest(*found) if len(found[0]) > 2 * LISTED else (found[0], found[1])
             others[number] += rows[outside][: LISTED - len(others[number])].tolist()
     return [
         PairGroup(
@@ -247,12 +284,18 @@ def _groups(table: pa.Table, scorer: Scorer) -> list[PairGroup]:
             group.closure,
             group.base,
             checkpoint,
-            size,
-            tuple(-row for _, row in inside),
+            int(size),
+            tuple(_farthest(*inside)[1].tolist()),
             tuple(outside),
         )
         for (checkpoint, group), size, inside, outside in zip(scorer.groups, sizes, members, others, strict=True)
     ]
+
+
+def _farthest(places: NDArray[np.float32], rows: NDArray[np.int64]) -> tuple[NDArray[Any], NDArray[Any]]:
+    """As many members as are listed, the farthest out first."""
+    first = np.lexsort((rows, -places))[:LISTED]
+    return places[first], rows[first]
 
 
 def _on_disk(folder: Path | None, tables: Iterator[pa.Table]) -> datasets.Dataset:
@@ -266,14 +309,16 @@ def _on_disk(folder: Path | None, tables: Iterator[pa.Table]) -> datasets.Datase
     return datasets.Dataset.from_file(str(path))
 
 
-def _ranked(table: pa.Table, duplicates: Sequence[Copies], cut: float, key_column: str | None) -> Iterator[pa.Table]:
+def _ranked(
+    table: pa.Table, duplicates: Sequence[Copies], suspect: Sequence[Copies], cut: float, key_column: str | None
+) -> Iterator[pa.Table]:
     """The scores that a user sees, with the ranks over all parts, block by block."""
     suspicious: dict[int, float] = {}
     copied: dict[int, int] = {}
     for found in duplicates:
         copied |= dict.fromkeys(found.rows, len(found.rows))
-        if is_suspect(found):
-            suspicious |= dict.fromkeys(found.rows, found.suspicion)
+    for found in suspect:
+        suspicious |= dict.fromkeys(found.rows, found.suspicion)
     rank_of = _ranks(table, suspicious, cut)
     names = ["group", "k_distance", "slof", "dao", "projected_slof", "pair_distance", "distrust"]
     start = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -67,7 +68,14 @@ class _Collator:
         ]
         kept = Rows(
             np.array(numbers, dtype=np.uint64),
-            np.array(["\n".join(captions_of(row[caption_column])) for row in decoded], dtype=object),
+            # A caption's own line breaks would make two of it.
+            np.array(
+                [
+                    "\n".join(" ".join(text.splitlines()).strip() for text in captions_of(row[caption_column]))
+                    for row in decoded
+                ],
+                dtype=object,
+            ),
             np.array([fingerprint(image) for image in images], dtype=np.uint64),
             np.stack([thumbnail(image) for image in images]),
             np.array(keys, dtype=object),
@@ -148,29 +156,38 @@ class PairReader:
 
     def undecoded(self, places: Sequence[Place] = ()) -> Iterator[tuple[list[dict[str, Any]], list[int], Place]]:
         """The rows of a stream as they are, batch by batch, their identities and the place after them; in here."""
-        self._rows.resume(0, places)
-        self._rows.set_epoch(0)
-        for batch in self._rows:
+        for batch in self._from(places):
             if batch is not None:
                 place = Place(*json.loads(batch.place))
                 rows = self._numbered(batch.rows, place)
                 yield rows, [self._identity(row) for row in rows], place
 
-    def collated(self, rows: Sequence[Mapping[str, Any]]) -> tuple[Rows, torch.Tensor]:
-        """Some rows of [`undecoded`], decoded."""
-        return self.collator(rows)
+    def first(self, count: int = 16) -> str:
+        """A hash of the first rows, which tells most datasets apart."""
+        if self.streamed:
+            rows = [dict(row) for row in itertools.islice(iter(self._rows.dataset), count)]
+        else:
+            rows = self._rows.__getitems__(range(min(count, self.total)))
+        kept, _ = self.collator([{**row, ROW_INDEX: number} for number, row in enumerate(rows)])
+        content = [kept.identities.tolist(), kept.fingerprints.tolist(), kept.captions.tolist()]
+        return hashlib.blake2b(json.dumps(content).encode(), digest_size=8).hexdigest()
 
     def _streamed(self, places: Sequence[Place]) -> Iterator[Batch]:
-        self._rows.resume(0, places)
-        self._rows.set_epoch(0)
         loader: DataLoader[Any] = DataLoader(
-            self._rows,
+            self._from(places),
             batch_size=None,
             num_workers=self.workers,
             collate_fn=self._collate,
             generator=torch.Generator(),
         )
         yield from (batch for batch in loader if batch is not None)
+
+    def _from(self, places: Sequence[Place]) -> Stream:
+        """The stream, from some places on."""
+        self._rows.resume(0, places)
+        self._rows.set_epoch(0)
+        stream: Stream = self._rows
+        return stream
 
     def _collate(self, batch: Any) -> Batch | None:  # of a StreamBatch, or of None
         if batch is None:

@@ -10,17 +10,16 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from numpy.typing import NDArray
 
 from ..data.streams import Place
-from ..distributed import rank, world_size
+from ..distributed import gathered, rank
 from ..files import in_one_move
 from .features import Features, joined
 from .reading import PairReader, Rows, priorities
 
-#: Rows of whose numbers the priorities are looked at together.
-_NUMBERS = 1_000_000
+#: Rows of whose numbers the priorities are looked at together, and parts that are read between two saves at most.
+_NUMBERS, _READ = 1_000_000, 64
 
 
 @dataclass(frozen=True)
@@ -110,7 +109,7 @@ def draw_sample(
         folder (`Path`, *optional*): Where what is done is kept every `part_rows` pairs, and found again.
     """
     path = None if folder is None else folder / f"sample-{rank():05d}.npz"
-    kept, seen = _Kept(most), 0
+    kept, seen, saved = _Kept(most), 0, 0
     places: list[Place] = []
     if path is not None and path.is_file():
         kept.thinned, places, seen = _Part.load(path, seed, models)
@@ -124,8 +123,10 @@ def draw_sample(
         places, seen = [*(known for known in places if known.worker != place.worker), place], count
         if part is not None:
             kept.fresh.append(part)
-            if sum(len(entry.arrivals) for entry in kept.fresh) >= part_rows:
+            # Late in a stream few of its pairs are in the sample.
+            if sum(len(entry.arrivals) for entry in kept.fresh) >= part_rows or seen - saved >= _READ * part_rows:
                 save()
+                saved = seen
     if kept.fresh:
         save()
     return _gathered(kept.thinned, most, seen)
@@ -177,11 +178,11 @@ def _candidates(
         waiting += [(seen + at, row) for at, row in enumerate(rows) if int(asked[at]) < least]
         seen += len(rows)
         if len(waiting) >= reader.batch_size:
-            decoded = reader.collated([row for _, row in waiting])
+            decoded = reader.collator([row for _, row in waiting])
             yield part(*decoded, [at for at, _ in waiting]), place, seen
             waiting = []
     if place is not None:
-        left = part(*reader.collated([row for _, row in waiting]), [at for at, _ in waiting]) if waiting else None
+        left = part(*reader.collator([row for _, row in waiting]), [at for at, _ in waiting]) if waiting else None
         yield left, place, seen
 
 
@@ -209,17 +210,12 @@ def _gathered(own: _Part | None, most: int, seen: int) -> Sample:
     if own is not None:
         own = own.at(slice(None))
         own.arrivals += rank() << 40  # the order of reading, rank by rank
-    parts = [(own, seen)]
-    if world_size() > 1:
-        # First what decides which of them stay, so that only these travel.
-        asked: list[Any] = [None] * world_size()
-        dist.all_gather_object(asked, None if own is None else own.priorities)
-        everyone = np.sort(np.concatenate([entry for entry in asked if entry is not None]))
-        if own is not None and len(everyone) > most:
-            own = own.at(own.priorities <= everyone[most - 1])
-        gathered: list[Any] = [None] * world_size()
-        dist.all_gather_object(gathered, (own, seen))
-        parts = gathered
+    # First what decides which of them stay, so that only these travel.
+    asked = [entry for entry in gathered(None if own is None else own.priorities) if entry is not None]
+    everyone = np.sort(np.concatenate(asked)) if asked else np.empty(0)
+    if own is not None and len(everyone) > most:
+        own = own.at(own.priorities <= everyone[most - 1])
+    parts = gathered((own, seen))
     whole = _Part.joined([part for part, _ in parts if part is not None])
     whole = whole.at(np.argsort(whole.rows.identities, kind="stable"))
     complete = len(whole.arrivals) == sum(count for _, count in parts)

@@ -10,7 +10,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from .features import Features
-from .groups import COMPONENTS, Direction, Words, find_groups, votes, words_of
+from .groups import COMPONENTS, Direction, Directions, Words, find_groups, words_of
 from .neighbours import LocalScores, draw_references, local_scores
 from .reading import Rows
 from .sample import Sample
@@ -30,8 +30,12 @@ CHOICES, _TRIED = 256, 16
 
 
 class _Raw(NamedTuple):
-    """Of N pairs before ranks are known: votes, the last model's local scores, SLOF and distances of each model."""
+    """
+    Of N pairs before ranks are known: their places along the groups of the pixels and of each model, votes, the last
+    model's local scores, SLOF and distances of each model.
+    """
 
+    places: list[Floats]  # (G, N) each
     votes: Floats
     local: dict[str, Floats]
     slof: Floats  # (M, N)
@@ -42,7 +46,7 @@ class _Model:
     """What is known of the pairs under one model."""
 
     def __init__(self, features: Features, sample: Sample, words: Words, sizes: Sequence[int], rounds: int, seed: int):
-        self.directions = find_groups(features.pooled, words, COMPONENTS, seed)
+        self.directions = Directions(find_groups(features.pooled, words, COMPONENTS, seed))
         identities = sample.rows.identities
 
         def references(rows: Any) -> list[Any]:
@@ -55,22 +59,6 @@ class _Model:
         for prefix, rows in (("", features.pooled), ("projected_", features.images)):
             scores = local_scores(self.references[prefix], np.asarray(rows, dtype=np.float32), identities)
             found |= {prefix + name: values for name, values in zip(LocalScores._fields, scores, strict=True)}
-        return found
-
-
-class _Directions:
-    """Some of the listed groups, with their numbers in the list, for one product with the rows."""
-
-    def __init__(self, groups: Sequence[tuple[int, Direction]]) -> None:
-        self.numbers = [number for number, _ in groups]
-        thresholds = np.array([group.threshold for _, group in groups])
-        self._directions = np.stack([group.direction / group.threshold for _, group in groups], axis=1)
-        self._directions = self._directions.astype(np.float32)
-        self._offsets = (np.array([group.offset for _, group in groups]) / thresholds).astype(np.float32)
-
-    def places(self, rows: Floats) -> Floats:
-        """Where rows `(N, D)` are along them `(G, N)`, in their thresholds."""
-        found: Floats = (rows @ self._directions + self._offsets).T
         return found
 
 
@@ -88,18 +76,18 @@ class Scorer:
         word_sets = [words_of([captions]) for captions in sample.rows.captions.tolist()]
         words = Words(word_sets)
         self._models = [_Model(features, sample, words, sizes, rounds, seed) for features in sample.features]
-        self._pixels = find_groups(_flat(sample.rows), words, PIXEL_COMPONENTS, seed)
-        found: list[tuple[int | None, Direction]] = [(None, group) for group in _one_a_word(self._pixels)]
-        for number, model in enumerate(self._models):
-            found += [(number, group) for group in _one_a_word(model.directions)]
-        #: The groups that are listed, each with the number of its model (`None`: of the pixels), the heaviest first.
-        self.groups = sorted(found, key=lambda entry: -entry[1].weight)[:GROUPS]
-        self._directions = {
-            model: _Directions([(at, group) for at, (number, group) in enumerate(self.groups) if number == model])
-            for model in dict.fromkeys(number for number, _ in self.groups)
-        }
-        #: How often the last model finds a pair's caption among 256.
-        self.known = known(sample.features[-1], seed)
+        self._pixels = Directions(find_groups(_flat(sample.rows), words, PIXEL_COMPONENTS, seed))
+        sources = [self._pixels, *(model.directions for model in self._models)]
+        found = [(at, number) for at, source in enumerate(sources) for number in source.heaviest.values()]
+        found.sort(key=lambda entry: -sources[entry[0]].groups[entry[1]].weight)
+        #: Of the groups that are listed, the heaviest first, the source (0 is the pixels) and the number there.
+        self._listed = found[:GROUPS]
+        #: These groups, each with the number of its model (`None`: of the pixels).
+        self.groups: list[tuple[int | None, Direction]] = [
+            (at - 1 if at else None, sources[at].groups[number]) for at, number in self._listed
+        ]
+        #: How often the last model finds a pair's caption among others, and how often chance does.
+        self.known, self.chance = known(sample.features[-1], sample.rows.captions, seed)
         blocks = [
             self._raw([entry.at(block) for entry in sample.features], sample.rows.at(block), word_sets[block])
             for block in (slice(start, start + BLOCK) for start in range(0, len(word_sets), BLOCK))
@@ -138,7 +126,7 @@ class Scorer:
             "fingerprint": rows.fingerprints,
             "identity": rows.identities,
         }
-        groups, places = self._listed(features, rows, words)
+        groups, places = self._of_words(raw.places, words)
         small = rows.thumbnails.reshape(len(words), -1)
         return pa.table(
             {name: pa.array(values) for name, values in columns.items()}
@@ -152,23 +140,19 @@ class Scorer:
         )
 
     def _raw(self, features: Sequence[Features], rows: Rows, words: Sequence[set[str]]) -> _Raw:
-        total = votes(self._pixels, _flat(rows), words).astype(np.float32)
+        places = [self._pixels.places(_flat(rows))]
+        total = self._pixels.votes(places[0], words)
         slof = []
         local: dict[str, Floats] = {}
         for model, entry in zip(self._models, features, strict=True):
-            np.maximum(total, votes(model.directions, entry.pooled, words), out=total)
+            places.append(model.directions.places(entry.pooled))
+            np.maximum(total, model.directions.votes(places[-1], words), out=total)
             local = model.local(entry, rows.identities)
             slof.append(local["slof"])
-        return _Raw(total, local, np.stack(slof), np.stack([entry.distances() for entry in features]))
+        return _Raw(places, total, local, np.stack(slof), np.stack([entry.distances() for entry in features]))
 
-    def _listed(
-        self, features: Sequence[Features], rows: Rows, words: Sequence[set[str]]
-    ) -> tuple[pa.Array, pa.Array]:
+    def _of_words(self, places: Sequence[Floats], words: Sequence[set[str]]) -> tuple[pa.Array, pa.Array]:
         """For each row the listed groups whose word it has, and where it is along them, in their thresholds."""
-        places = np.empty((len(self.groups), len(words)), dtype=np.float32)
-        for model, directions in self._directions.items():
-            seen = _flat(rows) if model is None else np.asarray(features[model].pooled, dtype=np.float32)
-            places[directions.numbers] = directions.places(seen)
         of_word: dict[str, list[int]] = {}
         for number, (_, group) in enumerate(self.groups):
             of_word.setdefault(group.word, []).append(number)
@@ -176,35 +160,35 @@ class Scorer:
         offsets = np.cumsum([0, *(len(row) for row in numbers)], dtype=np.int32)
         flat = np.array([number for row in numbers for number in row], dtype=np.uint8)
         where = np.repeat(np.arange(len(words)), np.diff(offsets))
-        lists = (pa.array(flat), pa.array(places[flat, where]))
+        listed = np.empty((len(self._listed), len(words)), dtype=np.float32)
+        for row, (at, number) in zip(listed, self._listed, strict=True):
+            row[:] = places[at][number]
+        lists = (pa.array(flat), pa.array(listed[flat, where]))
         return tuple(pa.ListArray.from_arrays(pa.array(offsets), entries) for entries in lists)
 
 
-def known(features: Features, seed: int) -> float:
-    """How often an image is at least as near to its own caption as to those of 255 other pairs."""
+def known(features: Features, captions: NDArray[np.object_], seed: int) -> tuple[float, float]:
+    """
+    How often an image is at least as near to its own caption as to those of 255 other pairs, or of all where there are
+    fewer; and how often chance has it so, which is more the more captions are equal.
+    """
     rows = len(features.images)
     choices = min(CHOICES, rows)
     drawn = np.random.default_rng(seed).permutation(rows)[: _TRIED * choices]
-    right = []
+    right, equal = [], []
     for start in range(0, len(drawn) - choices + 1, choices):
-        picked = features.at(np.sort(drawn[start : start + choices]))
+        asked = np.sort(drawn[start : start + choices])
+        picked = features.at(asked)
         similarity = picked.images.astype(np.float32) @ picked.texts.astype(np.float32).T
         right.append((np.diag(similarity) >= similarity.max(axis=1)).mean())
-    return float(np.mean(right))
+        counts = np.unique(captions[asked].astype(str), return_counts=True)[1] / choices
+        equal.append((counts**2).sum())
+    return float(np.mean(right)), float(np.mean(equal))
 
 
 def _flat(rows: Rows) -> Floats:
     """The pixels of the small images `(N, 192)`."""
     return rows.thumbnails.reshape(len(rows.thumbnails), -1).astype(np.float32)
-
-
-def _one_a_word(directions: Sequence[Direction]) -> list[Direction]:
-    """The heaviest direction of each word, of those that weigh anything."""
-    heaviest: dict[str, Direction] = {}
-    for direction in directions:
-        if direction.weight > 0:
-            heaviest.setdefault(direction.word, direction)
-    return list(heaviest.values())
 
 
 def _ranks(known: Floats, values: Floats) -> Floats:

@@ -72,6 +72,7 @@ def render_pair_scan(
         pairs=len(scan.scores),
         suspect=int(np.sum(scan.scores["suspect"])),
         known=scan.known,
+        chance=scan.chance,
         groups=groups,
         duplicates=duplicates,
         disagreeing=len(scan.disagreeing),

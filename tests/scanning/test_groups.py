@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hf_robust_clip.scanning.duplicates import BITS, find_copies, fingerprint, near_pairs, thumbnail
-from hf_robust_clip.scanning.groups import Words, find_groups, votes, words_of
+from hf_robust_clip.scanning.duplicates import BITS, Copies, find_copies, fingerprint, near_pairs, thumbnail
+from hf_robust_clip.scanning.found import suspect_copies
+from hf_robust_clip.scanning.groups import Direction, Directions, Words, find_groups, words_of
 from hf_robust_clip.scanning.neighbours import LocalScores, Reference, draw_references, local_scores
 
 
@@ -31,8 +32,24 @@ def planted(rows: int = 2000, poisons: int = 40, seed: int = 0) -> tuple[np.ndar
     return unit(features), words, poisoned
 
 
-def test_words_are_letters_in_lower_case() -> None:
-    assert words_of(["A photo, of 2 Cats!", "cats"]) == {"a", "photo", "of", "cats"}
+def votes(groups: list[Direction], features: np.ndarray, words: list[set[str]]) -> np.ndarray:
+    directions = Directions(groups)
+    return directions.votes(directions.places(features), words)
+
+
+@pytest.mark.parametrize(
+    ("captions", "words"),
+    [
+        (["A photo, of 2 Cats!", "cats"], {"a", "photo", "of", "cats"}),
+        (["Zwei Häuser_am Straßenrand"], {"zwei", "häuser", "am", "strassenrand"}),
+        (["Белая кошка"], {"белая", "кошка"}),
+        (["हिन्दी में"], {"हिन्दी", "में"}),
+        (["一只白猫, cat"], {"一只", "只白", "白猫", "cat"}),
+        (["", "42"], set()),
+    ],
+)
+def test_words_are_letters_without_case_in_any_script(captions: list[str], words: set[str]) -> None:
+    assert words_of(captions) == words
 
 
 def test_the_heaviest_group_is_the_planted_one_and_its_votes_rank_the_poisons_first() -> None:
@@ -74,7 +91,7 @@ def test_local_scores_equal_a_computation_by_hand(neighbors: int) -> None:
     def dimension(row: int) -> float:
         distances = [distance for distance, _ in nearest(row)]
         total = sum(np.log(distance / distances[-1] + 1e-4) for distance in distances)
-        return -neighbors / min(total, -1e-6)
+        return min(-neighbors / min(total, -1e-6), 8)  # no more than the features have
 
     expected = []
     for row in range(40):
@@ -96,6 +113,15 @@ def test_an_outlier_is_the_most_suspect_and_a_duplicate_cluster_is_not() -> None
     assert all(values.dtype == np.float32 and values.shape == (501,) for values in scores)
 
 
+def test_rows_that_occur_many_times_make_no_outliers_of_others() -> None:
+    rng = np.random.default_rng(3)
+    rows = unit(rng.normal(size=16) + rng.normal(size=(1000, 16))).astype(np.float16)
+    rows[::20] = rows[0]
+    references = draw_references(rows, np.arange(1000), sizes=(256, 512))
+    scores = local_scores(references, rows, np.arange(1000))
+    assert scores.slof.max() < 10 and scores.dao.max() < 16 * np.log(10)
+
+
 def test_without_enough_rows_there_are_no_references() -> None:
     rows = unit(np.eye(5))
     assert draw_references(rows, np.arange(5)) == []
@@ -111,8 +137,9 @@ def photo(seed: int, side: int = 48) -> Image.Image:
 
 def copies_of(images: list[Image.Image], captions: list[str]) -> list[Any]:
     pairs = near_pairs(np.array([fingerprint(image) for image in images], dtype=np.uint64))
-    thumbnails = {row: thumbnail(image) for row, image in enumerate(images)}
-    return find_copies(pairs, thumbnails, {row: words_of([caption]) for row, caption in enumerate(captions)})
+    rows = np.unique(pairs)
+    thumbnails = np.stack([thumbnail(images[row]).ravel() for row in rows])
+    return find_copies(pairs, rows, thumbnails, [words_of([captions[row]]) for row in rows])
 
 
 def test_copies_are_found_at_other_sizes_and_qualities_and_other_images_are_not(tmp_path: Any) -> None:
@@ -128,6 +155,22 @@ def test_copies_that_agree_are_less_suspect_than_those_that_do_not() -> None:
     images = [photo(0), photo(0), photo(1), photo(1)]
     found = copies_of(images, ["a red cat", "a red cat", "a dog", "some ship"])
     assert [copies.rows for copies in found] == [(2, 3), (0, 1)] and found[1].disagreement == 0
+    assert [copies.disagreement for copies in copies_of(images[:2], ["", "42"])] == [0]
+
+
+def test_many_equal_images_cost_no_more_than_their_number() -> None:
+    pairs = near_pairs(np.full(100_000, 7, dtype=np.uint64))
+    assert len(pairs) == 99_999
+    found = find_copies(pairs, np.arange(100_000), np.zeros((100_000, 192), dtype=np.uint8), [{"a"}] * 100_000)
+    assert len(found) == 1 and len(found[0].rows) == 100_000
+
+
+def test_what_is_usual_in_the_data_is_not_suspect() -> None:
+    usual = [Copies(tuple(range(start, start + 5)), 0.8) for start in range(0, 500, 5)]
+    assert suspect_copies(usual[:10], 1000) == usual[:10]
+    assert suspect_copies(usual, 1000) == []
+    targeted = Copies(tuple(range(500, 516)), 0.8)
+    assert suspect_copies([targeted, *usual], 1000) == [targeted]
 
 
 def test_near_pairs_are_those_with_few_bits_between_them() -> None:
@@ -138,5 +181,4 @@ def test_near_pairs_are_those_with_few_bits_between_them() -> None:
         [0, 2],
         [0, 3],
         [1, 2],
-        [2, 3],
     ]

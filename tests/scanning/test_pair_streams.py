@@ -87,6 +87,42 @@ def test_rows_with_a_key_have_the_same_scores_in_any_order(pairs: datasets.Datas
     assert left == {key for key, rank in scores if rank > 20}
 
 
+@pytest.mark.usefixtures("small_sample")
+def test_a_second_opinion_follows_the_pairs_wherever_they_are(pairs: datasets.Dataset) -> None:
+    scan = scanned(pairs.to_iterable_dataset(num_shards=2), key_column="name")
+    other = pairs.select(np.random.default_rng(1).permutation(100)).to_iterable_dataset()
+    same = scan.verified(other, small_model(0), digit_processor())
+    assert np.allclose(same.scores["cleaned_distance"], scan.scores["pair_distance"], atol=1e-3)
+    with pytest.raises(ValueError, match="its 99 pairs are not the 100 that were scanned"):
+        scan.verified(pairs.select(range(99)).to_iterable_dataset(), small_model(0), digit_processor())
+
+
+def test_pairs_that_share_a_key_are_refused(pairs: datasets.Dataset) -> None:
+    with pytest.raises(ValueError, match="key_column: 90 pairs have a key that another one has, such as '"):
+        scanned(pairs.to_iterable_dataset(), key_column="label")
+
+
+def test_a_folder_is_of_one_stream_and_one_processor(pairs: datasets.Dataset, tmp_path: Path) -> None:
+    scanned(pairs.to_iterable_dataset(), cache_dir=tmp_path / "scan")
+    other = pairs.select(range(99, -1, -1)).to_iterable_dataset()
+    with pytest.raises(ValueError, match="holds the scan of something else: dataset was"):
+        scanned(other, cache_dir=tmp_path / "scan")
+
+
+def test_a_caption_with_line_breaks_is_one_caption(pairs: datasets.Dataset) -> None:
+    broken = pairs.map(lambda row: {"caption": "\n" + row["caption"].replace(" ", "\r\n", 1)})
+    check_equal(scanned(pairs), scanned(broken))
+
+
+def test_rows_that_are_no_dataset_can_be_scanned_and_not_left_out(pairs: datasets.Dataset) -> None:
+    rows = list(pairs)
+    found = scanned(rows)
+    check_equal(scanned(pairs), found)
+    for call in (found.keep, found.flag, found.trusted):
+        with pytest.raises(ValueError, match="dataset is a list; accepted is that which was scanned, as a datasets"):
+            call(rows)
+
+
 class Stops(Exception):
     pass
 
@@ -130,7 +166,7 @@ def test_what_a_folder_or_a_stream_lacks_is_named(pairs: datasets.Dataset, tmp_p
         scanned(pairs.to_iterable_dataset(num_shards=2), num_workers=2)
     with pytest.raises(ValueError, match="key_column='other' is not a column of dataset"):
         scanned(pairs.to_iterable_dataset(), key_column="other")
-    with pytest.raises(ValueError, match="reference_rounds=0 must be at least 1"):
+    with pytest.raises(ValueError, match="reference_rounds=0; accepted is an integer of at least 1"):
         scanned(pairs, reference_rounds=0)
 
 

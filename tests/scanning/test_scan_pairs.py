@@ -100,15 +100,19 @@ def test_the_same_seed_gives_the_same_scan(scan: PairScan, pairs: datasets.Datas
 def test_how_well_a_model_knows_the_pairs_is_measured() -> None:
     rng = np.random.default_rng(0)
     texts = rng.normal(size=(1024, 64)).astype(np.float16)
-    assert scoring.known(Features(texts, texts, texts), seed=0) == 1
+    captions = np.array([f"{number}" for number in range(1024)], dtype=object)
+    assert scoring.known(Features(texts, texts, texts), captions, seed=0) == (1, 1 / 256)
     foreign = rng.normal(size=(1024, 64)).astype(np.float16)
-    assert scoring.known(Features(texts, foreign, texts), seed=0) < 5 / 256
+    assert scoring.known(Features(texts, foreign, texts), captions, seed=0)[0] < 5 / 256
+    few = np.arange(1024) % 4
+    found, chance = scoring.known(Features(texts, foreign, texts[few]), captions[few], seed=0)
+    assert found == pytest.approx(chance, abs=0.05) and chance == pytest.approx(0.25, abs=0.01)
 
 
 def test_a_model_that_does_not_know_the_pairs_is_said_to(
     pairs: datasets.Dataset, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scoring, "known", lambda *args: 1 / 256)
+    monkeypatch.setattr(scoring, "known", lambda *args: (1 / 256, 1 / 256))
     scan_pairs(small_model(0), digit_processor(), pairs)
     assert "has not learned these pairs" in caplog.text
 
@@ -140,7 +144,7 @@ def test_the_command_writes_what_it_says(pairs: datasets.Dataset, tmp_path: Path
     assert main([*command, "--output-dir", str(tmp_path / "out"), "--drop", "0.1", *verify]) == 0
     printed = capsys.readouterr().out
     assert "Cleaning the last model on the 62 least suspect pairs" in printed
-    assert "confirmed" in printed or "natural" in printed
+    assert "confirmed" in printed
     assert (tmp_path / "out" / "cleaned" / "model.safetensors").is_file()
     assert "124 pairs under 1 model(s)" in printed and "112 pairs stay" in printed
     scores = datasets.Dataset.from_parquet(str(tmp_path / "out" / "scores.parquet"))
