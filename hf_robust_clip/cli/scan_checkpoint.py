@@ -20,8 +20,8 @@ def add_parser(commands: Any) -> None:
         "scan-checkpoint",
         required=("model", "data", "output_dir"),
         help="look for backdoors in a model, without knowing the trigger",
-        description="For each class, look for the smallest changes that make the model call any image so. A backdoor "
-        "makes them small. FOLDER gets scan.json, report.html, and the triggers that were found, which "
+        description="For each class, look for small changes that make the model call any image so. With a backdoor "
+        "they get far. FOLDER gets scan.json, report.html, and the triggers that were found, which "
         "`evaluate --trigger found:FOLDER` and `train --trigger found:FOLDER` take. The exit code is 0 whatever is "
         "found: no scan proves a model clean.",
     )

@@ -38,7 +38,7 @@ def pixel_batches(
     image_column: str,
     preprocess: ImagePreprocessor,
     triggers: Sequence[PixelTrigger | None],
-    batches: Sequence[range],
+    batches: Sequence[Sequence[int]],
 ) -> Iterator[list[torch.Tensor]]:
     """
     Decode and preprocess each image of a dataset once, and put every trigger on the same pixels.
@@ -51,7 +51,7 @@ def pixel_batches(
         image_column (`str`): Any image that [`~imaging.decode_image`] takes.
         preprocess ([`~data.images.ImagePreprocessor`]): Of the model.
         triggers (sequence): Functions of the pixels alone, since they run in threads; `None` stands for no trigger.
-        batches (sequence of `range`): Row numbers.
+        batches (sequence of sequences of `int`): Row numbers.
 
     Yields:
         `list[torch.Tensor]`: For each batch, one tensor `(B, 3, H, W)`, uint8, for each of `triggers`.

@@ -18,7 +18,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..attacks.fields import check_int
-from ..attacks.found import FoundTrigger, save_found
+from ..attacks.found import LONGEST_NAME, FoundTrigger, save_found
 from ..columns import check_columns
 from ..data.images import ImagePreprocessor
 from ..evaluation.embedding import Embedder
@@ -26,7 +26,7 @@ from ..evaluation.pixels import pixel_batches
 from ..evaluation.zero_shot import DEFAULT_TEMPLATES, check_templates
 from ..kinds import text_list
 from ..models import check_processor, load_dual_encoder, load_processor
-from ..wording import listed, shown
+from ..wording import listed, shortened, shown
 from .inversion import FAMILIES, Change, Family, effort_of, invert, losses_of
 
 #: Images that perturbations are fitted to, others that they are judged on, and the least of both together.
@@ -40,8 +40,8 @@ _LEAST_LOSS = 0.02
 #: Scores from which on a candidate stands out, among the others and against a base. Chosen on models of a seed that
 #: no table reports.
 STANDS_OUT, STANDS_OUT_OF_BASE = 2.0, 2.0
-#: Candidates whose triggers are saved, and captions that stand for a cluster.
-SAVED, CAPTIONS_OF_CLUSTER = 10, 32
+#: Candidates whose triggers are saved, captions that are clustered, and those that stand for a cluster.
+SAVED, MOST_CAPTIONS, CAPTIONS_OF_CLUSTER = 10, 20_000, 32
 
 
 class Measured(NamedTuple):
@@ -108,13 +108,19 @@ class CheckpointScan:
 
     @property
     def threshold(self) -> float:
-        """The score from which on a candidate stands out."""
-        return STANDS_OUT_OF_BASE if self.with_base else STANDS_OUT
+        """The score from which on a candidate stands out; with fewer families it is less."""
+        whole = STANDS_OUT_OF_BASE if self.with_base else STANDS_OUT
+        return whole * len(self.settings["families"]) / len(FAMILIES)
+
+    @property
+    def measured(self) -> list[Finding]:
+        """Candidates that got every step, the most suspect first."""
+        return [finding for finding in self.findings if finding.steps == self.settings["steps"]]
 
     @property
     def standing_out(self) -> list[Finding]:
-        """Candidates at or above the threshold, the most suspect first. Clean models have such, too."""
-        return [finding for finding in self.findings if finding.score >= self.threshold]
+        """Of [`measured`] those at or above the threshold. Clean models have such, too."""
+        return [finding for finding in self.measured if finding.score >= self.threshold]
 
     def trigger(self, name: str | None = None, family: str | None = None) -> FoundTrigger:
         """
@@ -146,7 +152,7 @@ class CheckpointScan:
                 {
                     **asdict(finding),
                     "families": {name: found._asdict() for name, found in finding.families.items()},
-                    "stands_out": finding.score >= self.threshold,
+                    "stands_out": finding in self.standing_out,
                 }
                 for finding in self.findings
             ],
@@ -290,7 +296,8 @@ def cluster_captions(
 
     Args:
         model, processor: The suspect model, as of [`scan_checkpoint`].
-        captions (sequence of `str`): Those of any pairs; repeats count once.
+        captions (sequence of `str`): Those of any pairs. Repeats count once, blank ones do not. Of more than 20,000
+            so many are drawn.
         count (`int`, defaults to 16): Clusters, at least three.
         batch_size (`int`), seed (`int`): Of embedding, and of k-means.
 
@@ -301,7 +308,11 @@ def cluster_captions(
         `ValueError`: If there are fewer different captions than clusters.
     """
     check_int("count", count, minimum=3)
-    different = list(dict.fromkeys(text_list("captions", captions, "a list of captions")))
+    texts = (text for text in text_list("captions", captions, "a list of captions") if text.strip())
+    different = list(dict.fromkeys(texts))
+    if len(different) > MOST_CAPTIONS:
+        rows = np.random.default_rng(seed).permutation(len(different))[:MOST_CAPTIONS]
+        different = [different[row] for row in np.sort(rows)]
     if len(different) < count:
         raise ValueError(f"captions has {len(different)} different texts; count={count} clusters need as many")
     embeds = Embedder(model, processor, batch_size).embed_texts(different).numpy()
@@ -312,7 +323,8 @@ def cluster_captions(
         members = np.flatnonzero(clusters.labels_ == number)
         nearest = members[np.argsort(distances[members, number], kind="stable")][:CAPTIONS_OF_CLUSTER]
         if len(nearest):
-            found[different[nearest[0]]] = [different[row] for row in nearest]
+            name = shortened(different[nearest[0]], LONGEST_NAME)
+            found[f"{name} ({number})" if name in found else name] = [different[row] for row in nearest]
     return found
 
 
@@ -467,12 +479,16 @@ def _frozen(model: nn.Module) -> Iterator[None]:
             value.requires_grad_(True)
 
 
+def drawn_rows(count: int, seed: int) -> list[int]:
+    """The numbers of the images that are looked at, of so many, at random; the first are perturbations fitted to."""
+    return np.random.default_rng(seed).permutation(count)[: FITTED + JUDGED].tolist()
+
+
 def _drawn(images: Any, image_column: str, preprocess: ImagePreprocessor, seed: int) -> torch.Tensor:
-    """So many images as are needed, drawn at random, as bytes `(N, 3, H, W)`."""
-    rows = np.random.default_rng(seed).permutation(len(images))[: FITTED + JUDGED].tolist()
-    picked = images.select(rows) if hasattr(images, "select") else [images[row] for row in rows]
-    batches = [range(start, min(start + 64, len(rows))) for start in range(0, len(rows), 64)]
-    return torch.cat([pixels for (pixels,) in pixel_batches(picked, image_column, preprocess, [None], batches)])
+    """So many images as are needed, as bytes `(N, 3, H, W)`."""
+    rows = drawn_rows(len(images), seed)
+    batches = [rows[start : start + 64] for start in range(0, len(rows), 64)]
+    return torch.cat([pixels for (pixels,) in pixel_batches(images, image_column, preprocess, [None], batches)])
 
 
 def _prompts_of(candidates: Any, templates: Sequence[str], least: int) -> dict[str, list[str]]:
@@ -488,6 +504,9 @@ def _prompts_of(candidates: Any, templates: Sequence[str], least: int) -> dict[s
         names = text_list("candidates", candidates, accepted)
         # Not str.format: a template may hold other braces.
         prompts = {name: [template.replace("{}", name) for template in check_templates(templates)] for name in names}
+    long = [name for name in names if len(name) > LONGEST_NAME]
+    if long:
+        raise ValueError(f"candidates: {shown(long[0])} has {len(long[0])} characters; accepted are {LONGEST_NAME}")
     if len(prompts) < max(least, len(names)) or not all(name.strip() for name in names):
         raise ValueError(f"candidates must be {accepted}, but is {listed(names)}")
     return prompts

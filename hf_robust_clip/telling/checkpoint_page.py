@@ -9,7 +9,7 @@ from PIL import Image
 
 from ..data.images import ImagePreprocessor
 from ..evaluation.pixels import pixel_batches
-from ..scanning.checkpoint import CheckpointScan, Finding
+from ..scanning.checkpoint import CheckpointScan, Finding, drawn_rows
 from ..scanning.inversion import FAMILIES
 from ..wording import shortened
 from .html import picture, templates
@@ -64,7 +64,7 @@ def scan_statements(scan: CheckpointScan) -> list[str]:
             f"No candidate reaches the threshold of {scan.threshold:.2f}. “{shortened(first.name, NAME)}” is the "
             f"first, with {first.score:.2f}."
         )
-    others = [finding.score for finding in scan.findings if finding not in standing]
+    others = [finding.score for finding in scan.measured if finding not in standing]
     if standing and others:
         said.append(f"The first of the others has {max(others):.2f}.")
     said.append(
@@ -89,9 +89,9 @@ def render_checkpoint_scan(scan: CheckpointScan, images: Any, processor: Any, im
         `ModuleNotFoundError`: Without the extra `report`.
     """
     check_report_extra()
-    few = [images[row] for row in range(min(PHOTOS, len(images)))]
+    few = drawn_rows(len(images), scan.settings["seed"])[:PHOTOS]
     preprocess = ImagePreprocessor(processor.image_processor)
-    (pixels,) = next(pixel_batches(few, image_column, preprocess, [None], [range(len(few))]))
+    (pixels,) = next(pixel_batches(images, image_column, preprocess, [None], [few]))
     photos = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in pixels]
     items = []
     for finding in [finding for finding in scan.findings if finding.name in scan.triggers][:SHOWN]:

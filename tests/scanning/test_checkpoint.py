@@ -172,7 +172,7 @@ def test_the_model_is_left_as_it_was(photos: datasets.Dataset) -> None:
     assert all(value.grad is None for value in model.parameters())
 
 
-def test_captions_make_candidates(photos: datasets.Dataset) -> None:
+def test_captions_make_candidates(photos: datasets.Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     found = cluster_captions(small_model(0), digit_processor(), photos["caption"][:], 4)
     assert found == cluster_captions(small_model(0), digit_processor(), photos["caption"][:], 4)
     members = [caption for captions in found.values() for caption in captions]
@@ -181,7 +181,16 @@ def test_captions_make_candidates(photos: datasets.Dataset) -> None:
     scanned = scan_checkpoint(small_model(0), digit_processor(), photos, found, steps=1, families=["noise"])
     assert {finding.name for finding in scanned.findings} == set(found)
     with pytest.raises(ValueError, match="captions has 1 different texts; count=3 clusters need as many"):
-        cluster_captions(small_model(0), digit_processor(), ["a"] * 9, 3)
+        cluster_captions(small_model(0), digit_processor(), ["a", "", " "] * 9, 3)
+    monkeypatch.setattr(module, "MOST_CAPTIONS", 8)
+    few = cluster_captions(small_model(0), digit_processor(), [f"a {word * 300}" for word in "abcdefghij"], 3)
+    assert sum(map(len, few.values())) == 8
+
+
+def test_an_image_that_cannot_be_read_is_named_by_its_own_row(photos: datasets.Dataset) -> None:
+    rows = [{"image": b"no image" if row == 57 else photos[row]["image"]} for row in range(64)]
+    with pytest.raises(ValueError, match="row 57 of the evaluation images"):
+        scan_checkpoint(small_model(0), digit_processor(), rows, NAMES, steps=1, families=["noise"])
 
 
 BAD: list[tuple[dict[str, Any], str]] = [
@@ -198,6 +207,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"steps": 0}, "steps=0; accepted is an integer of at least 1"),
     ({"batch_size": True}, "batch_size=True"),
     ({"seed": -1}, "seed=-1"),
+    ({"candidates": ["a", "b", "c" * 1001]}, "has 1001 characters; accepted are 1000"),
     ({"image_column": "picture"}, "image_column='picture' is not a column of images"),
     ({"images": []}, "images is empty"),
     ({"images": [{"image": None}] * 15}, "images has 15 rows: at least 16 are needed"),
