@@ -1,6 +1,6 @@
 """
-What does a scan of many pairs cost beside embedding them? Fits a scan on a sample of made-up embeddings, and scores
-them block by block, on one core. No image is decoded, and nothing is written to the disk.
+What does a scan of many pairs cost beside embedding them? Fits a scan on a sample of made-up embeddings, scores all of
+them block by block, and looks for groups, copies and ranks, on one core. No image is decoded.
 
     OMP_NUM_THREADS=1 python benchmarks/scan_at_scale.py --json benchmarks/results/scan_at_scale.json
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import resource
+import tempfile
 import time
 from pathlib import Path
 
@@ -17,6 +18,8 @@ import torch
 from bench.output import write_result
 
 from hf_robust_clip.scanning.features import Features
+from hf_robust_clip.scanning.pairs import judged
+from hf_robust_clip.scanning.parts import Parts, read_parts
 from hf_robust_clip.scanning.reading import Rows, priorities
 from hf_robust_clip.scanning.sample import Sample
 from hf_robust_clip.scanning.scoring import BLOCK, Scorer
@@ -50,6 +53,7 @@ def main() -> None:
     parser.add_argument("--sample", type=int, default=50_000)
     parser.add_argument("--sizes", type=int, nargs="+", default=[256, 512], help="Of the references.")
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--work", type=Path, help="folder for the scores, 400 bytes a row (default: a temporary one)")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -60,11 +64,18 @@ def main() -> None:
     start = time.process_time()
     scorer = Scorer(sample, args.sizes, args.rounds, 0)
     fitted, scored = time.process_time() - start, 0.0
-    for first in range(0, args.rows, BLOCK):
-        features, rows = made_up(np.arange(first, min(first + BLOCK, args.rows)), centers, args.width, 0)
+    with tempfile.TemporaryDirectory(dir=args.work) as folder:
+        parts = Parts(Path(folder), 0)
+        for first in range(0, args.rows, BLOCK):
+            features, rows = made_up(np.arange(first, min(first + BLOCK, args.rows)), centers, args.width, 0)
+            start = time.process_time()
+            parts.write([scorer.table([features], rows)], [])
+            scored += time.process_time() - start
         start = time.process_time()
-        scorer.table([features], rows)
-        scored += time.process_time() - start
+        found, groups, duplicates = judged(read_parts(Path(folder)), scorer)
+        listed = sum(map(len, found))
+        after = time.process_time() - start
+    print(f"{listed} pairs, {len(groups)} groups, {len(duplicates)} images with copies")
     result = {
         "device": "cpu",
         "rows": args.rows,
@@ -74,7 +85,8 @@ def main() -> None:
         "reference_rounds": args.rounds,
         "fit_cpu_seconds": round(fitted, 1),
         "score_cpu_seconds": round(scored, 1),
-        "microseconds_a_row": round(1e6 * scored / args.rows, 1),
+        "judge_cpu_seconds": round(after, 1),
+        "microseconds_a_row": round(1e6 * (scored + after) / args.rows, 1),
         "peak_memory_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
     }
     print(result)

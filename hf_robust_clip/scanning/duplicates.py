@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -70,29 +70,59 @@ def near_pairs(fingerprints: NDArray[np.uint64]) -> NDArray[np.int64]:
     Returns:
         `(M, 2)` int64: Row numbers, the lower first, each pair once.
     """
-    order = np.argsort(fingerprints, kind="stable")
-    fresh = np.r_[True, np.diff(fingerprints[order]) != 0]
-    equal = np.stack([order[:-1], order[1:]], axis=1)[~fresh[1:]]
-    found, first_rows = [equal.astype(np.int64)], order[fresh]
-    values = fingerprints[first_rows]
-    width = np.uint64(64 // BANDS)
-    for band in range(BANDS):
-        part = (values >> (np.uint64(band) * width)) & np.uint64((1 << int(width)) - 1)
-        order = np.argsort(part, kind="stable")
-        starts = np.flatnonzero(np.r_[True, np.diff(part[order]) != 0, True])
-        for start, stop in itertools.pairwise(starts):
-            places = order[start:stop]
-            if len(places) < 2:
-                continue
-            if len(places) <= _MOST:
-                first, second = np.triu_indices(len(places), 1)
-            else:
-                first = np.arange(len(places) - 1)
-                second = first + 1
-            alike = np.bitwise_count(values[places[first]] ^ values[places[second]]) <= BITS
-            pairs = np.stack([places[first[alike]], places[second[alike]]], axis=1)
-            found.append(np.sort(first_rows[pairs], axis=1))
+    found = [np.empty((0, 2), dtype=np.int64)]
+    stands = np.zeros(len(fingerprints), dtype=bool)
+    for rows in partitions(fingerprints, 64):
+        order = rows[np.argsort(fingerprints[rows], kind="stable")]
+        fresh = np.r_[True, np.diff(fingerprints[order]) != 0][: len(order)]
+        found.append(np.stack([order[:-1], order[1:]], axis=1)[~fresh[1:]])
+        stands[order[fresh]] = True
+    width = 64 // BANDS
+    for top in range(width, 65, width):
+        for rows in partitions(fingerprints, top, stands):
+            part = (fingerprints[rows] >> np.uint64(top - width)) & np.uint64((1 << width) - 1)
+            rows = rows[np.lexsort((fingerprints[rows], part))]
+            bounds = np.flatnonzero(np.r_[True, np.diff(np.sort(part)) != 0, True])
+            for start, stop in itertools.pairwise(bounds):
+                one = rows[start:stop]
+                if len(one) < 2:
+                    continue
+                if len(one) <= _MOST:
+                    first, second = np.triu_indices(len(one), 1)
+                else:
+                    first = np.arange(len(one) - 1)
+                    second = first + 1
+                alike = np.bitwise_count(fingerprints[one[first]] ^ fingerprints[one[second]]) <= BITS
+                found.append(np.sort(np.stack([one[first[alike]], one[second[alike]]], axis=1), axis=1))
     return np.unique(np.concatenate(found), axis=0)
+
+
+def partitions(
+    values: NDArray[np.uint64], top: int, within: NDArray[np.bool_] | None = None
+) -> Iterator[NDArray[np.int64]]:
+    """
+    Rows by the four bits of their values below bit `top`: a sixteenth of them at a time, so that what is done with
+    them takes little memory.
+
+    Args:
+        values (`(N,)` uint64), top (`int`): Where the bits are.
+        within (`(N,)` bool, *optional*): Only these rows.
+    """
+    shift = np.uint64(top - 4)
+    for wanted in range(16):
+        yield np.concatenate(
+            [
+                start + np.flatnonzero(_has_bits(values, shift, wanted, within, slice(start, start + _BLOCK)))
+                for start in range(0, max(1, len(values)), _BLOCK)
+            ]
+        )
+
+
+def _has_bits(
+    values: NDArray[np.uint64], shift: np.uint64, wanted: int, within: NDArray[np.bool_] | None, block: slice
+) -> NDArray[np.bool_]:
+    have: NDArray[np.bool_] = (values[block] >> shift) & np.uint64(15) == wanted
+    return have if within is None else have & within[block]
 
 
 def find_copies(

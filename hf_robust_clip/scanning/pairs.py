@@ -28,7 +28,7 @@ from ..evaluation.embedding import Embedder
 from ..kinds import is_stream
 from ..models import inference, load_processor
 from ..wording import shown
-from .duplicates import Copies, find_copies, near_pairs
+from .duplicates import Copies, find_copies, near_pairs, partitions
 from .features import Features, encode
 from .found import PairGroup, PairScan, disagrees, suspect_copies
 from .groups import words_of
@@ -169,18 +169,32 @@ def scan_pairs(
             f"of the cases, and chance in {scorer.chance:.1%}: it has not learned these pairs, or was not trained on "
             "them, and the scan cannot know which are poisoned. Scan with a checkpoint of a training on them."
         )
+    found, groups, duplicates = judged(table, scorer, key_column)
+    scores = datasets.Dataset(pa.concat_tables(found)) if sample.complete else _on_disk(folder, found)
+    return PairScan(scores, groups, duplicates, scorer.known, scorer.chance, key_column, held)
+
+
+def judged(
+    table: pa.Table, scorer: Scorer, key_column: str | None = None
+) -> tuple[Iterator[pa.Table], list[PairGroup], list[Copies]]:
+    """
+    What follows from the scores of all pairs: the scores that a user sees, block by block, groups, and duplicates.
+
+    Args:
+        table (`pa.Table`): Of [`Scorer.table`], of all pairs.
+        scorer ([`Scorer`]): Of it.
+        key_column (`str`, *optional*): Of a stream.
+    """
     if key_column is not None:
         _check_keys(table)
     duplicates = _duplicates(table)
     suspect = suspect_copies(duplicates, len(table))
-    if len(duplicates) and not suspect and any(map(disagrees, duplicates)):
+    if not suspect and any(map(disagrees, duplicates)):
         logger.warning(
             "Many images occur several times with captions that disagree. That is usual in data with a row for each "
             "caption of an image, and says nothing of targeted poisons: give each image one row with all its captions."
         )
-    found = _ranked(table, duplicates, suspect, scorer.cut, key_column)
-    scores = datasets.Dataset(pa.concat_tables(found)) if sample.complete else _on_disk(folder, found)
-    return PairScan(scores, _groups(table, scorer), duplicates, scorer.known, scorer.chance, key_column, held)
+    return _ranked(table, duplicates, suspect, scorer.cut, key_column), _groups(table, scorer), duplicates
 
 
 def _check_rows(rows: int) -> None:
@@ -205,14 +219,15 @@ def _print_of_processor(processor: Any) -> str:
 
 def _check_keys(table: pa.Table) -> None:
     """That each pair has a key of its own."""
-    identities = np.sort(table.column("identity").to_numpy())
-    twice = identities[1:][identities[1:] == identities[:-1]]
-    if len(twice):
-        row = int(np.flatnonzero(table.column("identity").to_numpy() == twice[0])[0])
-        raise ValueError(
-            f"key_column: {len(twice)} pairs have a key that another one has, such as "
-            f"{shown(table.column('key')[row].as_py())}; accepted is a column in which each row has its own"
-        )
+    identities = table.column("identity").to_numpy()
+    for rows in partitions(identities, 64):
+        rows = rows[np.argsort(identities[rows], kind="stable")]
+        twice = rows[1:][np.diff(identities[rows]) == 0]
+        if len(twice):
+            key = shown(table.column("key")[int(twice[0])].as_py())
+            raise ValueError(
+                f"key_column: several pairs have the key {key}; accepted is a column in which each row has its own"
+            )
 
 
 def _wait() -> None:
