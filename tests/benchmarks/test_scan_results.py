@@ -1,0 +1,22 @@
+"""What the package says of its scans' false alarms is what the committed results hold."""
+
+from __future__ import annotations
+
+import json
+
+from scan_checkpoint import RESULTS, SEARCH_SEED
+
+from hf_robust_clip.telling.checkpoint_page import FALSE_ALARMS
+
+NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
+
+
+def test_the_false_alarms_that_are_told_are_those_that_were_counted() -> None:
+    found = json.loads(RESULTS.read_text())["cells"]
+    clean = [one for one in found if not one["planted"] and one["study"] == "digits" and one["seed"] != SEARCH_SEED]
+    alarms = sum(one["stands_out"] for one in clean)
+    highest = sorted((one["score"] for one in clean), reverse=True)[:3]
+    assert FALSE_ALARMS[0].startswith(
+        f"Of {NUMBERS[len(clean)]} models of digits that were never poisoned, {NUMBERS[alarms]} reached the threshold: "
+        f"their highest scores were {highest[0]:.2f}, {highest[1]:.2f} and {highest[2]:.2f}."
+    )
