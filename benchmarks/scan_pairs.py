@@ -17,7 +17,7 @@ import math
 import os
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ import yaml
 from bench.attack import plant
 from bench.cell import Cell, run_cell
 from bench.filtering import EPOCHS, epoch_checkpoints
-from bench.marked import ROOT
+from bench.marked import ROOT, put_between, table_marks
 from bench.material import load_material
 from bench.output import write_result
 from bench.study import TWIN, Study, load_study
@@ -40,6 +40,7 @@ from hf_robust_clip.data.images import ImagePreprocessor
 from hf_robust_clip.models import load_dual_encoder, load_processor
 
 RESULTS = ROOT / "benchmarks" / "results" / "scan_pairs.json"
+PAGE, MARKS = ROOT / "docs" / "scanning.md", table_marks("scans", "scan_pairs.py --docs")
 #: Share of the pairs that are looked at.
 LOOKED_AT = 0.1
 ATTACKS = Path(__file__).parent / "scan_attacks.yaml"
@@ -123,6 +124,30 @@ def scanned(cell: Cell, data: Path | None, work: Path, epochs: Sequence[int]) ->
     return result
 
 
+def table(results: Sequence[Mapping[str, Any]]) -> str:
+    """A line for each scan: how the poisons rank by groups, by SLOF and by how often their captions occur."""
+    titles = ["data, attack", "seed", "attack success", "groups, AUROC", "poisons in the first 10%", "SLOF, AUROC"]
+    titles += ["caption counts, AUROC", "heaviest group", "clean pairs above the cut-off"]
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    for one in sorted(results, key=lambda one: (one["study"], one["attack"] == CLEAN, one["attack"], one["seed"])):
+        first, ranking = one["first_group"], one.get("ranking")
+        whose = {True: "poisoned, ", False: "not poisoned, ", None: ""}[one.get("first_group_is_poisoned")]
+        cells = [f"{one['study']}, {one['attack']}", str(one["seed"])]
+        if ranking is None:
+            cells += [""] * 5
+        else:
+            cells += [
+                f"{one['success']:.1%}",
+                f"{ranking['group']['auroc']:.3f}",
+                f"{ranking['rank']['first_tenth']:.0%}",
+                *(f"{ranking[name]['auroc']:.2f}" for name in ("slof", "caption_count")),
+            ]
+        flagged = one.get("flagged_clean", one["suspect"])
+        cells += [f"{whose}weight {first['weight']:.2f}", f"{flagged} ({flagged / one['pairs']:.1%})"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--study", default="digits")
@@ -132,12 +157,16 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--epochs", type=int, nargs="+", default=EPOCHS, help="checkpoints that are scanned")
     parser.add_argument("--work", type=Path, default=ROOT / "bench-output", help="folder for the models")
+    parser.add_argument("--docs", action="store_true", help="run nothing: the table of what there is into docs")
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no scan after so many")
     args = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     until = time.monotonic() + 60 * args.minutes
     study = load_study(args.study)
     done = json.loads(RESULTS.read_text())["results"] if RESULTS.is_file() else []
+    if args.docs:
+        put_between(PAGE, MARKS, table(done))
+        return
     for seed in args.seeds:
         for rate in args.rates:
             for attack in args.attacks or [*study.attacks, CLEAN]:

@@ -26,6 +26,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "plain": {
         "image_preset": "identity",
         "text_preset": "identity",
+        "adversary": "none",
         "perturbed_weight": 1.0,
         "unimodal_weight": 0.0,
         "fade_to": 0.1,
@@ -34,6 +35,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "photos": {
         "image_preset": "cleanclip",
         "text_preset": "eda",
+        "adversary": "universal",
         "perturbed_weight": 0.5,
         "unimodal_weight": 1.0,
         "fade_to": 1.0,
@@ -56,8 +58,9 @@ class UnbindTrainingArguments(CLIPTrainingArguments):
         families (`dict` or `str`, *optional*): How many perturbations there are of each family, such as
             `{"add": 2, "patch": 2, "warp": 2}` or `"add=2,patch=2,warp=2"`, which is the default. One that is left
             out has none. See [`~augment.universal.Family`] for one of your own.
-        adversary (`str`, defaults to `"none"`): `"none"`: each step draws the perturbations anew. `"universal"`: each
-            step moves them to where the loss is larger, which was not shown to be worth its cost.
+        adversary (`str`, *optional*): `"none"`: each step draws the perturbations anew. `"universal"`: each step moves
+            them to where the loss is larger. `None`: `"none"` of `"plain"`, since it was not worth its cost on digits,
+            and `"universal"` of `"photos"`, where it was.
         perturbed_weight (`float`, *optional*): Weight of the CLIP loss of perturbed images, at least 0. `None`: 1 of
             `"plain"`, 0.5 of `"photos"`.
         unimodal_weight (`float`, *optional*): Weight of CleanCLIP's terms, between images and their perturbed copies
@@ -94,8 +97,9 @@ class UnbindTrainingArguments(CLIPTrainingArguments):
     families: dict[str, int] | str | None = field(
         default=None, metadata={"help": "Perturbations of each family; by default add=2,patch=2,warp=2."}
     )
-    adversary: str = field(
-        default="none", metadata={"help": "What moves the perturbations: universal, or none, which draws them anew."}
+    adversary: str | None = field(
+        default=None,
+        metadata={"help": "What moves the perturbations: universal, or none, which draws anew; else the preset's."},
     )
     perturbed_weight: float | None = field(
         default=None, metadata={"help": "Weight of the CLIP loss of perturbed images; else the preset's."}

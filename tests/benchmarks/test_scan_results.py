@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import scan_pairs
 from scan_checkpoint import RESULTS, SEARCH_SEED
 
 from hf_robust_clip.telling.checkpoint_page import FALSE_ALARMS
@@ -17,6 +18,12 @@ def test_the_false_alarms_that_are_told_are_those_that_were_counted() -> None:
     alarms = sum(one["stands_out"] for one in clean)
     highest = sorted((one["score"] for one in clean), reverse=True)[:3]
     assert FALSE_ALARMS[0].startswith(
-        f"Of {NUMBERS[len(clean)]} models of digits that were never poisoned, {NUMBERS[alarms]} reached the threshold: "
-        f"their highest scores were {highest[0]:.2f}, {highest[1]:.2f} and {highest[2]:.2f}."
+        f"Of {NUMBERS[len(clean)]} models of digits that were never poisoned, {NUMBERS[alarms]} reached the "
+        f"threshold: their highest scores were {highest[0]:.2f}, {highest[1]:.2f} and {highest[2]:.2f}."
     )
+
+
+def test_the_table_of_scans_is_that_of_the_results() -> None:
+    found = json.loads(scan_pairs.RESULTS.read_text())["results"]
+    page = scan_pairs.PAGE.read_text()
+    assert len(found) > 6 and scan_pairs.table(found) in page.split(scan_pairs.MARKS[0])[1]

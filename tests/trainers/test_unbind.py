@@ -196,6 +196,7 @@ def test_its_presets_and_what_goes_before_them(tmp_path: Path) -> None:
     )
     assert plain.families == {"add": 2, "patch": 2, "warp": 2}
     assert (photos.image_preset, photos.text_preset, photos.fade_to) == ("cleanclip", "light", 0.5)
+    assert (plain.adversary, photos.adversary) == ("none", "universal")
     assert (photos.perturbed_weight, photos.unimodal_weight, photos.warp_budget) == (0.5, 1, 0.14)
 
 
