@@ -17,6 +17,7 @@ from transformers import set_seed
 
 from hf_robust_clip import PairSimilarityCallback, SafeCLIPTrainer
 from hf_robust_clip.cli.flags import PLACEBOS
+from hf_robust_clip.cli.measuring import device_of
 from hf_robust_clip.cli.progress import quiet_libraries, quiet_trainers
 from hf_robust_clip.cli.rows import row_trainer
 from hf_robust_clip.columns import POISONED
@@ -28,7 +29,6 @@ from hf_robust_clip.versions import versions
 
 from .attack import Planted, plant
 from .filtering import epoch_checkpoints, filtered, random_drop
-from .machine import accelerator
 from .material import Material, load_material, start_model
 from .rebound import REBOUND, rebound
 from .study import FILTER, ROWS, TWIN, Study, digest
@@ -172,7 +172,7 @@ def _run(cell: Cell, data: Path | None, work: Path, threads: int) -> dict[str, A
     if not cell.is_trained(work):
         _train(cell, model, processor, material, planted, folder)
     training = json.loads((folder / _DONE).read_text())
-    model = load_dual_encoder(folder).to(accelerator())
+    model = load_dual_encoder(folder).to(device_of(None))
     start = time.perf_counter()
     figures = run_evaluators(planted.evaluators, processor, Embedder(model, processor, batch_size=256))
     measuring_seconds = round(time.perf_counter() - start, 1)

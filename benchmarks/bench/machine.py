@@ -10,11 +10,6 @@ from typing import Any
 import torch
 
 
-def accelerator() -> str:
-    """The GPU, if there is one."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def run_seconds(run: Callable[[], Any], device: torch.device) -> float:
     """Of one run, waiting for the device before and after."""
     synchronize(device)

@@ -9,6 +9,7 @@ from typing import Any
 from transformers import set_seed
 
 from hf_robust_clip import AttackSuccessEvaluator, PoisonSuccessEvaluator, ZeroShotEvaluator
+from hf_robust_clip.cli.measuring import device_of
 from hf_robust_clip.cli.rows import row_trainer
 from hf_robust_clip.evaluation.embedding import Embedder
 from hf_robust_clip.evaluation.running import run_evaluators
@@ -16,7 +17,6 @@ from hf_robust_clip.models import load_dual_encoder, load_processor
 from hf_robust_clip.trainers.checkpoints import checkpoints_in
 
 from .attack import Planted
-from .machine import accelerator
 from .material import Material
 from .study import Study, digest
 
@@ -60,7 +60,7 @@ def rebound(
         _train(study, load_dual_encoder(cleaned), processor, material, folder, seed, learning_rate)
     course: dict[str, Any] = {"steps": [], "accuracy": [], "success": []}
     for checkpoint in checkpoints_in(folder):
-        model = load_dual_encoder(checkpoint).to(accelerator())
+        model = load_dual_encoder(checkpoint).to(device_of(None))
         figures = run_evaluators(evaluators, processor, Embedder(model, processor, batch_size=256))
         course["steps"].append(int(checkpoint.name.split("-")[1]))
         course["accuracy"].append(round(figures["clean_accuracy"], 6))

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.distributed as dist
 
-from ..distributed import rank, world_size
+from ..distributed import gathered, rank, world_size
 from ..wording import said, shortened
 
 
@@ -38,8 +37,7 @@ def share_batches(batches: Sequence[range], embed: Callable[[Sequence[range]], t
     except Exception as error:
         # Raised below: a rank that left now would keep the others waiting for it.
         failure = error
-    reports: list[tuple[str | None, torch.Tensor | None]] = [(None, None)] * world_size()
-    dist.all_gather_object(reports, (failure and said(failure), embeds))
+    reports = gathered((failure and said(failure), embeds))
     if failure is not None:
         raise failure
     parts: dict[int, torch.Tensor] = {}  # by their first row

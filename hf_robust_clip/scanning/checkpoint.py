@@ -143,6 +143,7 @@ class CheckpointScan:
 
     def described(self) -> dict[str, Any]:
         """All but the triggers' pixels, ready for JSON."""
+        standing = self.standing_out
         return {
             "with_base": self.with_base,
             "certainty": self.certainty,
@@ -152,7 +153,7 @@ class CheckpointScan:
                 {
                     **asdict(finding),
                     "families": {name: found._asdict() for name, found in finding.families.items()},
-                    "stands_out": finding in self.standing_out,
+                    "stands_out": finding in standing,
                 }
                 for finding in self.findings
             ],

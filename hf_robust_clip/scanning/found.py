@@ -115,7 +115,7 @@ class PairScan:
         Raises:
             `ValueError`: If `drop` is not such a share, or the dataset has another number of rows.
         """
-        _check_share("drop", drop, "[0, 1)", 0 <= drop < 1 if isinstance(drop, int | float) else False)
+        _check_share("drop", drop, "[0, 1)", lambda: 0 <= drop < 1)
         self._check_kind(dataset)
         least = round(drop * len(self.scores))
         kept = self._without(dataset, self._rows_where("rank", lambda rank: rank <= least))
@@ -156,7 +156,7 @@ class PairScan:
         Raises:
             `ValueError`: If `share` is not such a share, or the dataset has another number of rows.
         """
-        _check_share("share", share, "(0, 1]", 0 < share <= 1 if isinstance(share, int | float) else False)
+        _check_share("share", share, "(0, 1]", lambda: 0 < share <= 1)
         self._check_kind(dataset)
         order = np.argsort(self._column("distrust"), kind="stable")
         return self._without(dataset, np.sort(order[max(1, round(share * len(order))) :]))
@@ -320,6 +320,6 @@ def suspect_copies(duplicates: Sequence[Copies], rows: int) -> list[Copies]:
     return [copies for copies in disagreeing if not len(usual) or len(copies.rows) > usual.max()]
 
 
-def _check_share(name: str, value: Any, accepted: str, within: bool) -> None:
-    if isinstance(value, bool) or not within:
+def _check_share(name: str, value: Any, accepted: str, within: Callable[[], bool]) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not within():
         raise ValueError(f"{name} must be a share of the pairs in {accepted}, but is {shown(value)}")

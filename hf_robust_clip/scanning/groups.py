@@ -71,10 +71,6 @@ class Direction:
     offset: float
     threshold: float
 
-    def places(self, features: NDArray[np.floating]) -> Array:
-        """Where rows of features `(N, D)` are along it `(N,)`."""
-        return np.asarray(features, dtype=np.float64) @ self.direction + self.offset
-
 
 class Words:
     """

@@ -104,7 +104,11 @@ def scan_pairs(
     given = list(models) if isinstance(models, list | tuple) else [models]
     if not given:
         raise ValueError("models is empty: give one model that was trained on these pairs, or several checkpoints")
-    for size in [reference_sizes] if isinstance(reference_sizes, int) else reference_sizes:
+    if not isinstance(reference_sizes, list | tuple) or not reference_sizes:
+        raise ValueError(
+            f"reference_sizes={shown(reference_sizes)}; accepted is a list of whole numbers, at least one"
+        )
+    for size in reference_sizes:
         check_int("reference_sizes", size, minimum=NEIGHBORS + 2)
     for name, value, least in (
         ("reference_rounds", reference_rounds, 1),
@@ -189,7 +193,7 @@ def judged(
         _check_keys(table)
     duplicates = _duplicates(table)
     suspect = suspect_copies(duplicates, len(table))
-    if not suspect and any(map(disagrees, duplicates)):
+    if len(suspect) < sum(map(disagrees, duplicates)):
         logger.warning(
             "Many images occur several times with captions that disagree. That is usual in data with a row for each "
             "caption of an image, and says nothing of targeted poisons: give each image one row with all its captions."

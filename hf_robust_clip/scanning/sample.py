@@ -113,6 +113,7 @@ def draw_sample(
     places: list[Place] = []
     if path is not None and path.is_file():
         kept.thinned, places, seen = _Part.load(path, seed, models)
+        saved = seen
 
     def save() -> None:
         kept.thin()

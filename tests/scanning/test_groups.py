@@ -58,7 +58,7 @@ def test_the_heaviest_group_is_the_planted_one_and_its_votes_rank_the_poisons_fi
     # All of them have the word, and of those with the word only the poisons are inside.
     with_word = sum("six" in row for row in words)
     assert groups[0].word == "six" and groups[0].weight == pytest.approx(1 - 40 / with_word, abs=0.02)
-    inside = groups[0].places(features) > groups[0].threshold
+    inside = Directions(groups).places(features)[0] > 1
     assert inside[poisoned].mean() > 0.95 and poisoned[inside].mean() > 0.95
     order = np.argsort(-votes(groups, features, words))
     assert poisoned[order[:40]].mean() > 0.95

@@ -168,6 +168,9 @@ def test_what_a_folder_or_a_stream_lacks_is_named(pairs: datasets.Dataset, tmp_p
         scanned(pairs.to_iterable_dataset(), key_column="other")
     with pytest.raises(ValueError, match="reference_rounds=0; accepted is an integer of at least 1"):
         scanned(pairs, reference_rounds=0)
+    for sizes in ([], 256, "256"):
+        with pytest.raises(ValueError, match=r"reference_sizes=.*; accepted is a list of whole numbers"):
+            scanned(pairs, reference_sizes=sizes)
 
 
 def test_what_stays_says_what_was_left_out(pairs: datasets.Dataset, tmp_path: Path) -> None:
