@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from bench.grid import Results
 from bench.material import Material, load_material, start_model
-from bench.study import Study, load_study
+from bench.study import TWIN, Study, digest, load_study
 from datasets import disable_progress_bars
 from transformers import CLIPConfig, CLIPModel, set_seed
 from unbind_table import ATTACKS, RATE
@@ -208,11 +208,13 @@ def grid_scans(name: str, work: Path, table: Path, rows: Sequence[str], results:
     """Scan models of the table of defences, as far as they are there."""
     study = load_study(name)
     for cell in Results(table).cells.values():
-        key = f"grid-{name}-{cell['row']}-{cell['attack']}-{cell['seed']}"
-        there = (work / cell["key"] / "model.safetensors").is_file()
+        folder = work / digest(cell["settings"])
+        # One model that was never poisoned is measured under every attack.
+        planted = () if cell.get("twin") or cell["row"] == TWIN else (cell["attack"],)
+        key = "-".join(["grid", name, cell["row"], *planted, str(cell["seed"])])
+        there = (folder / "model.safetensors").is_file()
         if cell["row"] not in rows or cell["attack"] == "search" or not there or key in results.cells:
             continue
-        planted = () if cell["row"] == "twin" else (cell["attack"],)
         found = {
             "key": key,
             "models": f"grid, {cell['row']}",
@@ -224,7 +226,7 @@ def grid_scans(name: str, work: Path, table: Path, rows: Sequence[str], results:
             "accuracy": cell["figures"]["clean_accuracy"],
             "success": dict.fromkeys(planted, cell["figures"]["attack_success_rate"]),
             "targets": [study.target] if planted else [],
-            **scanned(work / cell["key"], None, study, cell["seed"], data),
+            **scanned(folder, None, study, cell["seed"], data),
         }
         results.add(found)
         print(*(found[figure] for figure in ("key", "targets", "first", "score", "next")), flush=True)

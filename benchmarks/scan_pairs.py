@@ -4,6 +4,8 @@ trains them as that does, scans the poisoned pairs with their checkpoints, and r
 
     OMP_NUM_THREADS=1 python benchmarks/scan_pairs.py --seeds 0 1 2
     OMP_NUM_THREADS=1 python benchmarks/scan_pairs.py --seeds 0 1 2 --rates 0.03 --attacks patch blended sinusoid
+    OMP_NUM_THREADS=1 python benchmarks/scan_pairs.py --seeds 1 --attacks patch --left 39 20 11 6
+    OMP_NUM_THREADS=1 python benchmarks/scan_pairs.py --seeds 0 1 2 --attacks warp --verify
 
 Models and results that are there are not made again. Attacks are those of the study and those in
 benchmarks/scan_attacks.yaml; `clean` is the data without poisons.
@@ -18,26 +20,35 @@ import os
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import yaml
-from bench.attack import plant
+from bench.attack import Planted, plant
 from bench.cell import Cell, run_cell
 from bench.filtering import EPOCHS, epoch_checkpoints
-from bench.marked import ROOT, put_between, table_marks
+from bench.grid import Results
+from bench.marked import ROOT, markdown, put_between, table_marks
 from bench.material import load_material
 from bench.output import write_result
 from bench.study import TWIN, Study, load_study
+from defence_table import RESULTS as DEFENCES
+from defence_table import found_before
 from scipy.stats import rankdata
+from transformers import set_seed
 
 from hf_robust_clip import scan_pairs
-from hf_robust_clip.cli.progress import quiet_libraries
+from hf_robust_clip.cli.progress import quiet_libraries, quiet_trainers
+from hf_robust_clip.cli.rows import row_trainer
 from hf_robust_clip.columns import POISONED, captions_of
 from hf_robust_clip.data.images import ImagePreprocessor
+from hf_robust_clip.evaluation.embedding import Embedder
+from hf_robust_clip.evaluation.running import run_evaluators
 from hf_robust_clip.models import load_dual_encoder, load_processor
+from hf_robust_clip.scanning.found import PairGroup
 
 RESULTS = ROOT / "benchmarks" / "results" / "scan_pairs.json"
 PAGE, MARKS = ROOT / "docs" / "scanning.md", table_marks("scans", "scan_pairs.py --docs")
@@ -67,30 +78,49 @@ def cell_of(study: Study, attack: str, rate: float | None, seed: int) -> Cell:
     return Cell(study, "undefended", attack, poisoning if rate is None else {**poisoning, "rate": rate}, seed)
 
 
-def scanned(cell: Cell, data: Path | None, work: Path, epochs: Sequence[int]) -> dict[str, Any]:
-    """Train on poisoned pairs, scan, and compare with what is poisoned."""
-    study, seed = cell.study, cell.seed
-    model = run_cell(cell, data, work, threads=torch.get_num_threads())
+class Scanned(NamedTuple):
+    """The undefended model of a cell, the pairs that it learned, and what is needed to scan them."""
+
+    cell: Cell
+    result: dict[str, Any]
+    planted: Planted
+    processor: Any
+    models: list[Any]
+
+    @property
+    def columns(self) -> tuple[str, str]:
+        """Of images and captions."""
+        return self.cell.study.image_column, self.cell.study.caption_column
+
+
+def learned(cell: Cell, data: Path | None, work: Path, epochs: Sequence[int]) -> Scanned:
+    """Train the cell's model, unless it is there, and load its checkpoints."""
+    result = run_cell(cell, data, work, threads=torch.get_num_threads())
     folder = work / cell.model_key
-    material, processor = load_material(study, data, seed), load_processor(folder, None)
-    pairs = material.pairs
-    if not cell.twin:
-        size = ImagePreprocessor(processor.image_processor).image_size
-        pairs = plant(study, cell.poisoning, material, size, seed).pairs
-    models = [load_dual_encoder(path) for path in epoch_checkpoints(folder, epochs)]
+    material, processor = load_material(cell.study, data, cell.seed), load_processor(folder, None)
+    size = ImagePreprocessor(processor.image_processor).image_size
+    planted = plant(cell.study, cell.poisoning, material, size, cell.seed)
+    if cell.twin:
+        planted = replace(planted, pairs=material.pairs)
+    return Scanned(
+        cell, result, planted, processor, [load_dual_encoder(path) for path in epoch_checkpoints(folder, epochs)]
+    )
+
+
+def scanned(suspect: Scanned, left: int | None) -> dict[str, Any]:
+    """Scan the pairs, or those in which so many poisons are left, and compare with what is poisoned."""
+    cell, pairs = suspect.cell, suspect.planted.pairs
+    if left is not None:
+        poisons = np.flatnonzero(pairs[POISONED])
+        pairs = pairs.select(np.setdiff1d(np.arange(len(pairs)), poisons[left:]))
     start = time.process_time()
     with quiet_libraries():
-        scan = scan_pairs(models, processor, pairs, study.image_column, study.caption_column, batch_size=256)
+        scan = scan_pairs(suspect.models, suspect.processor, pairs, *suspect.columns, batch_size=256)
     seconds = time.process_time() - start
     top = scan.groups[0]
-    result: dict[str, Any] = {
-        "study": study.name,
-        "attack": CLEAN if cell.twin else cell.attack,
-        "rate": None if cell.twin else cell.poisoning.get("rate"),
-        "seed": seed,
+    result = described(suspect) | {
+        "left": left,
         "pairs": len(pairs),
-        "success": None if cell.twin else model["figures"][model["success"]],
-        "accuracy": model["figures"]["clean_accuracy"],
         "known": round(scan.known, 4),
         "first_group": {
             "word": top.word,
@@ -101,7 +131,6 @@ def scanned(cell: Cell, data: Path | None, work: Path, epochs: Sequence[int]) ->
         "suspect": int(np.sum(scan.scores["suspect"])),
         "disagreeing": len(scan.disagreeing),
         "scan_cpu_seconds": round(seconds, 1),
-        "model": cell.model_key,
     }
     if cell.twin:
         return result
@@ -111,7 +140,7 @@ def scanned(cell: Cell, data: Path | None, work: Path, epochs: Sequence[int]) ->
     by_copies = {row for found in scan.disagreeing for row in found.rows}
     result["poisons_among_copies"] = sum(bool(poisoned[row]) for row in by_copies)
     result["clean_among_copies"] = len(by_copies) - result["poisons_among_copies"]
-    texts = [captions_of(value) for value in pairs[study.caption_column]]
+    texts = [captions_of(value) for value in pairs[cell.study.caption_column]]
     counts = Counter(text for entry in texts for text in entry)
     scores = {name: np.asarray(scan.scores[name], dtype=float) for name in scan.scores.column_names if name != "why"}
     scores["rank"] = -scores["rank"]
@@ -120,32 +149,178 @@ def scanned(cell: Cell, data: Path | None, work: Path, epochs: Sequence[int]) ->
         name: ranking(scores[name], poisoned)
         for name in ("rank", "group", "k_distance", "slof", "dao", "projected_slof", "pair_distance", "caption_count")
     }
-    result["first_group_is_poisoned"] = bool(top.members) and bool(poisoned[list(top.members)].mean() > 0.5)
+    result["first_group_is_poisoned"] = of_poisons(top, poisoned)
     return result
 
 
+def verified(suspect: Scanned, folder: Path, learning_rate: float) -> dict[str, Any]:
+    """What the last model says of the pairs after CleanCLIP on those that the scan trusts."""
+    cell, pairs, study = suspect.cell, suspect.planted.pairs, suspect.cell.study
+    poisoned = np.asarray(pairs[POISONED], dtype=bool)
+    trusted: list[Any] = []
+
+    def clean(half: Any) -> Any:
+        trusted.append(half)
+        set_seed(cell.seed)
+        trainer = row_trainer(
+            "cleanclip",
+            folder,
+            cell.seed,
+            {
+                **dict(zip(("image_column", "caption_column"), suspect.columns, strict=True)),
+                **study.row_arguments("cleanclip"),
+                "learning_rate": learning_rate,
+                "save_strategy": "no",
+            },
+            study.row_augmentation("cleanclip"),
+            model=suspect.models[-1],
+            train_dataset=half,
+            processing_class=suspect.processor,
+        )
+        trainer.train()
+        return trainer.unwrapped_model
+
+    start = time.process_time()
+    with quiet_libraries(), quiet_trainers():
+        scan = scan_pairs(suspect.models, suspect.processor, pairs, *suspect.columns, batch_size=256)
+        model = suspect.models[-1]
+        scan = scan.verify(pairs, clean, suspect.processor, *suspect.columns, batch_size=256)
+        seconds = time.process_time() - start
+        figures = run_evaluators(
+            suspect.planted.evaluators, suspect.processor, Embedder(model, suspect.processor, 256)
+        )
+    groups = [group for group in scan.groups if group.cleaned_rank is not None]
+    distance = np.asarray(scan.scores["cleaned_distance"])
+    return described(suspect) | {
+        "verified": True,
+        "pairs": len(pairs),
+        "poisons": int(poisoned.sum()),
+        "poisons_trusted": int(sum(trusted[0][POISONED])),
+        "distance": ranking(distance, poisoned),
+        "slof": ranking(np.asarray(scan.scores["slof"]), poisoned),
+        "poisoned_groups": [round(group.cleaned_rank, 3) for group in groups if of_poisons(group, poisoned)],
+        "natural_groups": [round(group.cleaned_rank, 3) for group in groups if not of_poisons(group, poisoned)],
+        "cleaned_success": figures[suspect.planted.success],
+        "cleaned_accuracy": figures["clean_accuracy"],
+        "learning_rate": learning_rate,
+        "cpu_seconds": round(seconds, 1),
+    }
+
+
+def described(suspect: Scanned) -> dict[str, Any]:
+    """Which model it is, and how far the attack got."""
+    cell, twin = suspect.cell, suspect.cell.twin
+    return {
+        "study": cell.study.name,
+        "attack": CLEAN if twin else cell.attack,
+        "rate": None if twin else cell.poisoning.get("rate"),
+        "seed": cell.seed,
+        "success": None if twin else suspect.result["figures"][suspect.result["success"]],
+        "accuracy": suspect.result["figures"]["clean_accuracy"],
+        "model": cell.model_key,
+    }
+
+
+def of_poisons(group: PairGroup, poisoned: np.ndarray) -> bool:
+    """Whether most of a group's members are poisons."""
+    return bool(group.members) and bool(poisoned[list(group.members)].mean() > 0.5)
+
+
 def table(results: Sequence[Mapping[str, Any]]) -> str:
+    """Three tables: of the scans, of those in which most poisons were left out, and of the second opinions."""
+    by_name = sorted(results, key=lambda one: (one["study"], one["attack"] == CLEAN, one["attack"], *order(one)))
+    verified = [one for one in by_name if one.get("verified")]
+    scans = [one for one in by_name if not one.get("verified")]
+    few, whole = ([one for one in scans if (one.get("left") is not None) == left] for left in (True, False))
+    parts = [markdown(*scan_table(whole))]
+    if few:
+        parts.append("With so many of the poisons left in the pairs that are scanned:\n\n" + markdown(*few_table(few)))
+    if verified:
+        parts.append("After CleanCLIP on the trusted half:\n\n" + markdown(*verified_table(verified)))
+    return "\n".join(parts)
+
+
+def order(one: Mapping[str, Any]) -> tuple[float, int, int]:
+    """By the share of poisons, the seed, and how many were left in, the most first."""
+    return one["rate"] or 0, one["seed"], -(one.get("left") or 0)
+
+
+def named(one: Mapping[str, Any]) -> tuple[str, ...]:
+    """The first columns of each table: the model."""
+    rate, success = one["rate"], one["success"]
+    return (
+        f"{one['study']}, {one['attack']}",
+        "" if rate is None else f"{rate:.1%}",
+        str(one["seed"]),
+        "" if success is None else f"{success:.1%}",
+    )
+
+
+NAMED = ("data, attack", "poisons", "seed", "attack success")
+
+
+def scan_table(results: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """A line for each scan: how the poisons rank by groups, by SLOF and by how often their captions occur."""
-    titles = ["data, attack", "seed", "attack success", "groups, AUROC", "poisons in the first 10%", "SLOF, AUROC"]
-    titles += ["caption counts, AUROC", "heaviest group", "clean pairs above the cut-off"]
-    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
-    for one in sorted(results, key=lambda one: (one["study"], one["attack"] == CLEAN, one["attack"], one["seed"])):
+    heads = ("groups, AUROC", "poisons in the first 10%", "SLOF, AUROC", "caption counts, AUROC")
+    lines = []
+    for one in results:
         first, ranking = one["first_group"], one.get("ranking")
         whose = {True: "poisoned, ", False: "not poisoned, ", None: ""}[one.get("first_group_is_poisoned")]
-        cells = [f"{one['study']}, {one['attack']}", str(one["seed"])]
-        if ranking is None:
-            cells += [""] * 5
-        else:
-            cells += [
-                f"{one['success']:.1%}",
+        flagged = one.get("flagged_clean", one["suspect"])
+        figures = (
+            [""] * 4
+            if ranking is None
+            else [
                 f"{ranking['group']['auroc']:.3f}",
                 f"{ranking['rank']['first_tenth']:.0%}",
                 *(f"{ranking[name]['auroc']:.2f}" for name in ("slof", "caption_count")),
             ]
-        flagged = one.get("flagged_clean", one["suspect"])
-        cells += [f"{whose}weight {first['weight']:.2f}", f"{flagged} ({flagged / one['pairs']:.1%})"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        )
+        copies = "" if ranking is None else f"{one['poisons_among_copies']} of {one['poisons']}"
+        last = (f"{whose}{first['word']}, {first['weight']:.2f}", copies, f"{flagged} ({flagged / one['pairs']:.1%})")
+        lines.append((*named(one), *figures, *last))
+    heads += ("heaviest group: word, weight", "poisons among copies", "clean pairs above the cut-off")
+    return (*NAMED, *heads), lines
+
+
+def few_table(results: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """A line for each model and number of poisons: whether groups find them."""
+    return (*NAMED, "left in", "groups, AUROC", "poisons in the first 10%", "heaviest group"), [
+        (
+            *named(one),
+            f"{one['poisons']} ({one['poisons'] / one['pairs']:.2%})",
+            f"{one['ranking']['group']['auroc']:.3f}",
+            f"{one['ranking']['rank']['first_tenth']:.0%}",
+            "poisoned" if one["first_group_is_poisoned"] else "not poisoned",
+        )
+        for one in results
+    ]
+
+
+def verified_table(results: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """A line for each second opinion: how the poisons rank by it, what it says of groups, and the cleaned model."""
+    heads = (
+        "poisons in the trusted half",
+        "distance, AUROC",
+        "poisons in the first 10%",
+        "mean rank of poisoned groups",
+    )
+    return (*NAMED, *heads, "of natural groups", "after cleaning: success, accuracy"), [
+        (
+            *named(one),
+            f"{one['poisons_trusted']} of {one['poisons']}",
+            f"{one['distance']['auroc']:.3f}",
+            f"{one['distance']['first_tenth']:.0%}",
+            *(between(one[name]) for name in ("poisoned_groups", "natural_groups")),
+            f"{one['cleaned_success']:.1%}, {one['cleaned_accuracy']:.1%}",
+        )
+        for one in results
+    ]
+
+
+def between(values: Sequence[float]) -> str:
+    """The least and the most of some values."""
+    return f"{min(values):.2f} to {max(values):.2f} ({len(values)})" if values else "none"
 
 
 def main() -> None:
@@ -156,6 +331,10 @@ def main() -> None:
     parser.add_argument("--rates", type=float, nargs="+", default=[None], help="of poisons (default: the study's)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--epochs", type=int, nargs="+", default=EPOCHS, help="checkpoints that are scanned")
+    parser.add_argument(
+        "--left", type=int, nargs="+", default=[None], help="poisons that are left in the pairs (default: all)"
+    )
+    parser.add_argument("--verify", action="store_true", help="clean on the trusted half, and ask that model")
     parser.add_argument("--work", type=Path, default=ROOT / "bench-output", help="folder for the models")
     parser.add_argument("--docs", action="store_true", help="run nothing: the table of what there is into docs")
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no scan after so many")
@@ -167,17 +346,30 @@ def main() -> None:
     if args.docs:
         put_between(PAGE, MARKS, table(done))
         return
-    for seed in args.seeds:
-        for rate in args.rates:
-            for attack in args.attacks or [*study.attacks, CLEAN]:
-                cell = cell_of(study, attack, rate, seed)
-                there = any(one["model"] == cell.model_key and one["epochs"] == list(args.epochs) for one in done)
-                if there or time.monotonic() > until:
-                    continue
-                one = {**scanned(cell, args.data, args.work, args.epochs), "epochs": list(args.epochs)}
-                done.append(one)
-                print(json.dumps(one), flush=True)
-                write_result(RESULTS, {"results": done}, ("torch", "transformers", "scikit-learn", "datasets"))
+    tasks = [
+        (cell_of(study, attack, rate, seed), left)
+        for seed in args.seeds
+        for rate in args.rates
+        for attack in args.attacks or [*study.attacks, CLEAN]
+        for left in args.left
+    ]
+    chosen = found_before(study, Results(DEFENCES / f"{study.name}.json")) if args.verify else {}
+    for cell, left in tasks:
+        kind: dict[str, Any] = {
+            "model": cell.model_key,
+            "epochs": list(args.epochs),
+            "left": left,
+            "verified": args.verify or None,
+        }
+        there = any(all(one.get(name) == value for name, value in kind.items()) for one in done)
+        if there or time.monotonic() > until:
+            continue
+        suspect = learned(cell, args.data, args.work, args.epochs)
+        cleaning = args.work / "verified", chosen.get("cleanclip", 0.0)
+        one = verified(suspect, *cleaning) if args.verify else scanned(suspect, left)
+        done.append(one | kind)
+        print(json.dumps(done[-1]), flush=True)
+        write_result(RESULTS, {"results": done}, ("torch", "transformers", "scikit-learn", "datasets"))
 
 
 if __name__ == "__main__":

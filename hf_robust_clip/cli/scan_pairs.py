@@ -151,13 +151,11 @@ def _verified(args: argparse.Namespace, scan: Any, dataset: Any, model: Any, pro
     from ..trainers.defended import CleanCLIPTrainer
 
     columns = {"image_column": args.image_column, "caption_column": args.caption_column}
-    trusted = scan.trusted(dataset)
-    say(f"Cleaning the last model on the {len(trusted)} least suspect pairs")
-    folder = str(args.output_dir / CLEANED)
-    trainer = CleanCLIPTrainer(
-        model,
-        CleanCLIPTrainer.args_class(
-            folder,
+
+    def clean(trusted: Any) -> Any:
+        say(f"Cleaning the last model on the {len(trusted)} least suspect pairs")
+        settings = CleanCLIPTrainer.args_class(
+            str(args.output_dir / CLEANED),
             num_train_epochs=args.verify_epochs,
             learning_rate=args.verify_learning_rate,
             per_device_train_batch_size=min(args.batch_size, len(trusted)),
@@ -167,10 +165,10 @@ def _verified(args: argparse.Namespace, scan: Any, dataset: Any, model: Any, pro
             disable_tqdm=True,
             use_cpu=args.device == "cpu",
             **columns,
-        ),
-        train_dataset=trusted,
-        processing_class=processor,
-    )
-    trainer.train()
-    trainer.save_model()
-    return scan.verified(dataset, trainer.unwrapped_model, processor, **columns, batch_size=args.batch_size)
+        )
+        trainer = CleanCLIPTrainer(model, settings, train_dataset=trusted, processing_class=processor)
+        trainer.train()
+        trainer.save_model()
+        return trainer.unwrapped_model
+
+    return scan.verify(dataset, clean, processor, **columns, batch_size=args.batch_size)

@@ -161,6 +161,27 @@ class PairScan:
         order = np.argsort(self._column("distrust"), kind="stable")
         return self._without(dataset, np.sort(order[max(1, round(share * len(order))) :]))
 
+    def verify(self, dataset: Any, clean: Callable[[Any], Any], *args: Any, **kwargs: Any) -> PairScan:
+        """
+        Trust, clean, verify: the scan with the opinion of a model that is cleaned on the pairs it trusts.
+
+        Args:
+            dataset: That was scanned.
+            clean (callable): Gets the [`trusted`] half, trains the last of the scanned models on it, and returns that
+                model.
+            *args, **kwargs: As of [`verified`], from `processor` on.
+
+        Returns:
+            [`PairScan`]: As of [`verified`].
+
+        Raises:
+            `TypeError`: If `clean` returns no model.
+        """
+        model = clean(self.trusted(dataset))
+        if model is None:
+            raise TypeError("clean returned None; accepted is the cleaned model")
+        return self.verified(dataset, model, *args, **kwargs)
+
     def verified(
         self,
         dataset: Any,

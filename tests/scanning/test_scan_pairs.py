@@ -83,6 +83,22 @@ def test_a_second_opinion_ranks_the_groups_by_the_cleaned_model(scan: PairScan, 
     assert group.confirmed == (group.cleaned_rank >= 0.65) and scan.groups[0].confirmed is None
 
 
+def test_verify_cleans_on_the_trusted_pairs_and_asks_that_model(scan: PairScan, pairs: datasets.Dataset) -> None:
+    given: list[Any] = []
+
+    def clean(trusted: datasets.Dataset) -> Any:
+        given.append(trusted)
+        return small_model(2)
+
+    found = scan.verify(pairs, clean, digit_processor(), batch_size=17)
+    assert given[0]["caption"][:] == scan.trusted(pairs)["caption"][:]
+    expected = scan.verified(pairs, small_model(2), digit_processor(), batch_size=17)
+    assert found.scores["cleaned_distance"][:] == expected.scores["cleaned_distance"][:]
+    assert found.groups == expected.groups
+    with pytest.raises(TypeError, match="clean returned None; accepted is the cleaned model"):
+        scan.verify(pairs, lambda trusted: None)
+
+
 def test_flag_adds_what_is_suspect_and_why(scan: PairScan, pairs: datasets.Dataset) -> None:
     flagged = scan.flag(pairs)
     assert flagged.column_names == [*pairs.column_names, "suspect", "suspect_why"]
