@@ -207,13 +207,16 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--processes", type=int, default=2, help="cells at a time (default: 2)")
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no cell after so many")
     parser.add_argument(
-        "--threads", type=int, help="of each process (default: the machine's cores shared between the processes)"
+        "--threads",
+        type=int,
+        help="of each process (default: OMP_NUM_THREADS, or the machine's cores shared between the processes)",
     )
 
 
 def run_arguments(options: argparse.Namespace) -> dict[str, Any]:
     """Those arguments, for `run_cells`."""
-    threads = options.threads or max(1, (os.cpu_count() or 1) // options.processes)
+    shared = max(1, (os.cpu_count() or 1) // options.processes)
+    threads = options.threads or int(os.environ.get("OMP_NUM_THREADS", shared))
     until = time.monotonic() + 60 * options.minutes
     limits = {"processes": options.processes, "threads": threads, "until": until}
     return {"data": options.data, "work": options.work, **limits}
