@@ -95,7 +95,9 @@ class Scanned(NamedTuple):
 
 def learned(cell: Cell, data: Path | None, work: Path, epochs: Sequence[int]) -> Scanned:
     """Train the cell's model, unless it is there, and load its checkpoints."""
-    result = run_cell(cell, data, work, threads=torch.get_num_threads())
+    result = Results(DEFENCES / f"{cell.study.name}.json").cells.get(cell.key)
+    if result is None or not cell.is_trained(work):
+        result = run_cell(cell, data, work, threads=torch.get_num_threads())
     folder = work / cell.model_key
     material, processor = load_material(cell.study, data, cell.seed), load_processor(folder, None)
     size = ImagePreprocessor(processor.image_processor).image_size

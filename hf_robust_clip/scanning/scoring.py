@@ -25,6 +25,9 @@ BLOCK = 8192
 GROUPS = 100
 #: Votes this many median absolute deviations above the median are suspect, but no more than this share of the pairs.
 DEVIATIONS, MOST_SUSPECT = 6.0, 0.05
+#: Of the pairs that the cut-off leaves, so many are ranked by their votes for each one that is ranked by SLOF. Votes
+#: find all that SLOF finds but warps, and poisons can be more than the cut-off takes.
+VOTES_EACH = 4
 #: Pairs among which a pair's own caption is looked for, to see whether a model knows the pairs, and how often.
 CHOICES, _TRIED = 256, 16
 
@@ -122,7 +125,7 @@ class Scorer:
             **{name: raw.local[name] for name in ("k_distance", "slof", "dao", "projected_slof")},
             "pair_distance": raw.distances[-1],
             "distrust": np.max(distrust, axis=0),
-            "usual": np.maximum(by_votes, _ranks(self._slof[-1], raw.local["slof"])),
+            "usual": np.maximum(by_votes, 1 - VOTES_EACH * (1 - _ranks(self._slof[-1], raw.local["slof"]))),
             "fingerprint": rows.fingerprints,
             "identity": rows.identities,
         }
