@@ -47,7 +47,7 @@ LISTED = 10_000
 FOUND_FILE = "found.arrow"
 #: How often a model finds a pair's caption, beyond chance and as a share of what is left to find, below which it is
 #: said to not know the pairs.
-_KNOWN = 0.02
+_KNOWN = 0.01
 
 
 def scan_pairs(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 
+import scan_checkpoint
 import scan_pairs
-from scan_checkpoint import RESULTS, SEARCH_SEED
+from bench.grid import Results
 
 from hf_robust_clip.telling.checkpoint_page import FALSE_ALARMS
 
@@ -13,9 +14,12 @@ NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight",
 
 
 def test_the_false_alarms_that_are_told_are_those_that_were_counted() -> None:
-    found = json.loads(RESULTS.read_text())["cells"]
-    clean = [one for one in found if not one["planted"] and one["study"] == "digits" and one["seed"] != SEARCH_SEED]
-    alarms = sum(one["stands_out"] for one in clean)
+    clean = [
+        one
+        for one in Results(scan_checkpoint.RESULTS).cells.values()
+        if one["attack"] == scan_pairs.CLEAN and one["study"] == "digits" and not one["tuned"]
+    ]
+    alarms = sum(bool(one["stands_out"]) for one in clean)
     highest = sorted((one["score"] for one in clean), reverse=True)[:3]
     assert FALSE_ALARMS[0].startswith(
         f"Of {NUMBERS[len(clean)]} models of digits that were never poisoned, {NUMBERS[alarms]} reached the "
@@ -27,3 +31,9 @@ def test_the_table_of_scans_is_that_of_the_results() -> None:
     found = json.loads(scan_pairs.RESULTS.read_text())["results"]
     page = scan_pairs.PAGE.read_text()
     assert len(found) > 6 and scan_pairs.table(found) in page.split(scan_pairs.MARKS[0])[1]
+
+
+def test_the_table_of_scans_of_checkpoints_is_that_of_the_results() -> None:
+    results = Results(scan_checkpoint.RESULTS)
+    page = scan_checkpoint.PAGE.read_text()
+    assert len(results.cells) > 6 and scan_checkpoint.tables(results) in page.split(scan_checkpoint.MARKS[0])[1]
