@@ -31,10 +31,11 @@ from bench.grid import Results
 from bench.marked import ROOT, markdown, put_between, table_marks
 from bench.material import Material, load_material, start_model
 from bench.study import Study, load_study
+from bench.table import TOOK
 from datasets import disable_progress_bars
 from defence_table import RESULTS as DEFENCES
 from defence_table import found_before
-from scan_pairs import CLEAN, cell_of
+from scan_pairs import CLEAN, cell_of, folded
 from transformers import CLIPConfig, CLIPModel
 
 from hf_robust_clip import AttackSuccessEvaluator, scan_checkpoint
@@ -50,8 +51,6 @@ RESULTS = ROOT / "benchmarks" / "results" / "scan_checkpoint.json"
 PAGE, MARKS = ROOT / "docs" / "scanning-checkpoints.md", table_marks("scans", "scan_checkpoint.py --docs")
 #: The attacks that are reported by default. Warps are known to escape.
 REPORTED = ("blended", "patch", "sinusoid", "stripes", "triangles")
-#: Success below which an attack did not take.
-TOOK = 0.5
 #: More poisons than there are: all are left among the pairs.
 ALL = 10**9
 
@@ -184,8 +183,8 @@ def tables(results: Results) -> str:
             lines.append((kind, scan["attack"], str(scan["seed"]), of, place, *said))
     heads = ("models", "target first", "target above the threshold", "false alarms of clean models", "AUROC")
     each = ("models", "planted", "seed", "attack success", "place of the target", "first", "its score", "next score")
-    details = "<details><summary>Each model</summary>\n\n" + markdown((*each, "above the threshold"), lines)
-    return markdown((*heads, "CPU seconds, most"), totals) + "\n" + details + "\n</details>\n"
+    details = folded("Each model", markdown((*each, "above the threshold"), lines))
+    return markdown((*heads, "CPU seconds, most"), totals) + "\n" + details
 
 
 def memory() -> list[dict[str, Any]]:

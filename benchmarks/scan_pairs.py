@@ -35,6 +35,7 @@ from bench.marked import ROOT, markdown, put_between, table_marks
 from bench.material import load_material
 from bench.output import write_result
 from bench.study import TWIN, Study, load_study
+from bench.table import TOOK
 from defence_table import RESULTS as DEFENCES
 from defence_table import found_before
 from scipy.stats import rankdata
@@ -229,17 +230,51 @@ def of_poisons(group: PairGroup, poisoned: np.ndarray) -> bool:
 
 
 def table(results: Sequence[Mapping[str, Any]]) -> str:
-    """Three tables: of the scans, of those in which most poisons were left out, and of the second opinions."""
+    """
+    In short what came of each attack, then the scans, those in which most poisons were left out, and second opinions.
+    """
     by_name = sorted(results, key=lambda one: (one["study"], one["attack"] == CLEAN, one["attack"], *order(one)))
     verified = [one for one in by_name if one.get("verified")]
     scans = [one for one in by_name if not one.get("verified")]
     few, whole = ([one for one in scans if (one.get("left") is not None) == left] for left in (True, False))
-    parts = [markdown(*scan_table(whole))]
+    parts = [markdown(*short_table(whole)), folded("Each scan", markdown(*scan_table(whole)))]
     if few:
         parts.append("With so many of the poisons left in the pairs that are scanned:\n\n" + markdown(*few_table(few)))
     if verified:
         parts.append("After CleanCLIP on the trusted half:\n\n" + markdown(*verified_table(verified)))
     return "\n".join(parts)
+
+
+def folded(title: str, text: str) -> str:
+    """A part of a page that opens at a click."""
+    return f"<details><summary>{title}</summary>\n\n{text}\n</details>\n"
+
+
+def short_table(results: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """A line for each attack and share of poisons: the worst of its seeds, those left out on which it did not take."""
+    attacks: dict[tuple[str, str, float], list[Mapping[str, Any]]] = {}
+    for one in results:
+        attacks.setdefault((one["study"], one["attack"], one["rate"] or 0), []).append(one)
+    lines = []
+    for (study, attack, rate), every in attacks.items():
+        found = [one for one in every if attack == CLEAN or (one["success"] or 0) >= TOOK]
+        name = (f"{study}, {attack}", f"{rate:.1%}" if rate else "", f"{len(found)} of {len(every)}")
+        if not found:
+            lines.append((*name, *[""] * 5))
+            continue
+        flagged = sorted(one.get("flagged_clean", one["suspect"]) / one["pairs"] for one in found)
+        last = " to ".join(dict.fromkeys(f"{share:.1%}" for share in (flagged[0], flagged[-1])))
+        if attack == CLEAN:
+            weights = ", ".join(f"{one['first_group']['word']} {one['first_group']['weight']:.2f}" for one in found)
+            lines.append((*name, "", "", "", f"none: {weights}", last))
+            continue
+        areas = [[one["ranking"][part]["auroc"] for one in found] for part in ("group", "slof")]
+        tenth = [one["ranking"]["rank"]["first_tenth"] for one in found]
+        right = sum(one["first_group_is_poisoned"] for one in found)
+        least = (f"{min(areas[0]):.3f}", f"{min(areas[1]):.2f}", f"{min(tenth):.0%}")
+        lines.append((*name, *least, f"{right} of {len(found)}", last))
+    heads = ("groups, AUROC", "SLOF, AUROC", "poisons in the first 10%", "heaviest group is the poisoned one")
+    return ("data, attack", "poisons", "seeds that took", *heads, "clean pairs above the cut-off"), lines
 
 
 def order(one: Mapping[str, Any]) -> tuple[float, int, int]:
