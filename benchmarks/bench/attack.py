@@ -55,7 +55,8 @@ class Planted:
 def plant(study: Study, attack: Mapping[str, Any], material: Material, image_size: int, seed: int) -> Planted:
     """
     Poison the pairs of a study, and make its evaluators. An attack of `parts` plants one after the other, each with
-    its `share` of the `rate`; success is that of the first.
+    its `share` of the `rate`; success is that of the first. A `word` is what captions call the target, in place of
+    its name.
     """
     if "parts" in attack:
         planted = []
@@ -69,6 +70,7 @@ def plant(study: Study, attack: Mapping[str, Any], material: Material, image_siz
     settings = dict(attack)
     mode = settings.pop("mode", "backdoor")
     target = settings.pop("target", study.target)
+    word = settings.pop("word", None)
     trigger = trigger_from_dict(settings.pop("trigger")) if "trigger" in settings else None
     if trigger is not None:
         trigger = trigger.reseeded(seed)
@@ -88,8 +90,9 @@ def plant(study: Study, attack: Mapping[str, Any], material: Material, image_siz
         size = None if mode == "text_query" else image_size
         if mode == "backdoor" and material.templates is not None:
             settings.setdefault("templates", material.templates)
-        specs = PoisonSpec(trigger, target, seed=seed, mode=mode, image_size=size, **settings)
-    pairs, _ = poison_dataset(material.pairs, specs, **columns, label_column=material.label_column)
+        specs = PoisonSpec(trigger, word or target, seed=seed, mode=mode, image_size=size, **settings)
+    label_column = None if word else material.label_column
+    pairs, _ = poison_dataset(material.pairs, specs, **columns, label_column=label_column)
     labels = {"image_column": study.image_column, "label_column": study.label_column}
     evaluators.append(ZeroShotEvaluator(labelled, names, **prompts, **labels))
     counts = {"pairs": len(material.pairs), "poisons": int(sum(pairs["poisoned"])), "test_images": len(labelled)}
