@@ -40,6 +40,15 @@ def test_every_row_has_all_scores_and_a_rank_of_its_own(scan: PairScan, pairs: d
         assert np.isfinite(np.asarray(scan.scores[name])).all()
 
 
+def test_below_the_cut_off_votes_decide_four_fifths_of_the_order(scan: PairScan) -> None:
+    votes, rank, slof = (np.asarray(scan.scores[name]) for name in ("group", "rank", "slof"))
+    rest = np.flatnonzero(~np.asarray(scan.scores["suspect"]))
+    first = rest[np.argsort(rank[rest])][:20]
+    by_votes = np.flatnonzero(votes >= np.sort(votes)[-16])
+    assert set(by_votes) & set(rest) <= set(first)
+    assert set(first) - set(by_votes) <= set(np.argsort(-slof)[:5])
+
+
 def test_an_image_with_captions_that_disagree_is_found_without_knowing_anything(scan: PairScan) -> None:
     assert scan.disagreeing[0].rows == (0, 120, 121, 122, 123)
     rank = np.asarray(scan.scores["rank"])
