@@ -30,7 +30,7 @@ ESCAPES = (
     "Warps: they move pixels, which none of the three families does.",
     "Optimized patches such as BadCLIP's. They are close to what the model says of the target anyway.",
     "Triggers on words, targeted poisons, and backdoors whose target is not among the candidates.",
-    "Several targets in one model, without a base: they hide each other in the median.",
+    "Many targets in one model, without a base: they hide each other in the median.",
 )
 
 
