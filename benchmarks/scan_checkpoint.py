@@ -26,8 +26,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from bench.cell import Cell, run_cell
-from bench.grid import Results
+from bench.cell import Cell, with_learning_rate
+from bench.grid import Results, result_of
 from bench.marked import ROOT, markdown, put_between, table_marks
 from bench.material import Material, load_material, start_model
 from bench.study import Study, load_study
@@ -61,45 +61,48 @@ def suspect_of(study: Study, attack: str, seed: int, chosen: Mapping[str, float]
     if chosen is None:
         return cell
     twin = cell_of(study, CLEAN, None, seed)
-    arguments = {"learning_rate": chosen["plain"]}
     left = 0 if cell.twin else ALL
-    poisoning = cell.poisoning
-    return Cell(study, "plain", attack, poisoning, seed, arguments, twin, twin=cell.twin, left_poisons=left)
+    tuned = Cell(study, "plain", attack, cell.poisoning, seed, start=twin, twin=cell.twin, left_poisons=left)
+    return with_learning_rate(tuned, chosen["plain"])
 
 
-def success_of(cell: Cell, material: Material, model: Any, processor: Any) -> dict[str, float]:
+def success_of(cell: Cell, result: Mapping[str, Any], material: Material, work: Path) -> dict[str, float]:
     """The attack success of each of its triggers, by the class that it aims at."""
-    study, found = cell.study, {}
-    for part in () if cell.twin else cell.poisoning.get("parts", [cell.poisoning]):
-        target = part.get("target", study.target)
-        trigger = trigger_from_dict(part["trigger"]).reseeded(cell.seed)
-        columns = {"image_column": study.image_column, "label_column": study.label_column}
-        evaluator = AttackSuccessEvaluator(
-            material.labelled, trigger, target, material.names, templates=material.prompts, **columns
-        )
-        figures = run_evaluators([evaluator], processor, Embedder(model, processor, 256))
-        found[target] = round(figures["attack_success_rate"], 4)
-    return found
+    if cell.twin:
+        return {}
+    study, folder = cell.study, work / cell.model_key
+    if "parts" not in cell.poisoning:
+        return {cell.poisoning.get("target", study.target): round(result["figures"]["attack_success_rate"], 4)}
+    triggers = {
+        part.get("target", study.target): trigger_from_dict(part["trigger"]).reseeded(cell.seed)
+        for part in cell.poisoning["parts"]
+    }
+    given = {"image_column": study.image_column, "label_column": study.label_column, "templates": material.prompts}
+    evaluators = [
+        AttackSuccessEvaluator(material.labelled, trigger, target, material.names, **given, prefix=f"{target}_")
+        for target, trigger in triggers.items()
+    ]
+    processor = load_processor(folder, None)
+    figures = run_evaluators(evaluators, processor, Embedder(load_dual_encoder(folder), processor, 256))
+    return {target: round(figures[f"{target}_attack_success_rate"], 4) for target in triggers}
 
 
-def scanned(cell: Cell, with_base: bool, data: Path | None, work: Path) -> dict[str, Any]:
-    """Train the model unless it is there, and scan it on the study's test images, without their labels."""
-    trained = run_cell(cell, data, work, threads=torch.get_num_threads())
-    study, material = cell.study, load_material(cell.study, data, cell.seed)
-    folder, base = work / cell.model_key, work / cell.starts[0].model_key if with_base else None
+def scanned(cell: Cell, with_base: bool, result: Mapping[str, Any], material: Material, work: Path) -> dict[str, Any]:
+    """Scan a model on the study's test images, without their labels."""
+    study = cell.study
     start = time.process_time()
     with quiet_libraries():
         scan = scan_checkpoint(
-            folder,
+            work / cell.model_key,
             None,
             material.labelled.select_columns([study.image_column]),
             material.names,
-            base,
+            work / cell.starts[0].model_key if with_base else None,
             image_column=study.image_column,
             templates=material.prompts,
         )
         seconds = time.process_time() - start
-        success = success_of(cell, material, load_dual_encoder(folder), load_processor(folder, None))
+        success = success_of(cell, result, material, work)
     return {
         "key": key_of(cell, with_base),
         "study": study.name,
@@ -107,7 +110,7 @@ def scanned(cell: Cell, with_base: bool, data: Path | None, work: Path) -> dict[
         "seed": cell.seed,
         "tuned": cell.start is not None,
         "with_base": with_base,
-        "accuracy": trained["figures"]["clean_accuracy"],
+        "accuracy": result["figures"]["clean_accuracy"],
         "success": success,
         "first": scan.findings[0].name,
         "score": round(scan.findings[0].score, 4),
@@ -247,16 +250,23 @@ def main() -> None:
         results.save(memory=memory())
         return
     study = load_study(options.study)
-    chosen = found_before(study, Results(DEFENCES / f"{study.name}.json")) if options.tuned else None
-    for seed in options.seeds:
-        for attack in options.attacks or [*REPORTED, CLEAN]:
-            cell = suspect_of(study, attack, seed, chosen)
-            for with_base in (True, False) if options.tuned else (False,):
-                if key_of(cell, with_base) in results.cells or time.monotonic() > until:
-                    continue
-                found = scanned(cell, with_base, options.data, options.work)
-                results.add(found)
-                print(*(found[name] for name in ("attack", "seed", "success", "first", "score", "next")), flush=True)
+    table = Results(DEFENCES / f"{study.name}.json")
+    chosen = found_before(study, table) if options.tuned else None
+    cells = [
+        suspect_of(study, attack, seed, chosen)
+        for seed in options.seeds
+        for attack in options.attacks or [*REPORTED, CLEAN]
+    ]
+    for cell in cells:
+        result: dict[str, Any] = {}
+        for with_base in (True, False) if options.tuned else (False,):
+            if key_of(cell, with_base) in results.cells or time.monotonic() > until:
+                continue
+            result = result or result_of(cell, table, options.data, options.work, torch.get_num_threads())
+            material = load_material(study, options.data, cell.seed)
+            found = scanned(cell, with_base, result, material, options.work)
+            results.add(found)
+            print(*(found[name] for name in ("attack", "seed", "success", "first", "score", "next")), flush=True)
     results.save(versions=versions(("torch", "transformers")))
     print(json.dumps([{"kind": kind, **summary(found)} for kind, found in kinds(results).items()], indent=1))
 

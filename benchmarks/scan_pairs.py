@@ -28,9 +28,9 @@ import numpy as np
 import torch
 import yaml
 from bench.attack import Planted, plant
-from bench.cell import Cell, run_cell
+from bench.cell import Cell
 from bench.filtering import EPOCHS, epoch_checkpoints
-from bench.grid import Results
+from bench.grid import Results, result_of
 from bench.marked import ROOT, markdown, put_between, table_marks
 from bench.material import load_material
 from bench.output import write_result
@@ -41,7 +41,7 @@ from defence_table import found_before
 from scipy.stats import rankdata
 from transformers import set_seed
 
-from hf_robust_clip import scan_pairs
+from hf_robust_clip import PairScan, scan_pairs
 from hf_robust_clip.cli.progress import quiet_libraries, quiet_trainers
 from hf_robust_clip.cli.rows import row_trainer
 from hf_robust_clip.columns import POISONED, captions_of
@@ -89,25 +89,27 @@ class Scanned(NamedTuple):
     models: list[Any]
 
     @property
-    def columns(self) -> tuple[str, str]:
+    def columns(self) -> dict[str, str]:
         """Of images and captions."""
-        return self.cell.study.image_column, self.cell.study.caption_column
+        study = self.cell.study
+        return {"image_column": study.image_column, "caption_column": study.caption_column}
+
+    def scan(self, pairs: Any) -> PairScan:
+        """The scan of its pairs, or of some of them."""
+        return scan_pairs(self.models, self.processor, pairs, **self.columns, batch_size=256)
 
 
-def learned(cell: Cell, data: Path | None, work: Path, epochs: Sequence[int]) -> Scanned:
+def learned(cell: Cell, table: Results, data: Path | None, work: Path, epochs: Sequence[int]) -> Scanned:
     """Train the cell's model, unless it is there, and load its checkpoints."""
-    result = Results(DEFENCES / f"{cell.study.name}.json").cells.get(cell.key)
-    if result is None or not cell.is_trained(work):
-        result = run_cell(cell, data, work, threads=torch.get_num_threads())
+    result = result_of(cell, table, data, work, threads=torch.get_num_threads())
     folder = work / cell.model_key
     material, processor = load_material(cell.study, data, cell.seed), load_processor(folder, None)
     size = ImagePreprocessor(processor.image_processor).image_size
     planted = plant(cell.study, cell.poisoning, material, size, cell.seed)
     if cell.twin:
         planted = replace(planted, pairs=material.pairs)
-    return Scanned(
-        cell, result, planted, processor, [load_dual_encoder(path) for path in epoch_checkpoints(folder, epochs)]
-    )
+    models = [load_dual_encoder(path) for path in epoch_checkpoints(folder, epochs)]
+    return Scanned(cell, result, planted, processor, models)
 
 
 def scanned(suspect: Scanned, left: int | None) -> dict[str, Any]:
@@ -118,11 +120,10 @@ def scanned(suspect: Scanned, left: int | None) -> dict[str, Any]:
         pairs = pairs.select(np.setdiff1d(np.arange(len(pairs)), poisons[left:]))
     start = time.process_time()
     with quiet_libraries():
-        scan = scan_pairs(suspect.models, suspect.processor, pairs, *suspect.columns, batch_size=256)
+        scan = suspect.scan(pairs)
     seconds = time.process_time() - start
     top = scan.groups[0]
     result = described(suspect) | {
-        "left": left,
         "pairs": len(pairs),
         "known": round(scan.known, 4),
         "first_group": {
@@ -169,12 +170,7 @@ def verified(suspect: Scanned, folder: Path, learning_rate: float) -> dict[str, 
             "cleanclip",
             folder,
             cell.seed,
-            {
-                **dict(zip(("image_column", "caption_column"), suspect.columns, strict=True)),
-                **study.row_arguments("cleanclip"),
-                "learning_rate": learning_rate,
-                "save_strategy": "no",
-            },
+            {**suspect.columns, **study.row_arguments("cleanclip"), "learning_rate": learning_rate},
             study.row_augmentation("cleanclip"),
             model=suspect.models[-1],
             train_dataset=half,
@@ -185,17 +181,13 @@ def verified(suspect: Scanned, folder: Path, learning_rate: float) -> dict[str, 
 
     start = time.process_time()
     with quiet_libraries(), quiet_trainers():
-        scan = scan_pairs(suspect.models, suspect.processor, pairs, *suspect.columns, batch_size=256)
-        model = suspect.models[-1]
-        scan = scan.verify(pairs, clean, suspect.processor, *suspect.columns, batch_size=256)
+        scan = suspect.scan(pairs).verify(pairs, clean, suspect.processor, **suspect.columns, batch_size=256)
         seconds = time.process_time() - start
-        figures = run_evaluators(
-            suspect.planted.evaluators, suspect.processor, Embedder(model, suspect.processor, 256)
-        )
+        cleaned = Embedder(suspect.models[-1], suspect.processor, 256)
+        figures = run_evaluators(suspect.planted.evaluators, suspect.processor, cleaned)
     groups = [group for group in scan.groups if group.cleaned_rank is not None]
     distance = np.asarray(scan.scores["cleaned_distance"])
     return described(suspect) | {
-        "verified": True,
         "pairs": len(pairs),
         "poisons": int(poisoned.sum()),
         "poisons_trusted": int(sum(trusted[0][POISONED])),
@@ -304,16 +296,11 @@ def scan_table(results: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, ...], l
         first, ranking = one["first_group"], one.get("ranking")
         whose = {True: "poisoned, ", False: "not poisoned, ", None: ""}[one.get("first_group_is_poisoned")]
         flagged = one.get("flagged_clean", one["suspect"])
-        figures = (
-            [""] * 4
-            if ranking is None
-            else [
-                f"{ranking['group']['auroc']:.3f}",
-                f"{ranking['rank']['first_tenth']:.0%}",
-                *(f"{ranking[name]['auroc']:.2f}" for name in ("slof", "caption_count")),
-            ]
-        )
-        copies = "" if ranking is None else f"{one['poisons_among_copies']} of {one['poisons']}"
+        figures, copies = [""] * 4, ""
+        if ranking is not None:
+            figures = [f"{ranking['group']['auroc']:.3f}", f"{ranking['rank']['first_tenth']:.0%}"]
+            figures += [f"{ranking[name]['auroc']:.2f}" for name in ("slof", "caption_count")]
+            copies = f"{one['poisons_among_copies']} of {one['poisons']}"
         last = (f"{whose}{first['word']}, {first['weight']:.2f}", copies, f"{flagged} ({flagged / one['pairs']:.1%})")
         lines.append((*named(one), *figures, *last))
     heads += ("heaviest group: word, weight", "poisons among copies", "clean pairs above the cut-off")
@@ -383,30 +370,31 @@ def main() -> None:
     if args.docs:
         put_between(PAGE, MARKS, table(done))
         return
-    tasks = [
-        (cell_of(study, attack, rate, seed), left)
-        for seed in args.seeds
-        for rate in args.rates
-        for attack in args.attacks or [*study.attacks, CLEAN]
-        for left in args.left
-    ]
-    chosen = found_before(study, Results(DEFENCES / f"{study.name}.json")) if args.verify else {}
-    for cell, left in tasks:
-        kind: dict[str, Any] = {
-            "model": cell.model_key,
-            "epochs": list(args.epochs),
-            "left": left,
-            "verified": args.verify or None,
-        }
-        there = any(all(one.get(name) == value for name, value in kind.items()) for one in done)
-        if there or time.monotonic() > until:
-            continue
-        suspect = learned(cell, args.data, args.work, args.epochs)
-        cleaning = args.work / "verified", chosen.get("cleanclip", 0.0)
-        one = verified(suspect, *cleaning) if args.verify else scanned(suspect, left)
-        done.append(one | kind)
-        print(json.dumps(done[-1]), flush=True)
-        write_result(RESULTS, {"results": done}, ("torch", "transformers", "scikit-learn", "datasets"))
+    results = Results(DEFENCES / f"{study.name}.json")
+    lefts = [None] if args.verify else args.left
+    # What is counted of poisons that are left, or of a second opinion, clean data does not have.
+    attacks = args.attacks or [*study.attacks, *([] if args.verify or lefts != [None] else [CLEAN])]
+    cells = [cell_of(study, attack, rate, seed) for seed in args.seeds for rate in args.rates for attack in attacks]
+    for cell in cells:
+        suspect = None
+        for left in lefts:
+            kind: dict[str, Any] = {
+                "model": cell.model_key,
+                "epochs": list(args.epochs),
+                "left": left,
+                "verified": args.verify or None,
+            }
+            there = any(all(one.get(name) == value for name, value in kind.items()) for one in done)
+            if there or time.monotonic() > until:
+                continue
+            suspect = suspect or learned(cell, results, args.data, args.work, args.epochs)
+            if args.verify:
+                rate = found_before(study, results)["cleanclip"]
+                done.append(verified(suspect, args.work / "verified", rate) | kind)
+            else:
+                done.append(scanned(suspect, left) | kind)
+            print(json.dumps(done[-1]), flush=True)
+            write_result(RESULTS, {"results": done}, ("torch", "transformers", "scikit-learn", "datasets"))
 
 
 if __name__ == "__main__":

@@ -126,6 +126,16 @@ def run_cells(
     return not waiting
 
 
+def result_of(cell: Cell, table: Results, data: Path | None, work: Path, threads: int) -> dict[str, Any]:
+    """
+    The result of a cell whose model is needed, too: a table's if the model is there. Else it runs in this process,
+    after those that it starts from; the table stays as it is.
+    """
+    if cell.key in table.cells and cell.is_trained(work):
+        return table.of(cell)
+    return [run_cell(link, data, work, threads) for link in _chain(cell, work)][-1]
+
+
 class _InThisProcess(Executor):
     """Runs what it is given at once."""
 
@@ -174,10 +184,15 @@ def _with_starts(cells: Sequence[Cell], results: Results, work: Path) -> Iterato
     for cell in cells:
         if results.has(cell):
             continue
-        for link in [*(start for start in reversed(cell.starts) if not start.is_trained(work)), cell]:
+        for link in _chain(cell, work):
             if link.key not in seen:
                 seen.add(link.key)
                 yield link
+
+
+def _chain(cell: Cell, work: Path) -> list[Cell]:
+    """The cell, after those that it starts from and that have no model yet."""
+    return [*(start for start in reversed(cell.starts) if not start.is_trained(work)), cell]
 
 
 def _can_start(cell: Cell, waiting: dict[str, Cell], running: dict[Future[dict[str, Any]], Cell], work: Path) -> bool:

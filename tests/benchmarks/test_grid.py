@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from bench.cell import Cell, run_cell
 from bench.checks import CHECKS, Setting
-from bench.grid import Results, run_cells
+from bench.grid import Results, result_of, run_cells
 from bench.study import ROWS, TWIN, Search, Study
 from bench.table import page
 from defence_table import choose, describe, extend, make_cell, search_cells, table_cells
@@ -59,6 +59,13 @@ def test_results_are_saved_as_they_come_and_read_back(folder: Path) -> None:
     assert result["counts"] == {"pairs": 1397, "poisons": 70, "test_images": 400, "attacked": 359}
     assert 0 <= result["figures"]["attack_success_rate"] <= 1
     assert not list(folder.glob("*.partial"))
+
+
+def test_a_model_that_is_needed_runs_after_those_it_starts_from(folder: Path, tmp_path: Path) -> None:
+    table = Results(folder / "results.json")
+    found = result_of(cell("plain"), table, None, tmp_path, threads=1)  # the table's models are elsewhere
+    assert found["figures"] == table.of(cell("plain"))["figures"] and cell("undefended").is_trained(tmp_path)
+    assert result_of(cell("plain"), table, None, folder / "work", threads=1) is table.of(cell("plain"))
 
 
 def test_a_table_is_made_of_them(folder: Path) -> None:
