@@ -42,7 +42,8 @@ class PairGroup:
 
     Args:
         word (`str`): That they share.
-        weight (`float`): At most 1: all of the group have the word, and nearly all pairs with the word lie elsewhere.
+        weight (`float`): At most 1: all of the group have the word, half of the pairs with the word or more lie
+            elsewhere, and these are far away.
         coherence, closure, base (`float`): Share of the group with the word, of the pairs with the word that are in
             the group, and of all pairs with the word, in [0, 1].
         checkpoint (`int`, *optional*): The number of the model, from 0. `None`: of the pixels, without a model.
@@ -52,6 +53,7 @@ class PairGroup:
             with.
         cleaned_rank (`float`, *optional*): The mean rank of the members by their distance under a cleaned model, as a
             share of the pairs, after [`PairScan.verified`]. Of a natural group it is about a half.
+        separation (`float`): Between the pairs with the word inside and outside, in their standard deviations.
     """
 
     word: str
@@ -64,6 +66,7 @@ class PairGroup:
     members: tuple[int, ...]
     others: tuple[int, ...]
     cleaned_rank: float | None = None
+    separation: float = 0.0
 
     @property
     def confirmed(self) -> bool | None:

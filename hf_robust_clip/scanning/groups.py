@@ -25,6 +25,11 @@ LEAST_VARIANCE = 1e-4
 ROWS_EACH = 16
 #: Share of the rows at the far end of a component whose words are counted, and their least number.
 FAR_SHARE, FAR_ROWS = 0.005, 16
+#: Times that a direction is fitted to its members anew, members at least, and what is added to the features' covariance
+#: on the diagonal, as a share of the mean variance.
+ROUNDS, LEAST_MEMBERS, RIDGE = 4, 5, 0.01
+#: Separation from which on a group has its full weight, in standard deviations.
+SEPARATE = 8.0
 #: Power of a group's weight in a row's vote, and what a row gets of it that lacks the group's word.
 POWER, WITHOUT_WORD = 4, 0.5
 #: Most that a row's place along a group's direction counts, in units of the group's threshold.
@@ -54,12 +59,14 @@ class Direction:
 
     Args:
         word (`str`): What its far end shares.
-        weight (`float`): At most 1: all of its rows have the word, and nearly all rows with the word lie elsewhere.
+        weight (`float`): At most 1: all of its rows have the word, half of the rows with the word or more lie
+            elsewhere, and these are far away.
         coherence (`float`): Share of its rows with the word, in [0, 1].
         closure (`float`): Share of the pairs with the word that are inside, in [0, 1].
         base (`float`): Share of all pairs with the word, in [0, 1].
+        separation (`float`): Between the pairs with the word inside and outside, in their standard deviations.
         direction (`(D,)` float64), offset (`float`): To the place of a row along it, in standard deviations.
-        threshold (`float`): Half of the mean place of the far end.
+        threshold (`float`): Halfway between the mean places of its members and of all other rows.
     """
 
     word: str
@@ -67,6 +74,7 @@ class Direction:
     coherence: float
     closure: float
     base: float
+    separation: float
     direction: Array
     offset: float
     threshold: float
@@ -112,7 +120,9 @@ def find_groups(
     The groups in a sample of pairs, the heaviest first.
 
     Features are whitened to their leading components and turned into independent ones (FastICA). Both ends of each
-    are looked at: the word that the far end shares, how many inside have it, and how many with it are inside.
+    are looked at: the word that the far end shares, and the pairs there that have it. From these, a direction of all
+    features is fitted that tells them from all other pairs, and from those beyond its middle anew. What counts is how
+    many inside have the word, how many with it are elsewhere, and how far the two are apart.
 
     Args:
         features (`(N, D)` floats): Pooled outputs of a vision tower, L2-normalised.
@@ -121,34 +131,53 @@ def find_groups(
         seed (`int`): Of the decomposition's start.
 
     Returns:
-        `list[Direction]`: Two for each component, without those in which no word is raised.
+        `list[Direction]`: At most two for each component.
     """
-    values = np.asarray(features, dtype=np.float64)
-    mean = values.mean(axis=0)
-    variances, axes = np.linalg.eigh((values - mean).T @ (values - mean) / len(values))
-    variances, axes = variances[::-1], axes[:, ::-1]
-    usable = int((variances > LEAST_VARIANCE * max(variances[0], np.finfo(np.float64).tiny)).sum())
-    usable = min(usable, len(values) // ROWS_EACH)
-    found = []
+    space = _Space(np.asarray(features, dtype=np.float64))
+    usable = int((space.variances > LEAST_VARIANCE * max(space.variances[0], np.finfo(np.float64).tiny)).sum())
+    usable = min(usable, len(features) // ROWS_EACH)
+    found: dict[tuple[str, bytes], Direction] = {}
     for count in sorted({min(count, usable) for count in components}):
         if count < 2:
             continue
-        whitening = axes[:, :count] / np.sqrt(variances[:count])  # (D, n)
+        whitening = space.axes[:, :count] / np.sqrt(space.variances[:count])  # (D, n)
         ica = FastICA(whiten=False, fun="logcosh", max_iter=100, tol=1e-3, random_state=seed)
         with warnings.catch_warnings():
             # A component that has not settled is one direction more to look along.
             warnings.simplefilter("ignore", ConvergenceWarning)
-            ica.fit((values - mean) @ whitening)
-        directions = whitening @ np.asarray(ica.components_).T  # (D, n)
-        places = (values - mean) @ directions
-        directions = directions / places.std(axis=0)
-        for column in range(count):
-            for sign in (1.0, -1.0):
-                direction = sign * directions[:, column]
-                group = _group(values, direction, float(-mean @ direction), words)
+            ica.fit(space.values @ whitening)
+        places = space.values @ (whitening @ np.asarray(ica.components_).T)  # (N, n)
+        for ends in (places.T, -places.T):
+            for end in ends:
+                group, members = _group(space, end, words)
                 if group is not None:
-                    found.append(group)
-    return sorted(found, key=lambda group: -group.weight)
+                    found.setdefault((group.word, np.packbits(members).tobytes()), group)
+    return sorted(found.values(), key=lambda group: -group.weight)
+
+
+class _Space:
+    """Features `(N, D)` about their mean, and what is needed to look along directions of them."""
+
+    def __init__(self, features: Array) -> None:
+        self.mean: Array = features.mean(axis=0)
+        self.values: Array = features - self.mean
+        covariance = self.values.T @ self.values / len(features)
+        variances, axes = np.linalg.eigh(covariance)
+        #: The variances of the principal axes, the largest first, and these `(D, D)`.
+        self.variances, self.axes = variances[::-1], axes[:, ::-1]
+        ridge = RIDGE * max(float(variances.mean()), np.finfo(np.float64).tiny)
+        self._whitened = self.values @ np.linalg.inv(covariance + ridge * np.eye(len(covariance)))
+        self._own = np.einsum("nd,nd->n", self._whitened, self.values)
+
+    def toward(self, members: NDArray[np.bool_]) -> tuple[Array, Array, float]:
+        """
+        The direction that tells some rows from all others (Fisher's discriminant), where the rows are along it, each
+        member along that of the others, so that no row is far out for its own sake; and the place halfway.
+        """
+        count, mean = int(members.sum()), self._whitened[members].mean(axis=0)
+        places = self.values @ mean
+        places[members] = (count * places[members] - self._own[members]) / (count - 1)
+        return mean, places, float(places[members].mean() + places[~members].mean()) / 2
 
 
 class Directions:
@@ -202,19 +231,37 @@ class Directions:
         return total
 
 
-def _group(values: Array, direction: Array, offset: float, words: Words) -> Direction | None:
-    places = values @ direction + offset
-    far = np.argsort(-places, kind="stable")[: max(FAR_ROWS, int(FAR_SHARE * len(values)))]
-    threshold = float(places[far].mean()) / 2
+def _group(space: _Space, end: Array, words: Words) -> tuple[Direction | None, NDArray[np.bool_]]:
+    """The group that a component's far end begins, and its members; `None` where none is there."""
+    far = np.argsort(-end, kind="stable")[: max(FAR_ROWS, int(FAR_SHARE * len(end)))]
     word = words.commonest(far)
-    if word is None or threshold <= 0:
-        return None
-    inside, has, base = places > threshold, words.have(word), float(words.base[word])
-    coherence, closure = float(has[inside].mean()), float(inside[has].mean())
-    weight = (coherence - base) / max(1 - base, np.finfo(np.float64).eps) * (1 - closure)
-    return Direction(
-        words.vocabulary[word], weight, coherence, closure, base, np.asarray(direction), offset, threshold
+    if word is None:
+        return None, np.zeros(len(end), dtype=bool)
+    has = words.have(word)
+    inside = end > end[far].mean() / 2
+    for _ in range(ROUNDS):
+        members = inside & has
+        if members.sum() < LEAST_MEMBERS or members.all():
+            return None, members
+        direction, places, threshold = space.toward(members)
+        inside = places > threshold
+        if np.array_equal(inside & has, members):
+            break
+    within, outside = places[inside & has], places[has & ~inside]
+    if threshold <= 0 or len(within) < LEAST_MEMBERS or len(outside) < 2:
+        return None, members
+    spread = np.sqrt((within.var() * len(within) + outside.var() * len(outside)) / has.sum())
+    separation = float((within.mean() - outside.mean()) / max(spread, np.finfo(np.float64).tiny))
+    coherence, closure, base = float(has[inside].mean()), float(inside[has].mean()), float(words.base[word])
+    lift = (coherence - base) / max(1 - base, np.finfo(np.float64).eps)
+    weight = lift * min(1, 2 * (1 - closure)) * min(1, separation / SEPARATE)
+    unit = float((space.values @ direction).std())
+    direction, threshold = direction / unit, threshold / unit
+    offset = float(-space.mean @ direction)
+    group = Direction(
+        words.vocabulary[word], weight, coherence, closure, base, separation, direction, offset, threshold
     )
+    return group, members
 
 
 def _divergence(share: Array, base: Array) -> Array:

@@ -306,6 +306,7 @@ def _groups(table: pa.Table, scorer: Scorer) -> list[PairGroup]:
             int(size),
             tuple(_farthest(*inside)[1].tolist()),
             tuple(outside),
+            separation=group.separation,
         )
         for (checkpoint, group), size, inside, outside in zip(scorer.groups, sizes, members, others, strict=True)
     ]

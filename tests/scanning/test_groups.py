@@ -55,13 +55,36 @@ def test_words_are_letters_without_case_in_any_script(captions: list[str], words
 def test_the_heaviest_group_is_the_planted_one_and_its_votes_rank_the_poisons_first() -> None:
     features, words, poisoned = planted()
     groups = find_groups(features, Words(words))
-    # All of them have the word, and of those with the word only the poisons are inside.
+    # All of them have the word, of those with the word only the poisons are inside, and they are far from the others.
     with_word = sum("six" in row for row in words)
-    assert groups[0].word == "six" and groups[0].weight == pytest.approx(1 - 40 / with_word, abs=0.02)
+    assert groups[0].word == "six" and groups[0].weight > 0.95 and groups[0].separation > 8
+    assert groups[0].closure == pytest.approx(40 / with_word, abs=0.02)
     inside = Directions(groups).places(features)[0] > 1
     assert inside[poisoned].mean() > 0.95 and poisoned[inside].mean() > 0.95
     order = np.argsort(-votes(groups, features, words))
     assert poisoned[order[:40]].mean() > 0.95
+
+
+def test_a_group_of_a_third_of_the_pairs_with_its_word_is_found_to_the_last() -> None:
+    features, words, poisoned = planted(poisons=0)
+    six = np.flatnonzero(["six" in row for row in words])
+    poisoned[six[::3]] = True  # label-consistent: they have the word as they should
+    features[poisoned] = unit(features[poisoned] + 0.2 * np.random.default_rng(1).normal(size=48))
+    first = find_groups(features, Words(words))[0]
+    inside = Directions([first]).places(features)[0] > 1
+    assert first.word == "six" and first.closure == pytest.approx(1 / 3, abs=0.02) and first.weight > 0.8
+    assert np.array_equal(inside, poisoned)
+
+
+def test_noise_makes_no_heavy_group() -> None:
+    rng = np.random.default_rng(4)
+    features = unit(rng.normal(size=(600, 200)))
+    words = [{name} for name in rng.choice(["one", "two", "three", "four"], size=600)]
+    # Few rows in many dimensions: along the mean of any of them, they are far out themselves.
+    members = np.arange(600) < 6
+    direction = np.linalg.inv(np.cov(features.T)) @ features[members].mean(axis=0)
+    assert (features @ direction)[members].min() > (features @ direction)[~members].max()
+    assert all(group.weight < 0.25 for group in find_groups(features, Words(words)))
 
 
 def test_rows_without_the_word_get_half_of_the_vote() -> None:
