@@ -25,8 +25,8 @@ LEAST_VARIANCE = 1e-4
 ROWS_EACH = 16
 #: Share of the rows at the far end of a component whose words are counted, and their least number.
 FAR_SHARE, FAR_ROWS = 0.005, 16
-#: Times that a direction is fitted to its members anew, members at least, and what is added to the features' covariance
-#: on the diagonal, as a share of the mean variance.
+#: Times that a direction is fitted to its members, the least of these, and what the diagonal of the features'
+#: covariance has more, as a share of the mean variance.
 ROUNDS, LEAST_MEMBERS, RIDGE = 4, 5, 0.01
 #: Separation from which on a group has its full weight, in standard deviations.
 SEPARATE = 8.0
