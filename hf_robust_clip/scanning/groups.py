@@ -32,8 +32,9 @@ ROUNDS, LEAST_MEMBERS, RIDGE = 4, 5, 0.01
 SEPARATE = 8.0
 #: Power of a group's weight in a row's vote, and what a row gets of it that lacks the group's word.
 POWER, WITHOUT_WORD = 4, 0.5
-#: Most that a row's place along a group's direction counts, in units of the group's threshold.
-MOST = 1.5
+#: Where a row's place along a group's direction begins to count, in units of the group's threshold, at which it counts
+#: 1; and the most that it counts. From 0 on, the other pairs with the word would be next to the members.
+FROM, MOST = 0.5, 1.5
 
 #: Letters, with the marks that some scripts put on them; and scripts that have no spaces between words.
 _MARKS = "\u0300-\u036f\u0591-\u05bd\u064b-\u065f\u0900-\u0dff\u0e31\u0e34-\u0e3a\u0e47-\u0e4e"
@@ -226,7 +227,7 @@ class Directions:
             for word in words & numbers.keys():
                 counts[numbers[word], row] = 1.0
         for group, place in zip(self.groups, places, strict=True):
-            share = np.clip(place, 0.0, MOST) * counts[numbers[group.word]]
+            share = np.clip((place - FROM) / (1 - FROM), 0.0, MOST) * counts[numbers[group.word]]
             np.maximum(total, np.float32(group.weight**POWER) * share, out=total)
         return total
 
