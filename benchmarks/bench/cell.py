@@ -28,10 +28,10 @@ from hf_robust_clip.models import load_dual_encoder, load_processor
 from hf_robust_clip.versions import versions
 
 from .attack import Planted, plant
-from .filtering import epoch_checkpoints, filtered, random_drop
+from .filtering import DROP, epoch_checkpoints, random_drop, scanned
 from .material import Material, load_material, start_model
 from .rebound import REBOUND, rebound
-from .study import FILTER, ROWS, TWIN, Study, digest
+from .study import FILTER, ROWS, TRUSTED, TWIN, Study, digest
 
 _DONE = "training.json"
 #: Raised when what a result holds changes.
@@ -213,18 +213,19 @@ def _train(cell: Cell, model: Any, processor: Any, material: Material, planted: 
     shutil.rmtree(folder, ignore_errors=True)
     settings, study = cell.settings(), cell.study
     poisoned = material.pairs if cell.twin else planted.pairs
-    pairs = poisoned if cell.start is None else _clean_pairs(cell, material, planted)
+    pairs = poisoned if cell.start is None or cell.row == TRUSTED else _clean_pairs(cell, material, planted)
     columns = {"image_column": study.image_column, "caption_column": study.caption_column}
 
     start = time.perf_counter()
     left_out: dict[str, int] = {}
     if cell.row == "random_drop":
         pairs = random_drop(pairs, seed=cell.seed)
-    elif cell.scanned is not None:
-        checkpoints = epoch_checkpoints(folder.parent / cell.scanned.model_key)
-        kept, scan = filtered(pairs, checkpoints, processor, **columns, seed=cell.seed)
-        left_out = {"kept": len(kept), "poisons_kept": sum(kept[POISONED]), "suspect": sum(scan.scores["suspect"])}
-        pairs = kept
+    elif cell.row in (FILTER, TRUSTED):
+        checkpoints = epoch_checkpoints(folder.parent / cell.starts[0].model_key)
+        scan = scanned(pairs, checkpoints, processor, **columns, seed=cell.seed)
+        pairs = scan.keep(pairs, DROP) if cell.row == FILTER else scan.trusted(pairs)
+        poisons = 0 if cell.twin else sum(pairs[POISONED])
+        left_out = {"kept": len(pairs), "poisons_kept": poisons, "suspect": sum(scan.scores["suspect"])}
     # What a scan of pairs needs of those that learn the pairs as they are.
     saving = {"save_strategy": "epoch", "save_only_model": True} if cell.row in ("undefended", TWIN) else {}
     set_seed(cell.seed)

@@ -1,4 +1,4 @@
-"""Filter and retrain: the pairs that a scan leaves, and as a control those that chance leaves."""
+"""The pairs that a scan leaves or trusts, and as a control those that chance leaves."""
 
 from __future__ import annotations
 
@@ -19,29 +19,26 @@ DROP = 0.1
 EPOCHS = (1, 2, 4, 7, 10)
 
 
-def filtered(
+def scanned(
     pairs: Dataset,
     checkpoints: Sequence[str | Path],
     processor: Any,
     image_column: str = "image",
     caption_column: str = "caption",
-    drop: float = DROP,
     seed: int = 0,
-) -> tuple[Dataset, PairScan]:
+) -> PairScan:
     """
-    The pairs that stay when the most suspect are dropped, and the scan that says which they are.
+    The scan of some pairs.
 
     Args:
         pairs (`Dataset`): Poisoned ones. A column `poisoned` is not looked at.
         checkpoints (sequence of folders): Of a training on these pairs, in order.
         processor: Of the checkpoints.
         image_column, caption_column (`str`): Of the pairs.
-        drop (`float`): Share of the pairs, in [0, 1).
         seed (`int`): Of the scan.
     """
     models = [str(path) for path in checkpoints]
-    scan = scan_pairs(models, processor, pairs, image_column, caption_column, batch_size=256, seed=seed)
-    return scan.keep(pairs, drop), scan
+    return scan_pairs(models, processor, pairs, image_column, caption_column, batch_size=256, seed=seed)
 
 
 def random_drop(pairs: Dataset, drop: float = DROP, seed: int = 0) -> Dataset:

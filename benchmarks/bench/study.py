@@ -29,6 +29,7 @@ ROWS: dict[str, Row] = {
     "augmentation": Row("augmentation alone", "clip"),
     "roclip": Row("RoCLIP", "roclip", control="augmentation"),
     "safeclip": Row("SafeCLIP", "safeclip", control="augmentation"),
+    "unbind_trusted": Row("scan, Unbind on the trusted half", "unbind", start="undefended", control="unbind"),
     "filter": Row("scan, drop a tenth, retrain", "clip", control="undefended"),
     "random_drop": Row("a random tenth dropped", "clip", control="undefended"),
     "rebound": Row("plain fine-tuning after CleanCLIP", "clip", start="cleanclip", control="plain"),
@@ -36,12 +37,14 @@ ROWS: dict[str, Row] = {
 #: The rows of the table; a study can name others of those above.
 GRID = (
     *("undefended", "twin", "plain", "cleanclip", "par", "unbind"),
-    *("augmentation", "roclip", "safeclip", "filter", "random_drop"),
+    *("unbind_trusted", "augmentation", "roclip", "safeclip", "filter", "random_drop"),
 )
 #: Trained on pairs without poisons, and measured under each attack.
 TWIN = "twin"
 #: Trained on what a scan leaves of the pairs, under the checkpoints of the undefended model.
 FILTER = "filter"
+#: Cleaned on those pairs of its training that such a scan trusts, for who has no clean ones.
+TRUSTED = "unbind_trusted"
 PHASES = ("all", "pretraining", "finetuning")
 MEASURES = ("zero_shot", "attack", "linear_probe", "retrieval")
 

@@ -68,7 +68,7 @@ def scan_pairs(
     Score how suspect the pairs of a dataset are, with models that were trained on them.
 
     Three parts, each for what it finds. **Groups**: a backdoor is a set of images that the model puts in a direction
-    of their own, whose captions share a word, while most other pairs with that word lie elsewhere. **Local outliers**:
+    of their own, whose captions share a word, while half of the pairs with it or more lie far away. **Local outliers**:
     pairs far from their neighbors in random references, which finds sparse poisons such as warps. **Duplicates**:
     equal and near-equal images whose captions disagree, which are targeted poisons; they need no model.
 

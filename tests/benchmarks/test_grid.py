@@ -97,12 +97,12 @@ def test_a_cell_gives_the_same_figures_again(folder: Path) -> None:
 def test_every_row_trains_and_is_measured(tmp_path: Path, folder: Path) -> None:
     shutil.copytree(folder / "work" / cell("undefended").model_key, tmp_path / cell("undefended").model_key)
     measured = replace(STUDY, measures=("zero_shot", "attack", "linear_probe", "retrieval"))
-    for row in ("roclip", "safeclip", "filter", "random_drop"):
+    for row in ("roclip", "safeclip", "filter", "unbind_trusted", "random_drop"):
         result = run_cell(replace(cell(row, study=measured), follow=row.endswith("clip")), None, tmp_path, threads=1)
         assert {"clean_accuracy", "attack_success_rate", "linear_probe_accuracy"} <= set(result["figures"])
         json.dumps(result, allow_nan=False)
-        if row == "filter":
-            assert result["course"]["filter"]["kept"] == round(0.9 * 1397)
+        if row in ("filter", "unbind_trusted"):
+            assert result["course"]["filter"]["kept"] == round({"filter": 0.9, "unbind_trusted": 0.5}[row] * 1397)
             assert result["settings"]["start"] == cell("undefended").model_key
         if not row.endswith("clip"):
             continue
