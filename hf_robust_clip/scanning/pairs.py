@@ -68,9 +68,10 @@ def scan_pairs(
     Score how suspect the pairs of a dataset are, with models that were trained on them.
 
     Three parts, each for what it finds. **Groups**: a backdoor is a set of images that the model puts in a direction
-    of their own, whose captions share a word, while half of the pairs with it or more lie far away. **Local outliers**:
-    pairs far from their neighbors in random references, which finds sparse poisons such as warps. **Duplicates**:
-    equal and near-equal images whose captions disagree, which are targeted poisons; they need no model.
+    of their own, whose captions share a word, while half of the pairs with it or more lie far away.
+    **Local outliers**: pairs far from their neighbors in random references, which finds sparse poisons such as warps.
+    **Duplicates**: equal and near-equal images whose captions disagree, which are targeted poisons; they need no
+    model.
 
     A first pass draws a sample of at most 50,000 pairs, on which directions and references are fitted. A second one
     scores all pairs, each image decoded once for all models, unless the sample has them all. Memory does not grow with
