@@ -271,7 +271,9 @@ def scanned(folder: Path | None) -> dict[str, dict[str, list[float]]]:
             place = None if folder is None else folder / name
             pairs = digits().select(range(100))
             scan = scan_pairs(small_model(0), digit_processor(), pairs, batch_size=8, cache_dir=place)
-        found[name] = {column: scan.scores[column][:] for column in ("group", "slof", "distrust", "rank")}
+            scan = scan.verified(pairs, small_model(1), digit_processor(), batch_size=8)
+        columns = ("group", "slof", "distrust", "rank", "cleaned_distance")
+        found[name] = {column: scan.scores[column][:] for column in columns}
     return found
 
 
