@@ -23,7 +23,8 @@ PIXEL_COMPONENTS = (64,)
 BLOCK = 8192
 #: Most groups whose members are listed, the heaviest of all models.
 GROUPS = 100
-#: Votes this many median absolute deviations above the median are suspect, but no more than this share of the pairs.
+#: Votes this many median absolute deviations above the median are suspect, but no more than this share of the pairs,
+#: unless more of them have the highest vote that there is.
 DEVIATIONS, MOST_SUSPECT = 6.0, 0.05
 #: Of the pairs that the cut-off leaves, so many are ranked by their votes for each one that is ranked by SLOF. Votes
 #: find all that SLOF finds but warps, and poisons can be more than the cut-off takes.
@@ -96,10 +97,8 @@ class Scorer:
             for block in (slice(start, start + BLOCK) for start in range(0, len(word_sets), BLOCK))
         ]
         voted = np.concatenate([block.votes for block in blocks])
-        middle = np.median(voted)
-        cut = middle + DEVIATIONS * np.median(np.abs(voted - middle))
         #: Votes above this are suspect.
-        self.cut = float(max(cut, np.quantile(voted, 1 - MOST_SUSPECT), 0))
+        self.cut = cut_off(voted)
         self._votes = np.sort(voted)
         self._slof, self._distances = (
             np.sort(np.concatenate([getattr(block, name) for block in blocks], axis=1), axis=1)
@@ -168,6 +167,16 @@ class Scorer:
             row[:] = places[at][number]
         lists = (pa.array(flat), pa.array(listed[flat, where]))
         return tuple(pa.ListArray.from_arrays(pa.array(offsets), entries) for entries in lists)
+
+
+def cut_off(votes: Floats) -> float:
+    """The vote above which a pair is suspect, of the votes against the pairs of a sample `(N,)`."""
+    middle = np.median(votes)
+    cut = middle + DEVIATIONS * np.median(np.abs(votes - middle))
+    most = np.quantile(votes, 1 - MOST_SUSPECT)
+    if most == votes.max():
+        most = votes.max(initial=0, where=votes < most)
+    return float(max(cut, most, 0))
 
 
 def known(features: Features, captions: NDArray[np.object_], seed: int) -> tuple[float, float]:

@@ -41,6 +41,14 @@ def test_every_row_has_all_scores_and_a_rank_of_its_own(scan: PairScan, pairs: d
         assert np.isfinite(np.asarray(scan.scores[name])).all()
 
 
+@pytest.mark.parametrize("poisons", [0, 40, 60, 200])
+def test_the_cut_off_takes_all_that_have_the_highest_vote(poisons: int) -> None:
+    votes = np.linspace(0, 0.1, 1000, dtype=np.float32) * (poisons > 0)
+    votes[:poisons] = 1.5
+    suspect = votes > scoring.cut_off(votes)
+    assert suspect[:poisons].all() and suspect.sum() <= max(poisons, 50)
+
+
 def test_below_the_cut_off_votes_count_four_times_as_much_as_slof(scan: PairScan) -> None:
     votes, rank, slof = (np.asarray(scan.scores[name]) for name in ("group", "rank", "slof"))
     rest = np.flatnonzero(~np.asarray(scan.scores["suspect"]))
