@@ -34,12 +34,13 @@ TRAINING = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests that train: `make check` leaves them out."""
+    """Mark the tests that train: `make check` leaves them out. The longest goes first, beside all others."""
     folder = Path(__file__).parent
     for item in items:
         path = item.path.relative_to(folder)
         if path.parts[0] in TRAINING or path.as_posix() in TRAINING:
             item.add_marker(pytest.mark.training)
+    items.sort(key=lambda item: item.get_closest_marker("longest") is None)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -158,6 +158,7 @@ def assert_gradients(found: dict[str, list[torch.Tensor]]) -> None:
             torch.testing.assert_close(two, one, rtol=1e-10, atol=1e-12, msg=lambda text, name=name: f"{name}: {text}")
 
 
+@pytest.mark.longest
 def test_trainers_in_several_processes(tmp_path: Path) -> None:
     launch(__file__, "two", tmp_path)
     launch(__file__, "four", tmp_path, processes=4)
