@@ -15,7 +15,7 @@ import torch
 from datasets import Dataset, concatenate_datasets
 from transformers import set_seed
 
-from hf_robust_clip import PairSimilarityCallback, SafeCLIPTrainer
+from hf_robust_clip import PairSimilarityCallback, SafeCLIPTrainer, scan_pairs
 from hf_robust_clip.cli.flags import PLACEBOS
 from hf_robust_clip.cli.measuring import device_of
 from hf_robust_clip.cli.progress import quiet_libraries, quiet_trainers
@@ -28,7 +28,7 @@ from hf_robust_clip.models import load_dual_encoder, load_processor
 from hf_robust_clip.versions import versions
 
 from .attack import Planted, plant
-from .filtering import DROP, epoch_checkpoints, random_drop, scanned
+from .filtering import DROP, epoch_checkpoints, random_drop
 from .material import Material, load_material, start_model
 from .rebound import REBOUND, rebound
 from .study import FILTER, ROWS, TRUSTED, TWIN, Study, digest
@@ -222,7 +222,7 @@ def _train(cell: Cell, model: Any, processor: Any, material: Material, planted: 
         pairs = random_drop(pairs, seed=cell.seed)
     elif cell.row in (FILTER, TRUSTED):
         checkpoints = epoch_checkpoints(folder.parent / cell.starts[0].model_key)
-        scan = scanned(pairs, checkpoints, processor, **columns, seed=cell.seed)
+        scan = scan_pairs(checkpoints, processor, pairs, **columns, batch_size=256, seed=cell.seed)
         pairs = scan.keep(pairs, DROP) if cell.row == FILTER else scan.trusted(pairs)
         poisons = 0 if cell.twin else sum(pairs[POISONED])
         left_out = {"kept": len(pairs), "poisons_kept": poisons, "suspect": sum(scan.scores["suspect"])}

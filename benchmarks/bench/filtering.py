@@ -1,15 +1,13 @@
-"""The pairs that a scan leaves or trusts, and as a control those that chance leaves."""
+"""What a scan of a training's pairs looks at, how many it drops, and as a control as many that chance drops."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from datasets import Dataset
 
-from hf_robust_clip import PairScan, scan_pairs
 from hf_robust_clip.seeding import derive_seed
 from hf_robust_clip.trainers.checkpoints import checkpoints_in
 
@@ -17,28 +15,6 @@ from hf_robust_clip.trainers.checkpoints import checkpoints_in
 DROP = 0.1
 #: Epochs of the brief training whose checkpoints are scanned.
 EPOCHS = (1, 2, 4, 7, 10)
-
-
-def scanned(
-    pairs: Dataset,
-    checkpoints: Sequence[str | Path],
-    processor: Any,
-    image_column: str = "image",
-    caption_column: str = "caption",
-    seed: int = 0,
-) -> PairScan:
-    """
-    The scan of some pairs.
-
-    Args:
-        pairs (`Dataset`): Poisoned ones. A column `poisoned` is not looked at.
-        checkpoints (sequence of folders): Of a training on these pairs, in order.
-        processor: Of the checkpoints.
-        image_column, caption_column (`str`): Of the pairs.
-        seed (`int`): Of the scan.
-    """
-    models = [str(path) for path in checkpoints]
-    return scan_pairs(models, processor, pairs, image_column, caption_column, batch_size=256, seed=seed)
 
 
 def random_drop(pairs: Dataset, drop: float = DROP, seed: int = 0) -> Dataset:

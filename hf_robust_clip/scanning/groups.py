@@ -150,9 +150,10 @@ def find_groups(
         places = space.values @ (whitening @ np.asarray(ica.components_).T)  # (N, n)
         for ends in (places.T, -places.T):
             for end in ends:
-                group, members = _group(space, end, words)
+                group = _group(space, end, words)
                 if group is not None:
-                    found.setdefault((group.word, np.packbits(members).tobytes()), group)
+                    # Components that lead to the same members have the same direction.
+                    found.setdefault((group.word, group.direction.tobytes()), group)
     return sorted(found.values(), key=lambda group: -group.weight)
 
 
@@ -232,25 +233,25 @@ class Directions:
         return total
 
 
-def _group(space: _Space, end: Array, words: Words) -> tuple[Direction | None, NDArray[np.bool_]]:
-    """The group that a component's far end begins, and its members; `None` where none is there."""
+def _group(space: _Space, end: Array, words: Words) -> Direction | None:
+    """The group that a component's far end begins; `None` where none is there."""
     far = np.argsort(-end, kind="stable")[: max(FAR_ROWS, int(FAR_SHARE * len(end)))]
     word = words.commonest(far)
     if word is None:
-        return None, np.zeros(len(end), dtype=bool)
+        return None
     has = words.have(word)
     inside = end > end[far].mean() / 2
     for _ in range(ROUNDS):
         members = inside & has
         if members.sum() < LEAST_MEMBERS or members.all():
-            return None, members
+            return None
         direction, places, threshold = space.toward(members)
         inside = places > threshold
         if np.array_equal(inside & has, members):
             break
     within, outside = places[inside & has], places[has & ~inside]
     if threshold <= 0 or len(within) < LEAST_MEMBERS or len(outside) < 2:
-        return None, members
+        return None
     spread = np.sqrt((within.var() * len(within) + outside.var() * len(outside)) / has.sum())
     separation = float((within.mean() - outside.mean()) / max(spread, np.finfo(np.float64).tiny))
     coherence, closure, base = float(has[inside].mean()), float(inside[has].mean()), float(words.base[word])
@@ -259,10 +260,9 @@ def _group(space: _Space, end: Array, words: Words) -> tuple[Direction | None, N
     unit = float((space.values @ direction).std())
     direction, threshold = direction / unit, threshold / unit
     offset = float(-space.mean @ direction)
-    group = Direction(
+    return Direction(
         words.vocabulary[word], weight, coherence, closure, base, separation, direction, offset, threshold
     )
-    return group, members
 
 
 def _divergence(share: Array, base: Array) -> Array:
