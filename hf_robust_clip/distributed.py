@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import torch
@@ -25,6 +26,20 @@ def gathered(value: Any) -> list[Any]:
     found: list[Any] = [None] * world_size()
     dist.all_gather_object(found, value)
     return found
+
+
+def leave_group() -> None:
+    """
+    End the default group, on all of its processes, when their work is done and nothing uses a trainer any more.
+
+    A thread of the group that outlives the interpreter may ask for Python's lock: the process then ends with `SIGABRT`
+    in place of 0. So all processes wait until the last collective is over, and a trainer, which a cycle of references
+    holds, is freed with the group that its wrapped model holds.
+    """
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+    gc.collect()
 
 
 class _AllGather(torch.autograd.Function):

@@ -15,6 +15,7 @@ from ..arguments import CLIPTrainingArguments
 from ..columns import captions_of
 from ..data.rows import column_values
 from ..data.scratch import build_model, build_processor
+from ..distributed import leave_group
 from ..record import RUN_FILE, Figures, jsonable
 from ..trainers.checkpoints import checkpoints_in, newest_checkpoint, sole_training
 from ..trainers.defended import TRAINERS
@@ -56,10 +57,13 @@ def train(args: argparse.Namespace) -> int:
         return 0
     folder = Path(args.output_dir)
     with output_folder(folder, sole_training(arguments, "--output-dir"), files=(RESULTS,)):
-        return _train(args, arguments, folder)
+        _train(args, arguments, folder)
+    if arguments.world_size > 1:
+        leave_group()
+    return 0
 
 
-def _train(args: argparse.Namespace, arguments: CLIPTrainingArguments, folder: Path) -> int:
+def _train(args: argparse.Namespace, arguments: CLIPTrainingArguments, folder: Path) -> None:
     """As [`train`], with the folder to itself."""
     first = arguments.process_index == 0
     checkpoint = _checkpoint(args, arguments, folder)
@@ -88,6 +92,7 @@ def _train(args: argparse.Namespace, arguments: CLIPTrainingArguments, folder: P
             pushed = trainer.push_to_hub()  # saves as well
         else:
             trainer.save_model(str(folder))
+        trainer.accelerator.wait_for_everyone()
     finally:
         trainer.accelerator.end_training()
     if first:
@@ -96,7 +101,6 @@ def _train(args: argparse.Namespace, arguments: CLIPTrainingArguments, folder: P
         say(f"\n{record.steps} steps in {record.environment.seconds:.0f} s; the model is in {folder}")
         if arguments.push_to_hub:
             say(f"It is on the Hub: {getattr(pushed, 'repo_url', None) or trainer.hub_model_id}")
-    return 0
 
 
 def lora_config(model: Any, r: int) -> Any:

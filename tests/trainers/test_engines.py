@@ -21,6 +21,7 @@ from transformers import CLIPModel
 
 from hf_robust_clip import CLIPTrainer, PARTrainer, RoCLIPTrainer, SafeCLIPTrainer, ZeroShotEvaluator
 from hf_robust_clip.data.digits import CAPTION_TEMPLATES, CLASS_NAMES, digit_processor
+from hf_robust_clip.distributed import leave_group
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: `make test-engines` installs it")
 
@@ -199,5 +200,4 @@ if __name__ == "__main__":
             save_runs(SMOKE, Path(sys.argv[2]), 2)
         else:
             stage_of(Path(sys.argv[2]), int(sys.argv[1]))
-    # Or a thread of the group may outlive the interpreter, which then aborts.
-    PartialState().destroy_process_group()
+    leave_group()
