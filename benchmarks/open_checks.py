@@ -37,6 +37,7 @@ def describe(variant: Variant, results: Results) -> dict[str, Any]:
         "accuracy": [cell["figures"]["clean_accuracy"] for cell in cells],
         "attack_success": [cell["figures"][cell["success"]] for cell in cells],
         "poisons": [cell["counts"]["poisons"] for cell in cells],
+        "scan_left": [cell["course"].get("filter", {}).get("poisons_kept") for cell in cells],
         "attacked": [cell["counts"]["attacked"] for cell in cells],
         "seconds": [cell["seconds"] for cell in cells],
         "course": cells[0]["course"].get("similarities"),
@@ -45,12 +46,17 @@ def describe(variant: Variant, results: Results) -> dict[str, Any]:
 
 def markdown(content: Mapping[str, Any]) -> str:
     """The check's table."""
+    scanned = any(count is not None for variant in content["variants"] for count in variant.get("scan_left", ()))
+    titles = ["clean accuracy", "attack success", *(["poisons that the scan left"] if scanned else [])]
+    titles += ["attacked", "seconds"]
     lines = [f"**{content['question']}**", "", content["setting"], ""]
-    lines += ["| | clean accuracy | attack success | attacked | seconds |", "|---|---|---|---|---|"]
+    lines += [f"| | {' | '.join(titles)} |", "|---" * (len(titles) + 1) + "|"]
     for variant in content["variants"]:
-        figures = [spread(variant["accuracy"]), spread(variant["attack_success"])]
+        figures = [variant["label"], spread(variant["accuracy"]), spread(variant["attack_success"])]
+        if scanned:
+            figures.append(", ".join(str(count) for count in variant["scan_left"] if count is not None))
         seconds = sum(variant["seconds"]) / len(variant["seconds"])
-        lines.append(f"| {variant['label']} | {' | '.join(figures)} | {variant['attacked'][0]} | {seconds:.0f} |")
+        lines.append(f"| {' | '.join(figures)} | {variant['attacked'][0]} | {seconds:.0f} |")
     return "\n".join(lines) + "\n"
 
 

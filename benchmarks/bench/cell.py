@@ -56,7 +56,8 @@ class Cell:
         seed (`int`): Of the data, the attack, the untrained model and training.
         arguments (mapping): Training arguments in place of the row's.
         start (`Cell`, *optional*): Whose model it starts from.
-        scanned (`Cell`, *optional*): Of row `filter`, whose checkpoints are scanned.
+        scanned (`Cell`, *optional*): Under whose checkpoints the pairs are scanned before training, which drops a
+            tenth of them. Row `filter` needs it.
         twin (`bool`): Whether nothing is planted: the same training on the pairs as they were, which the attack is
             then measured on.
         rebound_rate (`float`, *optional*): Learning rate at which a cleaned model is fine-tuned on plainly, after it
@@ -83,8 +84,8 @@ class Cell:
     def __post_init__(self) -> None:
         if (ROWS[self.row].start is None) != (self.start is None):
             raise ValueError(f"row {self.row!r} starts from {ROWS[self.row].start}, but start is {self.start}")
-        if (self.row == FILTER) != (self.scanned is not None):
-            raise ValueError(f"row {self.row!r}, but scanned is {self.scanned}")
+        if self.row == FILTER and self.scanned is None:
+            raise ValueError(f"row {self.row!r}, but scanned is None")
 
     @property
     def starts(self) -> list[Cell]:
@@ -118,6 +119,7 @@ class Cell:
             "left_poisons": self.left_poisons,
             "follow": self.follow,
             "start": self.starts[0].model_key if self.starts else None,
+            **({"scanned": self.scanned.model_key} if self.start and self.scanned else {}),
             "study": {name: getattr(study, name) for name in _DATA_AND_MODEL},
         }
 
@@ -220,11 +222,11 @@ def _train(cell: Cell, model: Any, processor: Any, material: Material, planted: 
     left_out: dict[str, int] = {}
     if cell.row == "random_drop":
         pairs = random_drop(pairs, seed=cell.seed)
-    elif cell.row in (FILTER, TRUSTED):
-        checkpoints = epoch_checkpoints(folder.parent / cell.starts[0].model_key)
+    elif cell.scanned or cell.row == TRUSTED:
+        checkpoints = epoch_checkpoints(folder.parent / (cell.scanned or cell.starts[0]).model_key)
         scan = scan_pairs(checkpoints, processor, pairs, **columns, batch_size=256, seed=cell.seed)
-        pairs = scan.keep(pairs, DROP) if cell.row == FILTER else scan.trusted(pairs)
-        poisons = 0 if cell.twin else sum(pairs[POISONED])
+        pairs = scan.keep(pairs, DROP) if cell.scanned else scan.trusted(pairs)
+        poisons = sum(pairs[POISONED]) if POISONED in pairs.column_names else 0
         left_out = {"kept": len(pairs), "poisons_kept": poisons, "suspect": sum(scan.scores["suspect"])}
     # What a scan of pairs needs of those that learn the pairs as they are.
     saving = {"save_strategy": "epoch", "save_only_model": True} if cell.row in ("undefended", TWIN) else {}

@@ -69,10 +69,16 @@ class Setting:
         x: float | None = None,
         rate: float | None = None,
         arguments: Mapping[str, Any] | None = None,
+        scan_first: bool = False,
         **fields: Any,
     ) -> Variant:
-        """A row with other `arguments`, another poison `rate` or other fields of [`Cell`]."""
+        """
+        A row with other `arguments`, another poison `rate` or other fields of [`Cell`]; `scan_first`: its pairs are
+        scanned under the model that it starts from, and a tenth is dropped.
+        """
         cells = [self._cell(row, seed, rate, arguments or {}, fields) for seed in self.seeds]
+        if scan_first:
+            cells = [replace(cell, scanned=cell.start) for cell in cells]
         title = ROWS[row].title
         return Variant(label or title, cells, line or title, x)
 
@@ -181,12 +187,25 @@ def safe_threshold(setting: Setting) -> Check:
 
 
 def left_poisons(setting: Setting) -> Check:
+    counts = (0, 5, 10, 20)
     return Check(
         "What do a few poisons left among the clean pairs do?",
         [
             setting.variant(row, f"{ROWS[row].title}, {count} left", x=count, left_poisons=count)
             for row in ("plain", "cleanclip", "par", "unbind")
-            for count in (0, 5, 10, 20)
+            for count in counts
+        ]
+        + [
+            setting.variant(
+                row,
+                f"scan first, then {ROWS[row].title}, {count} left",
+                f"scan, then {ROWS[row].title}",
+                count,
+                left_poisons=count,
+                scan_first=True,
+            )
+            for row in ("plain", "unbind")
+            for count in counts
         ],
         axis="poisons left among the clean pairs",
     )

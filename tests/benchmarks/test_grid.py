@@ -112,6 +112,10 @@ def test_every_row_trains_and_is_measured(tmp_path: Path, folder: Path) -> None:
     assert run_cell(cleaned, None, tmp_path, threads=1)["row"] == "cleanclip"
     again = replace(Cell(STUDY, "rebound", "patch", STUDY.attacks["patch"], 0, start=cleaned), left_poisons=5)
     assert run_cell(again, None, tmp_path, threads=1)["row"] == "rebound"
+    scanned = replace(cell("plain"), left_poisons=5, scanned=cell("undefended"))
+    assert scanned.key != replace(cell("plain"), left_poisons=5).key
+    found = run_cell(scanned, None, tmp_path, threads=1)["course"]["filter"]
+    assert found["kept"] == round(0.9 * (1397 + 5)) and 0 <= found["poisons_kept"] <= 5
 
 
 @pytest.mark.parametrize(
