@@ -13,7 +13,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-COLORS = ("#2b6cb0", "#c05621", "#2f855a", "#6b46c1", "#b83280")
+COLORS = ("#2b6cb0", "#c05621", "#2f855a", "#6b46c1", "#b83280", "#4a5568")
 
 
 def plot_figures(variants: Sequence[Mapping[str, Any]], title: str, axis: str, logarithmic: bool, path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,9 +52,8 @@ def summary(content: Mapping[str, Any]) -> str:
     """The same in short: a line for each attack, with what counts of each model."""
     rows = rows_with_cells(content)
     lines = [f"| attack | {' | '.join(ROWS[row].title for row in rows)} |", "|---" * (len(rows) + 1) + "|"]
-    for attack, means in _means(content, rows).items():
-        cells = [f"{accuracy:.1%}, {_with_excess(success, excess)}" for accuracy, success, excess in means]
-        lines.append(f"| {attack} | {' | '.join(cell.replace('nan%, nan%', '') for cell in cells)} |")
+    for attack in dict.fromkeys(attack for attack, _ in _grouped(content)):
+        lines.append(f"| {attack} | {' | '.join(_short(content, attack, row) for row in rows)} |")
     name = f"benchmarks/results/defences/{content['study']['name']}"
     excess = ", in brackets what it is above the mean of its placebos in points" if _has(content, _EXCESS) else ""
     said = [
@@ -69,7 +68,7 @@ def summary(content: Mapping[str, Any]) -> str:
 def overview(contents: Mapping[str, Mapping[str, Any]]) -> str:
     """
     Several studies in one table: the worst attack success of each model over the attacks that took, and in brackets
-    the mean accuracy.
+    the mean accuracy. A star: fewer of these attacks, or seeds, than the undefended model has.
 
     Args:
         contents (mapping of `str` to mapping): What the data is called, and the results.
@@ -84,11 +83,18 @@ def overview(contents: Mapping[str, Mapping[str, Any]]) -> str:
             known = [(accuracy, success) for accuracy, success, _ in means if not math.isnan(success)]
             if known:
                 accuracies, successes = zip(*known, strict=True)
-                cells.append(f"{max(successes):.1%} ({statistics.mean(accuracies):.1%})")
+                counts = [_counts(content, attack) for attack in took]
+                star = "*" if any(count[row] < count["undefended"] for count in counts) else ""
+                cells.append(f"{max(successes):.1%} ({statistics.mean(accuracies):.1%}){star}")
             else:
                 cells.append("")
         lines.append(f"| {data} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def _counts(content: Mapping[str, Any], attack: str) -> Counter[str]:
+    """Of each row the number of its cells under an attack."""
+    return Counter({row: len(cells) for (of, row), cells in _grouped(content).items() if of == attack})
 
 
 def took_attacks(content: Mapping[str, Any]) -> list[str]:
@@ -103,8 +109,21 @@ def interval(share: float, count: int) -> tuple[float, float]:
     return float(found.low), float(found.high)
 
 
-def _with_excess(success: float, excess: float) -> str:
-    return f"{success:.1%}" if math.isnan(excess) else f"{success:.1%} ({100 * excess:+.1f})"
+def _short(content: Mapping[str, Any], attack: str, row: str) -> str:
+    """Accuracy, attack success, and in brackets its excess; the seeds where they are not all of the attack's."""
+    accuracy, success, excess = _mean_of(content, attack, row)
+    if math.isnan(accuracy):
+        return ""
+    text = f"{accuracy:.1%}, {success:.1%}"
+    return text + ("" if math.isnan(excess) else f" ({100 * excess:+.1f})") + _fewer(content, attack, row)
+
+
+def _fewer(content: Mapping[str, Any], attack: str, row: str) -> str:
+    """The seeds of an attack's row, where other rows of it have more."""
+    numbers = sorted(cell["seed"] for cell in _grouped(content)[attack, row])
+    most = max(_counts(content, attack).values())
+    named = f"; seed{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}"
+    return named if len(numbers) < most else ""
 
 
 def rows_with_cells(content: Mapping[str, Any]) -> list[str]:
@@ -117,17 +136,11 @@ def _has(content: Mapping[str, Any], figure: str) -> bool:
     return any(figure in cell["figures"] for cell in table_cells(content))
 
 
-def _means(content: Mapping[str, Any], rows: Sequence[str]) -> dict[str, list[tuple[float, float, float]]]:
-    """Of each attack the mean accuracy, attack success and excess of each row, NaN for what there is not."""
-    attacks = dict.fromkeys(attack for attack, _ in _grouped(content))
-    return {attack: [_mean_of(content, attack, row) for row in rows] for attack in attacks}
-
-
 def _mean_of(content: Mapping[str, Any], attack: str, row: str) -> tuple[float, float, float]:
     cells = _grouped(content).get((attack, row), [])
     if not cells:
         return math.nan, math.nan, math.nan
-    figures = (_accuracy(content), cells[0]["success"], _EXCESS)
+    figures = (accuracy_name(content), cells[0]["success"], _EXCESS)
     accuracy, success, excess = (_figures(cells, figure) for figure in figures)
     return tuple(statistics.mean(values) if values else math.nan for values in (accuracy, success, excess))  # type: ignore[return-value]
 
@@ -142,7 +155,7 @@ def table_figures(content: Mapping[str, Any]) -> dict[tuple[str, str], dict[str,
         success = _figures(cells, cells[0]["success"])
         lows, highs = (_figures(cells, f"placebo_success_rate_{end}") for end in ("low", "high"))
         found[key] = {
-            "accuracy": _figures(cells, _accuracy(content)),
+            "accuracy": _figures(cells, accuracy_name(content)),
             "success": success,
             "interval": list(interval(statistics.mean(success), sum(cell["counts"]["attacked"] for cell in cells))),
             "placebos": [min(lows), max(highs)] if lows else [],
@@ -166,12 +179,12 @@ def markdown(content: Mapping[str, Any]) -> str:
     named = ""
     for (attack, row), cells in _grouped(content).items():
         success = _figures(cells, cells[0]["success"])
-        counts, title = cells[0]["counts"], ROWS[row].title
+        counts, title = cells[0]["counts"], ROWS[row].title + _fewer(content, attack, row)
         if row == "undefended" and statistics.mean(success) < TOOK:
             title += " (the attack did not take: proves nothing)"
         name = f"{attack}, {counts['poisons']} of {counts['pairs']}" if attack != named else ""
         named = attack
-        line = [name, title, spread(_figures(cells, _accuracy(content))), _with_interval(cells)]
+        line = [name, title, spread(_figures(cells, accuracy_name(content))), _with_interval(cells)]
         line += [column.text(cells, twins) for column in columns.values()]
         line.append(f"{statistics.mean(cell['seconds'] for cell in cells):.0f}")
         line.append(published.get(attack, {}).get(row, ""))
@@ -261,19 +274,9 @@ def points(values: Sequence[float]) -> str:
 
 
 def table_cells(content: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """
-    The cells of the table, neither those of the search nor the cleaned twins. Of each attack those seeds that are
-    whole: all its rows that have a cell have one of that seed. As long as none is, all.
-    """
+    """The cells of the table, neither those of the search nor the cleaned twins."""
     wanted = set(content["study"]["table_keys"])
-    cells = [cell for cell in content["cells"] if cell["key"] in wanted and _is_shown(cell)]
-    shown = []
-    for attack in content["study"]["attacks"]:
-        of_attack = [cell for cell in cells if cell["attack"] == attack]
-        seeds = Counter(cell["seed"] for cell in of_attack)
-        whole = {seed for seed, count in seeds.items() if count == len({cell["row"] for cell in of_attack})}
-        shown += [cell for cell in of_attack if cell["seed"] in whole or not whole]
-    return shown
+    return [cell for cell in content["cells"] if cell["key"] in wanted and _is_shown(cell)]
 
 
 def _is_shown(cell: Mapping[str, Any]) -> bool:
@@ -291,13 +294,12 @@ def spread(values: Sequence[float | None]) -> str:
 
 def _grouped(content: Mapping[str, Any]) -> dict[tuple[str, str], list[dict[str, Any]]]:
     """The table's cells of each attack and row that has some, one a seed, in the table's order."""
-    study, shown = content["study"], table_cells(content)
-    groups = {
-        (attack, row): [cell for cell in shown if (cell["attack"], cell["row"]) == (attack, row)]
-        for attack in study["attacks"]
-        for row in study["rows"]
-    }
-    return {key: cells for key, cells in groups.items() if cells}
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
+    for cell in table_cells(content):
+        groups[cell["attack"], cell["row"]].append(cell)
+    study = content["study"]
+    places = ((attack, row) for attack in study["attacks"] for row in study["rows"])
+    return {place: groups[place] for place in places if place in groups}
 
 
 def _subject(content: Mapping[str, Any]) -> list[str]:
@@ -324,7 +326,7 @@ def _attack_text(attack: str, poisoning: Mapping[str, Any]) -> str:
     return f"{attack} ({fields})" if fields else attack
 
 
-def _accuracy(content: Mapping[str, Any]) -> str:
+def accuracy_name(content: Mapping[str, Any]) -> str:
     """The figure that counts as the accuracy."""
     return "clean_balanced_accuracy" if content["study"]["balanced"] else "clean_accuracy"
 
@@ -344,4 +346,6 @@ def _seed_numbers(content: Mapping[str, Any]) -> list[int]:
 
 def _seeds(content: Mapping[str, Any]) -> str:
     seeds = _seed_numbers(content)
-    return f"One seed: {seeds[0]}" if len(seeds) == 1 else f"Means over the seeds {', '.join(map(str, seeds))}"
+    if len(seeds) == 1:
+        return f"One seed: {seeds[0]}"
+    return f"Means over the seeds {', '.join(map(str, seeds))}, or over those that a cell names"

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from bench.checks import CHECKS
 from bench.table import markdown, overview, page, spread, summary, table_cells, table_figures
-from defence_table import PAGE, README, RESULTS, marks_of, readme_table
+from bench.verdicts import verdicts
+from defence_table import PAGE, README, RESULTS, docs_text, marks_of, readme_table
 from open_checks import RESULTS as CHECK_RESULTS
 from open_checks import markdown as check_markdown
 from PIL import Image
@@ -103,13 +104,13 @@ def test_cells_of_the_search_are_not_in_the_table() -> None:
     assert rows_of(markdown(results))[2][2] == "90.0%"
 
 
-def test_a_seed_counts_once_it_is_whole() -> None:
-    whole = [a_cell("undefended", 0, 0.9, 0.9), a_cell("cleanclip", 0, 0.9, 0.1)]
-    begun = [a_cell("undefended", 1, 0.8, 0.8)]
-    keys = [*(cell["key"] for cell in (*whole, *begun)), "cleanclip-1"]
-    assert table_cells(content([*whole, *begun], table_keys=keys)) == whole
-    assert "2 of 4 cells so far" in page(content([*whole, *begun], table_keys=keys))
-    assert table_cells(content(begun, table_keys=keys)) == begun
+def test_a_row_with_fewer_seeds_names_them() -> None:
+    cells = [a_cell("undefended", seed, 0.9, 0.8) for seed in (0, 1)] + [a_cell("cleanclip", 1, 0.9, 0.1)]
+    table = content(cells, table_keys=[*(cell["key"] for cell in cells), "cleanclip-0"])
+    assert [line[1] for line in rows_of(markdown(table))[2:]] == ["undefended", "CleanCLIP; seed 1"]
+    assert rows_of(summary(table).partition("| attack")[2])[2][1:] == ["90.0%, 80.0%", "90.0%, 10.0%; seed 1"]
+    assert rows_of(overview({"digits": table}))[2][1:] == ["80.0% (90.0%)", "10.0% (90.0%)*"]
+    assert "3 of 4 cells so far" in page(table)
 
 
 def test_in_short_a_line_has_the_means_of_an_attack() -> None:
@@ -121,7 +122,7 @@ def test_in_short_a_line_has_the_means_of_an_attack() -> None:
     assert found["interval"][0] < 0.85 < found["interval"][1] and found["placebos"] == []
     lines = summary(only_first).splitlines()
     header = lines.index("| attack | undefended | CleanCLIP |")
-    assert lines[header + 2] == "| patch | 90.0%, 80.0% | 95.0%, 0.0% |"
+    assert lines[header + 2] == "| patch | 90.0%, 85.0% | 95.0%, 0.0%; seed 0 |"
     assert "| patch | 90.0%, 80.0% |" in summary(content(cells[:1])).splitlines()
     beside = [a_cell("undefended", 0, 0.9, 0.8, excess_success_rate=0.7)]
     assert "| patch | 90.0%, 80.0% (+70.0) |" in summary(content(beside)).splitlines()
@@ -152,6 +153,28 @@ def test_the_worst_case_is_over_the_attacks_that_took() -> None:
     ]
     results = content([*cells, *weak], attacks=["patch", "warp"])
     assert overview({"digits": results}).splitlines()[-1] == "| digits | 90.0% (90.0%) | 10.0% (90.0%) |"
+
+
+def test_a_row_is_judged_over_all_attacks_that_took() -> None:
+    cells = [
+        {**a_cell(row, seed, accuracy, success, **extra), "attack": attack, "key": f"{row}-{attack}-{seed}"}
+        for row, attack, seed, accuracy, success, extra in (
+            ("undefended", "patch", 0, 0.90, 0.8, {}),
+            ("undefended", "warp", 0, 0.80, 0.9, {}),
+            ("undefended", "warp", 1, 0.80, 0.4, {}),
+            ("cleanclip", "patch", 0, 0.85, 0.1, {"excess_success_rate": 0.04}),
+            ("cleanclip", "warp", 0, 0.85, 0.3, {"excess_success_rate": 0.02}),
+            ("cleanclip", "warp", 1, 0.10, 0.9, {"excess_success_rate": 0.90}),
+        )
+    ]
+    cells[3]["rebound"] = {"steps": [50, 100], "accuracy": [0.9, 0.9], "success": [0.16, 0.11]}
+    cells.append({**a_cell("cleanclip", 0, 0.9, 0.05), "key": "twin", "twin": True})
+    titles, _, shown = rows_of(verdicts(content(cells, attacks=["patch", "warp"])))
+    assert shown == [
+        *("CleanCLIP", "2", "85.0%", "+0.0", "+3.0, +4.0 (patch, seed 0)", "+5.0, +5.0 (patch, seed 0)"),
+        "+6.0 (patch, seed 0), +1.0 (patch, seed 0)",
+    ]
+    assert len(titles) == len(shown)
 
 
 def test_columns_are_those_that_were_measured() -> None:
@@ -201,7 +224,7 @@ def test_the_committed_tables_are_those_of_the_results(path: Path) -> None:
     begin, end = marks_of(path.stem)
     docs = PAGE.read_text()
     if begin in docs:
-        assert begin + "\n" + summary(results) + end in docs
+        assert begin + docs_text(results) + end in docs
     for cell in table_cells(results):
         assert cell["device"]
         assert cell["versions"]["torch"]
