@@ -1,12 +1,9 @@
-"""Trainings of a few steps that are the same in one process and in several, and how they are launched."""
+"""Trainings of a few steps that are the same in one process and in several."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -67,18 +64,6 @@ OTHERS: dict[str, tuple[type[CLIPTrainer], dict[str, Any]]] = {
     **{f"{tower} frozen": (CLIPTrainer, {"freeze": tower}) for tower in ("vision", "text")},
     "vision frozen, SigLIP": (CLIPTrainer, {"freeze": "vision", "family": siglip}),
 }
-
-
-def launch(script: str, mode: str, output: Path, processes: int = WORLD, **environment: str) -> None:
-    """Run a file as a script in several processes, as `torchrun` does."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "0"]
-    command[3:3] = ["--standalone"]
-    paths = os.pathsep.join(map(str, Path(__file__).parents[1:3]))
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **environment}
-    done = subprocess.run(
-        [*command, script, mode, str(output)], env=environment, capture_output=True, text=True, timeout=900
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
 
 
 def group_threads() -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -15,6 +14,7 @@ from accelerate.state import PartialState
 from accelerate.utils import gather_object
 from support.engines import fsdp
 from support.families import siglip
+from support.forks import run_forked
 from support.processes import (
     OTHERS,
     SPLIT,
@@ -23,7 +23,6 @@ from support.processes import (
     assert_state,
     few_steps,
     group_threads,
-    launch,
     ranks_agree,
     state_of,
     suspects,
@@ -161,8 +160,7 @@ def assert_gradients(found: dict[str, list[torch.Tensor]]) -> None:
 
 @pytest.mark.longest
 def test_trainers_in_several_processes(tmp_path: Path) -> None:
-    launch(__file__, "two", tmp_path)
-    launch(__file__, "four", tmp_path, processes=4)
+    run_forked(__file__, tmp_path, two=WORLD, four=4)
     assert_gradients(torch.load(tmp_path / "gradients.pt"))
     for cls in TRAINERS:
         expected = state_of(few_steps(cls, tmp_path / "one", batch=16))
@@ -339,7 +337,14 @@ def sharded(output: Path) -> dict[str, Any]:
 
 
 def four(output: Path) -> None:
-    """What four processes do: the same steps, and those after a checkpoint of two processes."""
+    """What four processes do: the same steps, and those after a checkpoint of two processes. They leave no thread."""
+    steps_of_four(output)
+    assert group_threads()
+    leave_group()
+    assert not group_threads()
+
+
+def steps_of_four(output: Path) -> None:
     for cls in TRAINERS:
         step = CHECKPOINTS.get(cls)
         checkpoint = output / "two" / cls.__name__ / f"checkpoint-{step}" if step else None
@@ -431,10 +436,3 @@ def two(output: Path) -> None:
         report.update(sharded(output))
     if main:
         (output / "report.json").write_text(json.dumps(report))
-
-
-if __name__ == "__main__":
-    {"two": two, "four": four}[sys.argv[1]](Path(sys.argv[2]))
-    leave_group()
-    # FSDP's caches hold the group until the end.
-    assert sys.argv[1] == "two" or not group_threads()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +16,7 @@ from accelerate.state import PartialState
 from accelerate.utils import gather_object
 from safetensors.torch import load, load_file
 from support.engines import deepspeed, zero
-from support.processes import OTHERS, SPLIT, TRAINERS, assert_state, few_steps, launch, ranks_agree, state_of, suspects
+from support.processes import OTHERS, SPLIT, TRAINERS, assert_state, few_steps, ranks_agree, state_of, suspects
 from support.stand_in import HubStandIn
 from support.training import digits, make_trainer, small_model, training_log
 from transformers import CLIPModel
@@ -65,6 +67,18 @@ def run(name: str, output: Path, batch: int, **more: Any) -> CLIPTrainer:
 def assert_runs(found: Path, names: Any, output: Path) -> None:
     for name in names:
         assert_state(torch.load(found / f"{name}.pt"), state_of(run(name, output, 16)), name)
+
+
+def launch(script: str, mode: str, output: Path, **environment: str) -> None:
+    """Run a file as a script in several processes, as `torchrun` does."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    command[3:3] = ["--standalone"]
+    paths = os.pathsep.join(map(str, Path(__file__).parents[1:3]))
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **environment}
+    done = subprocess.run(
+        [*command, script, mode, str(output)], env=environment, capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
 
 
 def test_a_first_look_at_zero_2(tmp_path: Path) -> None:
