@@ -28,7 +28,7 @@ from hf_robust_clip.models import load_dual_encoder, load_processor
 from hf_robust_clip.versions import versions
 
 from .attack import Planted, plant
-from .filtering import DROP, epoch_checkpoints, random_drop
+from .filtering import DROP, SCAN_VERSION, epoch_checkpoints, random_drop
 from .material import Material, load_material, start_model
 from .rebound import REBOUND, rebound
 from .study import FILTER, ROWS, TRUSTED, TWIN, Study, digest
@@ -120,6 +120,7 @@ class Cell:
             "follow": self.follow,
             "start": self.starts[0].model_key if self.starts else None,
             **({"scanned": self.scanned.model_key} if self.start and self.scanned else {}),
+            **({"scan": SCAN_VERSION} if self.scanned or self.row == TRUSTED else {}),
             "study": {name: getattr(study, name) for name in _DATA_AND_MODEL},
         }
 

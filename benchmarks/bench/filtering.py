@@ -11,6 +11,8 @@ from datasets import Dataset
 from hf_robust_clip.seeding import derive_seed
 from hf_robust_clip.trainers.checkpoints import checkpoints_in
 
+#: Raised when the scan of pairs ranks them otherwise: models trained on its choice are then trained anew.
+SCAN_VERSION = 1
 #: Share of the pairs that both rows drop.
 DROP = 0.1
 #: Epochs of the brief training whose checkpoints are scanned.
