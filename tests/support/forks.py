@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import signal
@@ -73,6 +74,9 @@ if __name__ == "__main__":
     file = importlib.util.module_from_spec(spec)
     sys.modules["forked"] = file
     spec.loader.exec_module(file)
+    # The Trainer collects garbage before each training, and would look through all that is imported each time.
+    gc.collect()
+    gc.freeze()
     for given in sys.argv[3:]:
         name, _, number = given.partition("=")
         _fork(file, name, Path(sys.argv[2]), int(number))

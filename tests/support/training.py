@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import datasets
 import torch
 from safetensors.torch import load_file
-from transformers import CLIPModel, TrainerState
+from transformers import CLIPModel, CLIPProcessor, TrainerState
 
 from hf_robust_clip import (
     CleanCLIPTrainer,
@@ -42,10 +43,15 @@ def digits(split: str = "train") -> datasets.Dataset:
     return load_digit_pairs(split, renderings=1)
 
 
+@functools.cache
+def _processor() -> CLIPProcessor:
+    return digit_processor()
+
+
 def small_model(seed: int = 0, dropout: float = 0.1) -> CLIPModel:
     """A CLIP for `digit_processor`. With dropout, so that resuming also has to restore the global generator."""
     model = build_model(
-        digit_processor(), vision_width=32, vision_layers=2, text_width=32, text_layers=1, projection_dim=16, seed=seed
+        _processor(), vision_width=32, vision_layers=2, text_width=32, text_layers=1, projection_dim=16, seed=seed
     )
     for module in model.modules():
         if hasattr(module, "dropout") and isinstance(module.dropout, float):
@@ -85,9 +91,12 @@ def make_trainer(cls: type[CLIPTrainer], output_dir: Path, rows: int = 64, **ove
         **SHORT.get(family, {}),
     }
     arguments.update(overrides)
-    given.setdefault("model", small_model())
-    given.setdefault("train_dataset", digits().select(range(rows)))
-    given.setdefault("processing_class", digit_processor())
+    if "model" not in given:
+        given["model"] = small_model()
+    if "train_dataset" not in given:
+        given["train_dataset"] = digits().select(range(rows))
+    if "processing_class" not in given:
+        given["processing_class"] = copy.deepcopy(_processor())
     return cls(args=cls.args_class(str(output_dir), **arguments), **given)
 
 
