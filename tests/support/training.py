@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import inspect
 from pathlib import Path
@@ -96,7 +95,8 @@ def make_trainer(cls: type[CLIPTrainer], output_dir: Path, rows: int = 64, **ove
     if "train_dataset" not in given:
         given["train_dataset"] = digits().select(range(rows))
     if "processing_class" not in given:
-        given["processing_class"] = copy.deepcopy(_processor())
+        # Not a copy: that of a CLIP tokenizer decodes words with their endings.
+        given["processing_class"] = digit_processor()
     return cls(args=cls.args_class(str(output_dir), **arguments), **given)
 
 
