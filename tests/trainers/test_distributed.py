@@ -436,3 +436,4 @@ def two(output: Path) -> None:
         report.update(sharded(output))
     if main:
         (output / "report.json").write_text(json.dumps(report))
+    leave_group()  # as a script does; FSDP's caches hold the group's threads until the process ends
