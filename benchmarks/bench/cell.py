@@ -86,6 +86,8 @@ class Cell:
             raise ValueError(f"row {self.row!r} starts from {ROWS[self.row].start}, but start is {self.start}")
         if self.row == FILTER and self.scanned is None:
             raise ValueError(f"row {self.row!r}, but scanned is None")
+        if self.start and self.scanned and self.start != self.scanned:
+            raise ValueError(f"scanned is {self.scanned.label}, but start {self.start.label}: one model is for both")
 
     @property
     def starts(self) -> list[Cell]:
@@ -146,7 +148,9 @@ class Cell:
         }
 
 
-def run_cell(cell: Cell, data: Path | None, work: Path, threads: int) -> dict[str, Any]:
+def run_cell(
+    cell: Cell, data: Path | None, work: Path, threads: int, earlier: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """
     Train the cell's model, unless its folder holds it, and measure it.
 
@@ -155,6 +159,7 @@ def run_cell(cell: Cell, data: Path | None, work: Path, threads: int) -> dict[st
         data (`Path`, *optional*): The folder of the study's files.
         work (`Path`): For the models.
         threads (`int`): That torch may use.
+        earlier (mapping, *optional*): What an earlier run returned, of other measures; its `rebound` is kept.
 
     Returns:
         `dict`: `figures`, `counts`, `seconds` of training and of measuring, `course` of what was followed, and what is
@@ -163,10 +168,10 @@ def run_cell(cell: Cell, data: Path | None, work: Path, threads: int) -> dict[st
     torch.set_num_threads(threads)
     # What a trainer warns of, that matching collapsed or that a split separates nothing, the figures show.
     with quiet_libraries(), quiet_trainers():
-        return _run(cell, data, work, threads)
+        return _run(cell, data, work, threads, earlier)
 
 
-def _run(cell: Cell, data: Path | None, work: Path, threads: int) -> dict[str, Any]:
+def _run(cell: Cell, data: Path | None, work: Path, threads: int, earlier: Mapping[str, Any] | None) -> dict[str, Any]:
     material = load_material(cell.study, data, cell.seed)
     folder = work / cell.model_key
     model, processor = _start(cell, material, work)
@@ -180,7 +185,9 @@ def _run(cell: Cell, data: Path | None, work: Path, threads: int) -> dict[str, A
     figures = run_evaluators(planted.evaluators, processor, Embedder(model, processor, batch_size=256))
     measuring_seconds = round(time.perf_counter() - start, 1)
     course = None
-    if cell.rebound_rate is not None:
+    if earlier and earlier["measuring"] | {"measures": list(cell.study.measures)} == cell.measuring():
+        course = earlier["rebound"]
+    elif cell.rebound_rate is not None:
         # One twin is measured under every attack.
         course = rebound(cell.study, folder, material, planted, cell.seed, cell.rebound_rate, keep=cell.twin)
     return {

@@ -105,7 +105,8 @@ def run_cells(
         while (waiting and time.monotonic() < until) or running:
             for key, cell in list(waiting.items()) if time.monotonic() < until else ():
                 if len(running) < processes and _can_start(cell, waiting, running, work):
-                    running[pool.submit(run_cell, waiting.pop(key), data, work, threads)] = cell
+                    arguments = (waiting.pop(key), data, work, threads, results.cells.get(key))
+                    running[pool.submit(run_cell, *arguments)] = cell
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 cell = running.pop(future)
                 done += 1

@@ -31,18 +31,21 @@ ROWS: dict[str, Row] = {
     "safeclip": Row("SafeCLIP", "safeclip", control="augmentation"),
     "unbind_trusted": Row("scan, Unbind on the trusted half", "unbind", start="undefended", control="unbind"),
     "filter": Row("scan, drop a tenth, retrain", "clip", control="undefended"),
+    "combined": Row("scan, retrain, then Unbind", "unbind", start="filter", control="unbind"),
     "random_drop": Row("a random tenth dropped", "clip", control="undefended"),
     "rebound": Row("plain fine-tuning after CleanCLIP", "clip", start="cleanclip", control="plain"),
 }
 #: The rows of the table; a study can name others of those above.
 GRID = (
     *("undefended", "twin", "plain", "cleanclip", "par", "unbind"),
-    *("unbind_trusted", "augmentation", "roclip", "safeclip", "filter", "random_drop"),
+    *("unbind_trusted", "augmentation", "roclip", "safeclip", "filter", "combined", "random_drop"),
 )
 #: Trained on pairs without poisons, and measured under each attack.
 TWIN = "twin"
 #: Trained on what a scan leaves of the pairs, under the checkpoints of the undefended model.
 FILTER = "filter"
+#: The whole way: the model that is trained on what a scan leaves, cleaned.
+COMBINED = "combined"
 #: Cleaned on those pairs of its training that such a scan trusts, for who has no clean ones.
 TRUSTED = "unbind_trusted"
 PHASES = ("all", "pretraining", "finetuning")
@@ -151,6 +154,16 @@ class Study:
         phase = "finetuning" if ROWS[row].start else "pretraining"
         rates = self.search.learning_rates
         return [float(rate) for rate in rates.get(row, rates.get(phase, ()))]
+
+
+def twin_row(row: str, rows: Sequence[str]) -> str:
+    """
+    The row of a study's `rows` that the twin of a row's model is in: what was not cleaned has one of its own, and what
+    was trained anew and then cleaned has the one of the same cleaning.
+    """
+    if row == COMBINED:
+        return "unbind_learned" if "unbind_learned" in rows else "unbind"
+    return TWIN if ROWS[row].start is None else row
 
 
 def load_study(name: str) -> Study:

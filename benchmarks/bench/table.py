@@ -13,7 +13,7 @@ from typing import Any
 
 from scipy.stats import binomtest
 
-from .study import ROWS, TWIN
+from .study import ROWS, TWIN, twin_row
 
 #: Metrics of the papers and of others, on their data and models: next to ours, never among them.
 PUBLISHED = Path(__file__).parents[1] / "published.json"
@@ -115,7 +115,7 @@ def _short(content: Mapping[str, Any], attack: str, row: str) -> str:
     if math.isnan(accuracy):
         return ""
     text = f"{accuracy:.1%}, {success:.1%}"
-    return text + ("" if math.isnan(excess) else f" ({100 * excess:+.1f})") + _fewer(content, attack, row)
+    return text + ("" if math.isnan(excess) else f" ({signed(excess)})") + _fewer(content, attack, row)
 
 
 def _fewer(content: Mapping[str, Any], attack: str, row: str) -> str:
@@ -175,7 +175,6 @@ def markdown(content: Mapping[str, Any]) -> str:
     titles = ["attack, poisons", "model", accuracy_title(content), "attack success", *columns]
     titles += ["seconds", "published attack success"]
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
-    twins = {(cell["row"], cell["attack"], cell["seed"]): cell for cell in content["cells"] if cell.get("twin")}
     named = ""
     for (attack, row), cells in _grouped(content).items():
         success = _figures(cells, cells[0]["success"])
@@ -185,7 +184,7 @@ def markdown(content: Mapping[str, Any]) -> str:
         name = f"{attack}, {counts['poisons']} of {counts['pairs']}" if attack != named else ""
         named = attack
         line = [name, title, spread(_figures(cells, accuracy_name(content))), _with_interval(cells)]
-        line += [column.text(cells, twins) for column in columns.values()]
+        line += [column.text(cells, content) for column in columns.values()]
         line.append(f"{statistics.mean(cell['seconds'] for cell in cells):.0f}")
         line.append(published.get(attack, {}).get(row, ""))
         lines.append(f"| {' | '.join(line)} |")
@@ -209,7 +208,7 @@ class _Shown:
     def is_there(self, cell: Mapping[str, Any]) -> bool:
         return self.figures[0] in cell["figures"]
 
-    def text(self, cells: Sequence[Mapping[str, Any]], twins: Mapping[Any, Any]) -> str:
+    def text(self, cells: Sequence[Mapping[str, Any]], content: Mapping[str, Any]) -> str:
         return ", ".join(filter(None, (spread(_figures(cells, figure)) for figure in self.figures)))
 
 
@@ -219,10 +218,10 @@ class _Twins(_Shown):
     def is_there(self, cell: Mapping[str, Any]) -> bool:
         return bool(cell.get("twin"))
 
-    def text(self, cells: Sequence[Mapping[str, Any]], twins: Mapping[Any, Any]) -> str:
+    def text(self, cells: Sequence[Mapping[str, Any]], content: Mapping[str, Any]) -> str:
         name = cells[0]["success"]
-        pairs = [(cell, twins.get((twin_row(cell["row"]), cell["attack"], cell["seed"]))) for cell in cells]
-        return points([cell["figures"][name] - twin["figures"][name] for cell, twin in pairs if twin and cell != twin])
+        pairs = [(cell, twin_of(cell, content)) for cell in cells]
+        return points([cell["figures"][name] - twin["figures"][name] for cell, twin in pairs if twin])
 
 
 class _Rebound(_Shown):
@@ -234,9 +233,8 @@ class _Rebound(_Shown):
     def is_there(self, cell: Mapping[str, Any]) -> bool:
         return bool(cell.get("rebound"))
 
-    def text(self, cells: Sequence[Mapping[str, Any]], twins: Mapping[Any, Any]) -> str:
-        of_twins = [twins.get((twin_row(cell["row"]), cell["attack"], cell["seed"]), {}) for cell in cells]
-        gained, by_twins = self._gained(cells), self._gained(of_twins)
+    def text(self, cells: Sequence[Mapping[str, Any]], content: Mapping[str, Any]) -> str:
+        gained, by_twins = self._gained(cells), self._gained([twin_of(cell, content) for cell in cells])
         return f"{gained}; {by_twins}" if gained and by_twins else gained
 
     @staticmethod
@@ -260,17 +258,24 @@ _COLUMNS: dict[str, _Shown] = {
 }
 
 
-def twin_row(row: str) -> str:
-    """The row that a twin of a row's model is in: what was not cleaned has one of its own."""
-    return TWIN if ROWS[row].start is None else row
+def twin_of(cell: Mapping[str, Any], content: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The result of a cell's twin, under the same attack and seed; empty if there is none."""
+    place = twin_row(cell["row"], content["study"]["rows"]), cell["attack"], cell["seed"]
+    twins = (other for other in content["cells"] if other.get("twin") and other["key"] != cell["key"])
+    return next((other for other in twins if (other["row"], other["attack"], other["seed"]) == place), {})
 
 
 def points(values: Sequence[float]) -> str:
     """The mean of differences in points, and in brackets the range where there are several."""
     if not values:
         return ""
-    mean = f"{100 * statistics.mean(values):+.1f}"
-    return mean if len(values) == 1 else f"{mean} ({100 * min(values):+.1f} to {100 * max(values):+.1f})"
+    mean = signed(statistics.mean(values))
+    return mean if len(values) == 1 else f"{mean} ({signed(min(values))} to {signed(max(values))})"
+
+
+def signed(value: float) -> str:
+    """A difference in points, never -0.0."""
+    return f"{round(100 * value, 1) + 0.0:+.1f}"
 
 
 def table_cells(content: Mapping[str, Any]) -> list[dict[str, Any]]:

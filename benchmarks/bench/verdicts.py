@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .study import ROWS, TWIN
-from .table import TOOK, accuracy_name, rows_with_cells, table_cells, twin_row
+from .table import TOOK, accuracy_name, rows_with_cells, signed, table_cells, twin_of
 
 #: Rows that an excess says nothing of: the attack itself, and the model without one.
 _CONTROLS = ("undefended", TWIN)
@@ -16,7 +16,8 @@ _CONTROLS = ("undefended", TWIN)
 def verdicts(content: Mapping[str, Any]) -> str:
     """
     A line for each row: points of attack success above placebos and above the twin, points of accuracy against the
-    better of undefended and plainly fine-tuned, and points of success gained in later plain steps.
+    better of undefended and plainly fine-tuned, points of success gained in later plain steps, and points above the
+    twin that took the same steps.
 
     Args:
         content (mapping): What `benchmarks/results/defences/*.json` holds.
@@ -26,7 +27,6 @@ def verdicts(content: Mapping[str, Any]) -> str:
     """
     accuracy = accuracy_name(content)
     cells = {(cell["row"], cell["attack"], cell["seed"]): cell for cell in table_cells(content)}
-    twins = {(cell["row"], cell["attack"], cell["seed"]): cell for cell in content["cells"] if cell.get("twin")}
     took = [
         (attack, seed)
         for row, attack, seed in cells
@@ -34,6 +34,7 @@ def verdicts(content: Mapping[str, Any]) -> str:
     ]
     titles = ["cells", "accuracy", "less the better of undefended and plain", "above placebos: mean, worst"]
     titles += ["above its twin: mean, worst", "gained in later plain steps: on the way, at the end"]
+    titles += ["above its twin in these steps"]
     lines = [f"| model | {' | '.join(titles)} |", "|---" * (len(titles) + 1) + "|"]
     for row in rows_with_cells(content):
         places = [place for place in took if (row, *place) in cells]
@@ -48,20 +49,28 @@ def verdicts(content: Mapping[str, Any]) -> str:
         }
         known = {place: cell["figures"].get("excess_success_rate") for place, cell in own.items()}
         excess = {place: value for place, value in known.items() if value is not None}
-        same = {place: twins.get((twin_row(row), *place)) for place in places}
+        same = {place: twin_of(cell, content) for place, cell in own.items()}
         above = {place: success[place] - _success(twin) for place, twin in same.items() if twin}
         courses = {place: cell["rebound"]["success"] for place, cell in own.items() if cell.get("rebound")}
         gained = [
             {place: value(course) - success[place] for place, course in courses.items()}
             for value in (max, lambda course: course[-1])
         ]
+        later = [
+            {
+                place: value([mine - its for mine, its in zip(course, twin["rebound"]["success"], strict=True)])
+                for place, course in courses.items()
+                if (twin := same[place]).get("rebound")
+            }
+            for value in (max, lambda course: course[-1])
+        ]
         figures = [
             str(len(places)),
             f"{statistics.mean(cell['figures'][accuracy] for cell in own.values()):.1%}",
-            _points(statistics.mean(cost.values())),
+            signed(statistics.mean(cost.values())),
             _mean_and_worst(excess),
             _mean_and_worst(above),
-            ", ".join(filter(None, map(_worst, gained))),
+            *(", ".join(filter(None, map(_worst, found))) for found in (gained, later)),
         ]
         lines.append(f"| {ROWS[row].title} | {' | '.join(figures)} |")
     return "\n".join(lines) + "\n"
@@ -72,15 +81,11 @@ def _success(cell: Mapping[str, Any]) -> float:
 
 
 def _mean_and_worst(values: Mapping[tuple[str, int], float]) -> str:
-    return f"{_points(statistics.mean(values.values()))}, {_worst(values)}" if values else ""
+    return f"{signed(statistics.mean(values.values()))}, {_worst(values)}" if values else ""
 
 
 def _worst(values: Mapping[tuple[str, int], float]) -> str:
     if not values:
         return ""
     attack, seed = max(values, key=lambda place: values[place])
-    return f"{_points(values[attack, seed])} ({attack}, seed {seed})"
-
-
-def _points(value: float) -> str:
-    return f"{round(100 * value, 1) + 0.0:+.1f}"  # never -0.0
+    return f"{signed(values[attack, seed])} ({attack}, seed {seed})"

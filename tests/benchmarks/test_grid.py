@@ -97,7 +97,7 @@ def test_a_cell_gives_the_same_figures_again(folder: Path) -> None:
 def test_every_row_trains_and_is_measured(tmp_path: Path, folder: Path) -> None:
     shutil.copytree(folder / "work" / cell("undefended").model_key, tmp_path / cell("undefended").model_key)
     measured = replace(STUDY, measures=("zero_shot", "attack", "linear_probe", "retrieval"))
-    for row in ("roclip", "safeclip", "filter", "unbind_trusted", "random_drop"):
+    for row in ("roclip", "safeclip", "filter", "combined", "unbind_trusted", "random_drop"):
         result = run_cell(replace(cell(row, study=measured), follow=row.endswith("clip")), None, tmp_path, threads=1)
         assert {"clean_accuracy", "attack_success_rate", "linear_probe_accuracy"} <= set(result["figures"])
         json.dumps(result, allow_nan=False)
@@ -114,6 +114,8 @@ def test_every_row_trains_and_is_measured(tmp_path: Path, folder: Path) -> None:
     assert run_cell(again, None, tmp_path, threads=1)["row"] == "rebound"
     scanned = replace(cell("plain"), left_poisons=5, scanned=cell("undefended"))
     assert scanned.key != replace(cell("plain"), left_poisons=5).key
+    with pytest.raises(ValueError, match="one model is for both"):
+        replace(scanned, scanned=cell("undefended", seed=1))
     found = run_cell(scanned, None, tmp_path, threads=1)["course"]["filter"]
     assert found["kept"] == round(0.9 * (1397 + 5)) and 0 <= found["poisons_kept"] <= 5
 
@@ -172,10 +174,11 @@ def test_what_is_measured_otherwise_is_measured_again(folder: Path) -> None:
 def test_the_table_has_every_row_attack_and_seed_once() -> None:
     study = replace(STUDY, rows=tuple(row for row in ROWS if row != "rebound"), seeds=(0, 1, 2))
     cells = table_cells(study, {})
-    cleaning = [row for row in study.rows if ROWS[row].start]
+    cleaning = [row for row in study.rows if ROWS[row].start and row != "combined"]  # its twin is Unbind's
     assert len({cell.key for cell in cells}) == len(cells) == (len(study.rows) + len(cleaning)) * 1 * 3
     assert {cell.row for cell in cells if cell.twin} == {TWIN, *cleaning}
-    assert all((cell.rebound_rate is None) == (cell.start is None and cell.row != "filter") for cell in cells)
+    alone = ("filter", TWIN)
+    assert all((cell.rebound_rate is None) == (cell.start is None and cell.row not in alone) for cell in cells)
 
 
 def test_no_cell_begins_after_the_time_is_up(tmp_path: Path) -> None:
@@ -195,6 +198,11 @@ def test_a_twin_learns_no_poisons_and_a_cleaned_model_is_trained_further(
     course = run_cell(replace(cell("plain"), rebound_rate=1e-3), None, tmp_path, threads=1)["rebound"]
     assert course["steps"] == [10, 20] and course["pairs"] == "other"
     assert len(course["success"]) == len(course["accuracy"]) == 2
+    study = replace(STUDY, measures=("zero_shot", "attack", "retrieval"))
+    more, known = (replace(cell("plain", study=one), rebound_rate=1e-3) for one in (study, STUDY))
+    earlier = {"measuring": known.measuring(), "rebound": {"steps": "as they were"}}
+    again = run_cell(more, None, tmp_path, threads=1, earlier=earlier)
+    assert again["rebound"] == earlier["rebound"] and "image_to_text_recall_at_10" in again["figures"]
 
 
 def test_the_search_takes_the_rate_with_the_most_accuracy_less_attack_success(tmp_path: Path) -> None:

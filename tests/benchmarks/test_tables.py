@@ -168,11 +168,12 @@ def test_a_row_is_judged_over_all_attacks_that_took() -> None:
         )
     ]
     cells[3]["rebound"] = {"steps": [50, 100], "accuracy": [0.9, 0.9], "success": [0.16, 0.11]}
-    cells.append({**a_cell("cleanclip", 0, 0.9, 0.05), "key": "twin", "twin": True})
+    later = {**cells[3]["rebound"], "success": [0.04, 0.08]}
+    cells.append({**a_cell("cleanclip", 0, 0.9, 0.05), "key": "twin", "twin": True, "rebound": later})
     titles, _, shown = rows_of(verdicts(content(cells, attacks=["patch", "warp"])))
     assert shown == [
         *("CleanCLIP", "2", "85.0%", "+0.0", "+3.0, +4.0 (patch, seed 0)", "+5.0, +5.0 (patch, seed 0)"),
-        "+6.0 (patch, seed 0), +1.0 (patch, seed 0)",
+        *("+6.0 (patch, seed 0), +1.0 (patch, seed 0)", "+12.0 (patch, seed 0), +3.0 (patch, seed 0)"),
     ]
     assert len(titles) == len(shown)
 
