@@ -52,25 +52,20 @@ def verdicts(content: Mapping[str, Any]) -> str:
         same = {place: twin_of(cell, content) for place, cell in own.items()}
         above = {place: success[place] - _success(twin) for place, twin in same.items() if twin}
         courses = {place: cell["rebound"]["success"] for place, cell in own.items() if cell.get("rebound")}
-        gained = [
-            {place: value(course) - success[place] for place, course in courses.items()}
-            for value in (max, lambda course: course[-1])
-        ]
-        later = [
-            {
-                place: value([mine - its for mine, its in zip(course, twin["rebound"]["success"], strict=True)])
-                for place, course in courses.items()
-                if (twin := same[place]).get("rebound")
-            }
-            for value in (max, lambda course: course[-1])
-        ]
+        gained = {place: [value - success[place] for value in course] for place, course in courses.items()}
+        later = {
+            place: [mine - its for mine, its in zip(course, same[place]["rebound"]["success"], strict=True)]
+            for place, course in courses.items()
+            if same[place].get("rebound")
+        }
         figures = [
             str(len(places)),
             f"{statistics.mean(cell['figures'][accuracy] for cell in own.values()):.1%}",
             signed(statistics.mean(cost.values())),
             _mean_and_worst(excess),
             _mean_and_worst(above),
-            *(", ".join(filter(None, map(_worst, found))) for found in (gained, later)),
+            _on_the_way_and_at_the_end(gained),
+            _on_the_way_and_at_the_end(later),
         ]
         lines.append(f"| {ROWS[row].title} | {' | '.join(figures)} |")
     return "\n".join(lines) + "\n"
@@ -82,6 +77,11 @@ def _success(cell: Mapping[str, Any]) -> float:
 
 def _mean_and_worst(values: Mapping[tuple[str, int], float]) -> str:
     return f"{signed(statistics.mean(values.values()))}, {_worst(values)}" if values else ""
+
+
+def _on_the_way_and_at_the_end(courses: Mapping[tuple[str, int], list[float]]) -> str:
+    highest, last = ({place: value(course) for place, course in courses.items()} for value in (max, lambda c: c[-1]))
+    return ", ".join(filter(None, (_worst(highest), _worst(last))))
 
 
 def _worst(values: Mapping[tuple[str, int], float]) -> str:
