@@ -9,9 +9,9 @@ cells run. Each is saved as it finishes in `benchmarks/results/defences/STUDY.js
 where it was interrupted. At the end it writes the table next to that file, as Markdown and as a picture, and with
 `--docs` in short into docs/results.md, and with all studies' tables into README.md.
 
-The search takes, of a row's rates, the one with the largest clean accuracy less attack success; for the undefended
-model, whose user knows of no attack, the one with the largest clean accuracy. A best rate at the end of those tried is
-followed by one beyond it.
+Of the rates of a method that cleans a model, the search takes the one with the largest clean accuracy less attack
+success. Of those of a method that trains one, whose user knows of no attack, it takes the one with the largest clean
+accuracy. A best rate at the end of those tried is followed by one beyond it.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def choose(
         for cell in cells:
             result = results.of(cell)
             total += result["figures"]["clean_balanced_accuracy"]
-            if row != "undefended":
+            if ROWS[row].start is not None:
                 total -= result["figures"][result["success"]]
         return total
 

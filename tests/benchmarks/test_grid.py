@@ -205,17 +205,15 @@ def test_a_twin_learns_no_poisons_and_a_cleaned_model_is_trained_further(
     assert again["rebound"] == earlier["rebound"] and "image_to_text_recall_at_10" in again["figures"]
 
 
-def test_the_search_takes_the_rate_with_the_most_accuracy_less_attack_success(tmp_path: Path) -> None:
+def test_the_search_takes_the_most_accuracy_and_of_what_cleans_less_attack_success(tmp_path: Path) -> None:
     results = Results(tmp_path / "results.json")
-    figures = {("undefended", 1e-3): (0.8, 0.1), ("undefended", 2e-3): (0.7, 0.9)}
-    figures |= {("augmentation", 1e-3): (0.9, 0.5), ("augmentation", 2e-3): (0.8, 0.1)}
-    for (row, rate), (accuracy, success) in figures.items():
-        for found in search_cells(STUDY, row, {})[rate]:
-            assert found.seed == 7
-            values = {"clean_balanced_accuracy": accuracy, "attack_success_rate": success}
-            results.cells[found.key] = {"figures": values, "success": "attack_success_rate"}
-    assert choose(STUDY, "undefended", results, {}) == 1e-3
-    assert choose(STUDY, "augmentation", results, {}) == 2e-3
+    for row, best in {"undefended": 1e-3, "augmentation": 1e-3, "cleanclip": 2e-3}.items():
+        for rate, (accuracy, success) in {1e-3: (0.9, 0.5), 2e-3: (0.8, 0.1)}.items():
+            for found in search_cells(STUDY, row, {}, [rate])[rate]:
+                assert found.seed == 7
+                values = {"clean_balanced_accuracy": accuracy, "attack_success_rate": success}
+                results.cells[found.key] = {"figures": values, "success": "attack_success_rate"}
+        assert choose(STUDY, row, results, {}, [1e-3, 2e-3]) == best
 
 
 def test_a_search_goes_beyond_its_ends() -> None:
