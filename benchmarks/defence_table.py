@@ -30,7 +30,7 @@ from bench.cell import Cell, with_learning_rate
 from bench.grid import Results, run_cells
 from bench.marked import ROOT, put_between, table_marks
 from bench.plots import plot_table
-from bench.study import FILTER, ROWS, TWIN, Study, load_study, twin_row
+from bench.study import CLEANED_TWINS, FILTER, ROWS, TWIN, Study, load_study, twin_row
 from bench.table import accuracy_title, overview, page, rows_with_cells, summary, table_figures
 from bench.verdicts import verdicts
 
@@ -144,14 +144,16 @@ def table_cells(study: Study, chosen: Mapping[str, float]) -> list[Cell]:
     """
     The cells of the table, seed by seed, so that an interrupted table is whole for the first ones: rows under attacks,
     and the rows that clean a model, on the twin's. Whether a backdoor comes back is asked of cleaned models, of those
-    trained on what a scan leaves, and of the twin.
+    trained on what a scan leaves, and of the twin. What the study's `only` leaves out has no cells.
     """
     cells = []
     for seed in study.seeds:
         for attack, poisoning in study.attacks.items():
             for row in study.rows:
+                if not (study.has(row, attack, seed) and study.has(attack, attack, seed)):
+                    continue
                 made = [make_cell(study, row, attack, poisoning, seed, chosen)]
-                if twin_row(row, study.rows) == row != TWIN:
+                if twin_row(row, study.rows) == row != TWIN and study.has(CLEANED_TWINS, attack, seed):
                     made.append(make_cell(study, row, attack, poisoning, seed, chosen, twin=True))
                 if made[0].start is not None or row in (FILTER, TWIN):
                     rebound_rate = chosen.get("plain") or study.row_arguments("plain")["learning_rate"]

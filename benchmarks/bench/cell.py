@@ -31,7 +31,7 @@ from .attack import Planted, plant
 from .filtering import DROP, SCAN_VERSION, epoch_checkpoints, random_drop
 from .material import Material, load_material, start_model
 from .rebound import REBOUND, rebound
-from .study import FILTER, ROWS, TRUSTED, TWIN, Study, digest
+from .study import FILTER, ROWS, TWIN, Study, digest
 
 _DONE = "training.json"
 #: Raised when what a result holds changes.
@@ -122,7 +122,7 @@ class Cell:
             "follow": self.follow,
             "start": self.starts[0].model_key if self.starts else None,
             **({"scanned": self.scanned.model_key} if self.start and self.scanned else {}),
-            **({"scan": SCAN_VERSION} if self.scanned or self.row == TRUSTED else {}),
+            **({"scan": SCAN_VERSION} if self.scanned else {}),
             "study": {name: getattr(study, name) for name in _DATA_AND_MODEL},
         }
 
@@ -223,17 +223,17 @@ def _train(cell: Cell, model: Any, processor: Any, material: Material, planted: 
     shutil.rmtree(folder, ignore_errors=True)
     settings, study = cell.settings(), cell.study
     poisoned = material.pairs if cell.twin else planted.pairs
-    pairs = poisoned if cell.start is None or cell.row == TRUSTED else _clean_pairs(cell, material, planted)
+    pairs = poisoned if cell.start is None else _clean_pairs(cell, material, planted)
     columns = {"image_column": study.image_column, "caption_column": study.caption_column}
 
     start = time.perf_counter()
     left_out: dict[str, int] = {}
     if cell.row == "random_drop":
         pairs = random_drop(pairs, seed=cell.seed)
-    elif cell.scanned or cell.row == TRUSTED:
-        checkpoints = epoch_checkpoints(folder.parent / (cell.scanned or cell.starts[0]).model_key)
+    elif cell.scanned:
+        checkpoints = epoch_checkpoints(folder.parent / cell.scanned.model_key)
         scan = scan_pairs(checkpoints, processor, pairs, **columns, batch_size=256, seed=cell.seed)
-        pairs = scan.keep(pairs, DROP) if cell.scanned else scan.trusted(pairs)
+        pairs = scan.keep(pairs, DROP)
         poisons = sum(pairs[POISONED]) if POISONED in pairs.column_names else 0
         left_out = {"kept": len(pairs), "poisons_kept": poisons, "suspect": sum(scan.scores["suspect"])}
     # What a scan of pairs needs of those that learn the pairs as they are.

@@ -29,7 +29,6 @@ ROWS: dict[str, Row] = {
     "augmentation": Row("augmentation alone", "clip"),
     "roclip": Row("RoCLIP", "roclip", control="augmentation"),
     "safeclip": Row("SafeCLIP", "safeclip", control="augmentation"),
-    "unbind_trusted": Row("scan, Unbind on the trusted half", "unbind", start="undefended", control="unbind"),
     "filter": Row("scan, drop a tenth, retrain", "clip", control="undefended"),
     "combined": Row("scan, retrain, then Unbind", "unbind", start="filter", control="unbind"),
     "random_drop": Row("a random tenth dropped", "clip", control="undefended"),
@@ -38,7 +37,7 @@ ROWS: dict[str, Row] = {
 #: The rows of the table; a study can name others of those above.
 GRID = (
     *("undefended", "twin", "plain", "cleanclip", "par", "unbind"),
-    *("unbind_trusted", "augmentation", "roclip", "safeclip", "filter", "combined", "random_drop"),
+    *("augmentation", "roclip", "safeclip", "filter", "combined", "random_drop"),
 )
 #: Trained on pairs without poisons, and measured under each attack.
 TWIN = "twin"
@@ -46,8 +45,8 @@ TWIN = "twin"
 FILTER = "filter"
 #: The whole way: the model that is trained on what a scan leaves, cleaned.
 COMBINED = "combined"
-#: Cleaned on those pairs of its training that such a scan trusts, for who has no clean ones.
-TRUSTED = "unbind_trusted"
+#: What [`Study.only`] calls the never-poisoned model after each cleaning.
+CLEANED_TWINS = "cleaned_twins"
 PHASES = ("all", "pretraining", "finetuning")
 MEASURES = ("zero_shot", "attack", "linear_probe", "retrieval")
 
@@ -92,6 +91,8 @@ class Study:
         image_augmentation (mapping): Of row to the arguments of [`~hf_robust_clip.ImageAugmentation`].
         rows (sequence of `str`): Those of the table, of `ROWS`.
         seeds (sequence of `int`): Those of the table.
+        only (mapping): Of a row, an attack or `"cleaned_twins"`, the never-poisoned model after each cleaning, to the
+            `attacks` and `seeds` that it has cells for. Default: all.
         measures (sequence of `str`): Of `MEASURES`.
         renderings (`int`): Of each digit.
         train_per_class, test_per_class (`int`, *optional*): Most photos of a class, the first ones.
@@ -112,6 +113,7 @@ class Study:
     image_augmentation: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     rows: Sequence[str] = GRID
     seeds: Sequence[int] = (0, 1, 2)
+    only: Mapping[str, Mapping[str, Sequence[Any]]] = field(default_factory=dict)
     measures: Sequence[str] = ("zero_shot", "attack")
     renderings: int = 4
     train_per_class: int | None = None
@@ -127,6 +129,11 @@ class Study:
         _check_names("arguments", self.arguments, (*PHASES, *ROWS))
         _check_names("image_augmentation", self.image_augmentation, tuple(ROWS))
         _check_names("search.learning_rates", self.search.learning_rates, (*PHASES[1:], *ROWS))
+        _check_names("only", self.only, (*self.rows, *self.attacks, CLEANED_TWINS))
+        for name, parts in self.only.items():
+            _check_names(f"only.{name}", parts, ("attacks", "seeds"))
+            for part, values in parts.items():
+                _check_names(f"only.{name}.{part}", values, getattr(self, part))
         if not self.attacks:
             raise ValueError("attacks is empty; a study needs at least one")
         common = sorted(set(self.seeds) & set(self.search.seeds))
@@ -148,6 +155,11 @@ class Study:
     def row_augmentation(self, row: str) -> dict[str, Any] | None:
         """The image augmentation of a row: its own or its control's."""
         return row_augmentation(ROWS, self.image_augmentation, row)
+
+    def has(self, name: str, attack: str, seed: int) -> bool:
+        """Whether a row, an attack or `"cleaned_twins"` has a cell for an attack and a seed."""
+        parts = self.only.get(name, {})
+        return attack in parts.get("attacks", self.attacks) and seed in parts.get("seeds", self.seeds)
 
     def rates(self, row: str) -> list[float]:
         """The learning rates that the search tries for a row."""
@@ -202,10 +214,10 @@ def digest(settings: Any) -> str:
 
 def _check_kinds(content: Mapping[str, Any]) -> None:
     """That what is looked into is there to be looked into."""
-    for name in ("attacks", "arguments", "search", "model", "image_augmentation"):
+    for name in ("attacks", "arguments", "search", "model", "image_augmentation", "only"):
         if name in content and not isinstance(content[name], Mapping):
             raise ValueError(f"{name} is a {type(content[name]).__name__}; accepted is a mapping")
-    for name in ("attacks", "arguments", "image_augmentation"):
+    for name in ("attacks", "arguments", "image_augmentation", "only"):
         for key, value in content.get(name, {}).items():
             if not isinstance(value, Mapping):
                 raise ValueError(f"{name}.{key} is a {type(value).__name__}; accepted is a mapping")
@@ -219,6 +231,6 @@ def _check_kinds(content: Mapping[str, Any]) -> None:
 def _check_names(where: str, names: Any, accepted: Any) -> None:
     for name in names:
         if name not in accepted:
-            near = difflib.get_close_matches(str(name), list(accepted), n=1)
+            near = difflib.get_close_matches(str(name), list(map(str, accepted)), n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"{where}: {name!r} is not accepted{hint} Accepted are {', '.join(accepted)}")
+            raise ValueError(f"{where}: {name!r} is not accepted{hint} Accepted are {', '.join(map(str, accepted))}")

@@ -97,12 +97,12 @@ def test_a_cell_gives_the_same_figures_again(folder: Path) -> None:
 def test_every_row_trains_and_is_measured(tmp_path: Path, folder: Path) -> None:
     shutil.copytree(folder / "work" / cell("undefended").model_key, tmp_path / cell("undefended").model_key)
     measured = replace(STUDY, measures=("zero_shot", "attack", "linear_probe", "retrieval"))
-    for row in ("roclip", "safeclip", "filter", "combined", "unbind_trusted", "random_drop"):
+    for row in ("roclip", "safeclip", "filter", "combined", "random_drop"):
         result = run_cell(replace(cell(row, study=measured), follow=row.endswith("clip")), None, tmp_path, threads=1)
         assert {"clean_accuracy", "attack_success_rate", "linear_probe_accuracy"} <= set(result["figures"])
         json.dumps(result, allow_nan=False)
-        if row in ("filter", "unbind_trusted"):
-            assert result["course"]["filter"]["kept"] == round({"filter": 0.9, "unbind_trusted": 0.5}[row] * 1397)
+        if row == "filter":
+            assert result["course"]["filter"]["kept"] == round(0.9 * 1397)
             assert result["settings"]["start"] == cell("undefended").model_key
         if not row.endswith("clip"):
             continue
@@ -179,6 +179,25 @@ def test_the_table_has_every_row_attack_and_seed_once() -> None:
     assert {cell.row for cell in cells if cell.twin} == {TWIN, *cleaning}
     alone = ("filter", TWIN)
     assert all((cell.rebound_rate is None) == (cell.start is None and cell.row not in alone) for cell in cells)
+
+
+def test_a_study_can_have_fewer_cells_for_a_row_an_attack_and_cleaned_twins() -> None:
+    attacks = {"patch": STUDY.attacks["patch"], "large": {"trigger": {"name": "patch", "size": 5}, "rate": 0.05}}
+    whole = replace(STUDY, attacks=attacks, seeds=(0, 1), rows=("undefended", "twin", "plain"))
+    fewer = {"large": {"seeds": [0]}, "plain": {"attacks": ["patch"]}, "cleaned_twins": {"seeds": [1]}}
+    left_out = {
+        *(("undefended", "large", 1, False), ("twin", "large", 1, True), ("plain", "patch", 0, True)),
+        *(("plain", "large", seed, twin) for seed in (0, 1) for twin in (False, True)),
+    }
+    of = {(cell.row, cell.attack, cell.seed, cell.twin): cell.key for cell in table_cells(whole, {})}
+    left = {
+        (cell.row, cell.attack, cell.seed, cell.twin): cell.key for cell in table_cells(replace(whole, only=fewer), {})
+    }
+    assert left == {name: key for name, key in of.items() if name not in left_out}
+    wrong: list[tuple[dict, str]] = [({"plane": {}}, "plain"), ({"plain": {"seed": [0]}}, "seeds")]
+    for only, named in (*wrong, ({"plain": {"seeds": [2]}}, "2")):
+        with pytest.raises(ValueError, match=f"only.*{named}"):
+            replace(whole, only=only)
 
 
 def test_no_cell_begins_after_the_time_is_up(tmp_path: Path) -> None:
