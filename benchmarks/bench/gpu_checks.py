@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from transformers import CLIPModel, PrinterCallback, Trainer
 
-import hf_robust_clip
 from hf_robust_clip import (
     AttackSuccessEvaluator,
     BlendedTrigger,
@@ -42,7 +41,6 @@ from hf_robust_clip.trainers.defended import TRAINERS
 
 from .machine import run_seconds
 
-PACKAGE = Path(hf_robust_clip.__file__).parent
 #: What makes both kinds of steps of a trainer come up at once, and the most steps that are looked at.
 _GIVEN: dict[type[CLIPTrainer], dict[str, Any]] = {
     RoCLIPTrainer: {"pool_size": 32, "matching_start_epoch": 0},
