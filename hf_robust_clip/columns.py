@@ -165,3 +165,23 @@ def _first_columns(dataset: Any, argument: str) -> list[str] | None:
             f"the rows of {argument} must be mappings of column names to values, but row 0 is {kind(first)}"
         )
     return list(first)
+
+
+def check_numbered(stream: Any) -> None:
+    """
+    That the numbers that `map` and `filter` give the rows of a `datasets.IterableDataset` are always the same: they
+    count anew in each worker, and in shuffled order. Else `ValueError`, for a `key_column` that is missing.
+    """
+    iterable: Any = stream._ex_iterable
+    why = f"has {iterable.num_shards} shards, which workers count each by itself" if iterable.num_shards != 1 else None
+    while iterable is not None and why is None:
+        if "Shuffled" in type(iterable).__name__:
+            why = "is shuffled, anew in every epoch"
+        elif hasattr(iterable, "ex_iterables"):
+            why = "joins several, whose order shuffling may change"
+        iterable = getattr(iterable, "ex_iterable", None)
+    if why is not None:
+        raise ValueError(
+            f"key_column=None, but the stream {why}, so that its rows have no numbers of their own; accepted is the "
+            "name of a column of integers or strings that tell its rows apart"
+        )

@@ -19,7 +19,7 @@ from datasets import Features, IterableDataset, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from ..columns import POISONED, check_captions, check_flag, check_pairs, naming
+from ..columns import POISONED, check_captions, check_flag, check_numbered, check_pairs, naming
 from ..imaging import decode_image
 from ..kinds import wrong_dataset
 from ..wording import listed, shown
@@ -133,29 +133,12 @@ def _check_stream(stream: IterableDataset, columns: Mapping[str, str | None]) ->
             "stream.cast(features)"
         )
     if columns["key"] is None:
-        _check_numbered(stream)
+        check_numbered(stream)
     elif features is not None:
         feature = features[columns["key"]]
         if not isinstance(feature, Value) or not ("int" in feature.dtype or "string" in feature.dtype):
             accepted = "integers or strings"
             raise ValueError(f"key_column={shown(columns['key'])} has type {shown(feature)}; accepted are {accepted}")
-
-
-def _check_numbered(stream: IterableDataset) -> None:
-    """That the numbers `map` gives rows are always the same: it counts anew in each worker, and in shuffled order."""
-    iterable: Any = stream._ex_iterable
-    why = f"has {iterable.num_shards} shards, which workers count each by itself" if iterable.num_shards != 1 else None
-    while iterable is not None and why is None:
-        if "Shuffled" in type(iterable).__name__:
-            why = "is shuffled, anew in every epoch"
-        elif hasattr(iterable, "ex_iterables"):
-            why = "joins several, whose order shuffling may change"
-        iterable = getattr(iterable, "ex_iterable", None)
-    if why is not None:
-        raise ValueError(
-            f"key_column=None, but the stream {why}, so that its rows have no numbers of their own; accepted is the "
-            "name of a column of integers or strings that tell its rows apart"
-        )
 
 
 def _carry_out(stream: IterableDataset, parts: Sequence[Mapping[str, Any]]) -> IterableDataset:

@@ -138,7 +138,10 @@ def _keep(scan: Any, dataset: Any, drop: float, folder: Path) -> int:
         kept = scan.keep(dataset, drop)
         kept.save_to_disk(str(folder / KEPT))
         return len(kept)
-    stream = scan.keep(dataset.decode(False), drop)
+    # Read here alone, all shards in order, so that rows without a key have their numbers.
+    stored = dataset.decode(False)
+    one = datasets.IterableDataset.from_generator(lambda: iter(stored), features=stored.features)
+    stream = scan.keep(one, drop)
     with tempfile.TemporaryDirectory(dir=folder) as held:
         kept = datasets.Dataset.from_generator(lambda: iter(stream), features=dataset.features, cache_dir=held)
         kept.info.description = stream.info.description

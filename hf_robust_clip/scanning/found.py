@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 
+from ..columns import check_numbered
 from ..data.filtered import note_filtered
 from ..data.rows import IndexedDataset, decode_row, undecoded
 from ..distributed import gathered
@@ -112,11 +113,13 @@ class PairScan:
 
         Args:
             dataset: That was scanned, with numbered rows (`datasets.Dataset`) or a stream
-                (`datasets.IterableDataset`).
+                (`datasets.IterableDataset`). Without a `key_column` it must have one shard, in its own order: who
+                reads shards in parts or shuffled counts their rows anew.
             drop (`float`, defaults to 0.1): Share of the pairs, in [0, 1).
 
         Raises:
-            `ValueError`: If `drop` is not such a share, or the dataset has another number of rows.
+            `ValueError`: If `drop` is not such a share, the dataset has another number of rows, or those of a stream
+                have neither key nor number.
         """
         _check_share("drop", drop, "[0, 1)", lambda: 0 <= drop < 1)
         self._check_kind(dataset)
@@ -129,8 +132,11 @@ class PairScan:
         """
         The dataset with the columns `suspect` (bool) and `suspect_why` (`str`), as the default cut-off has them.
 
+        Args:
+            dataset: As of [`keep`].
+
         Raises:
-            `ValueError`: If the dataset has another number of rows.
+            `ValueError`: As of [`keep`].
         """
         self._check_kind(dataset)
         if not is_stream(dataset):
@@ -157,7 +163,7 @@ class PairScan:
             share (`float`, defaults to 0.5): Of the pairs, in (0, 1].
 
         Raises:
-            `ValueError`: If `share` is not such a share, or the dataset has another number of rows.
+            `ValueError`: If `share` is not such a share, or as of [`keep`].
         """
         _check_share("share", share, "(0, 1]", lambda: 0 < share <= 1)
         self._check_kind(dataset)
@@ -315,6 +321,8 @@ class PairScan:
                 f"dataset is a {type(dataset).__name__}; accepted is that which was scanned, as a datasets.Dataset or "
                 "a datasets.IterableDataset"
             )
+        if is_stream(dataset) and self.key_column is None:
+            check_numbered(dataset)
         self._check_rows(dataset)
 
     def _check_rows(self, dataset: Any) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from support.records import make_record
 from support.training import digits, small_model
+from torch.utils.data import DataLoader
 
 from hf_robust_clip import PairScan, scan_pairs
 from hf_robust_clip.data.digits import digit_processor
@@ -49,8 +50,8 @@ def check_equal(first: PairScan, second: PairScan) -> None:
 
 @pytest.mark.usefixtures("small_sample")
 def test_a_stream_is_scanned_as_numbered_rows_are(pairs: datasets.Dataset) -> None:
-    stream = pairs.to_iterable_dataset(num_shards=4)
-    expected, found = scanned(pairs), scanned(stream)
+    stream = pairs.to_iterable_dataset()
+    expected, found = scanned(pairs), scanned(pairs.to_iterable_dataset(num_shards=4))
     check_equal(expected, found)
     scans = [(found, stream), (expected, pairs)]
     kept, same = found.keep(stream), expected.keep(pairs)
@@ -95,6 +96,20 @@ def test_a_second_opinion_follows_the_pairs_wherever_they_are(pairs: datasets.Da
     assert np.allclose(same.scores["cleaned_distance"], scan.scores["pair_distance"], atol=1e-3)
     with pytest.raises(ValueError, match="its 99 pairs are not the 100 that were scanned"):
         scan.verified(pairs.select(range(99)).to_iterable_dataset(), small_model(0), digit_processor())
+
+
+def test_rows_without_a_key_are_left_out_only_where_their_number_is_always_the_same(pairs: datasets.Dataset) -> None:
+    one = pairs.to_iterable_dataset()
+    scan = scanned(one)
+    expected = set(scan.keep(pairs)["name"])
+    assert {row["name"] for row in scan.keep(one).shuffle(seed=1, buffer_size=9)} == expected
+    for stream, why in ((pairs.to_iterable_dataset(num_shards=4), "4 shards"), (one.shuffle(seed=1), "shuffled")):
+        for call in (scan.keep, scan.flag, scan.trusted):
+            with pytest.raises(ValueError, match=f"key_column=None, but the stream .*{why}"):
+                call(stream)
+    by_key = scanned(pairs.to_iterable_dataset(num_shards=4), key_column="name")
+    loader = DataLoader(by_key.keep(pairs.to_iterable_dataset(num_shards=4)).select_columns("name"), 8, num_workers=2)
+    assert {name for batch in loader for name in batch["name"]} == set(by_key.keep(pairs)["name"])
 
 
 def test_pairs_that_share_a_key_are_refused(pairs: datasets.Dataset) -> None:
