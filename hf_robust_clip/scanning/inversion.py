@@ -126,7 +126,10 @@ class Waves(Family):
 
     def change(self, parameters: torch.Tensor, sides: tuple[int, int]) -> Change:
         waves = torch.complex(parameters[:, 0], parameters[:, 1])
-        added = torch.fft.irfft2(waves, s=sides, norm="forward")[:, None]  # (C, 1, H, W)
+        # The transform takes the first column, and the last of an even side, once, and the others twice.
+        counts = torch.ones(waves.shape[-1], device=waves.device)
+        counts[:: sides[1] // 2 if sides[1] % 2 == 0 else sides[1]] = 2
+        added = torch.fft.irfft2(waves * counts, s=sides, norm="forward")[:, None]  # (C, 1, H, W)
         return Change(torch.ones_like(added), added.expand(-1, 3, -1, -1))
 
     def step(self, parameters: torch.Tensor, gradient: torch.Tensor, number: int, adam: torch.optim.Adam) -> None:
