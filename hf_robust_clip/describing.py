@@ -8,9 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from .columns import POISONED
 from .data.filtered import filtered_of
-from .data.rows import column_values
+from .data.rows import poison_flags
 from .record import Measure, Skipped, checked, jsonable
 
 #: Most entries of a log that a record keeps, evenly spaced.
@@ -48,8 +47,8 @@ def describe_dataset(dataset: Any) -> dict[str, Any]:
             found[name] = str(value)
     if (filtered := filtered_of(dataset)) is not None:
         found["filtered"] = filtered
-    if rows and POISONED in (getattr(dataset, "column_names", None) or ()):
-        found["poisons"] = sum(map(bool, column_values(dataset, POISONED)))
+    if rows and (flags := poison_flags(dataset)) is not None:
+        found["poisons"] = int(flags.sum())
     return found
 
 

@@ -134,6 +134,8 @@ def test_dataset_is_described_without_its_rows() -> None:
     assert described["fingerprint"] == dataset._fingerprint
     assert "secret" not in json.dumps(described)
     assert "poisons" not in describe_dataset(dataset.remove_columns("poisoned"))
+    # A transform that leaves the column out says nothing of the rows that are stored, and is not run to count them.
+    assert describe_dataset(dataset.with_transform(lambda rows: 1 / 0))["poisons"] == 2
     assert describe_dataset([{"caption": "secret"}]) == {"name": None, "rows": 1}
     assert describe_dataset(dataset.to_iterable_dataset())["rows"] is None
 

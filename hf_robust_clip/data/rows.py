@@ -222,10 +222,10 @@ def column_values(dataset: Any, column: str) -> Iterator[Any]:
 
 
 def poison_flags(dataset: Any) -> np.ndarray | None:
-    """Which rows are poisoned `(N,)`, bool; `None` where that takes reading every row, or nothing says so."""
-    if not isinstance(dataset, datasets.Dataset) or has_transform(dataset) or POISONED not in dataset.column_names:
+    """Which rows are poisoned `(N,)`, bool, as they are stored; `None` where no stored column says so."""
+    if not isinstance(dataset, datasets.Dataset) or POISONED not in dataset.column_names:
         return None
-    return np.array([bool(flag) for flag in column_values(dataset, POISONED)])
+    return np.array([bool(flag) for flag in column_values(dataset.with_format(None), POISONED)], dtype=bool)
 
 
 def _check_nulls(dataset: datasets.Dataset, caption_column: str, argument: str) -> None:
