@@ -35,7 +35,8 @@ def load_pairs(source: str, split: str = "train", image_column: str = "image") -
             files, of images with a `metadata.csv` or `metadata.jsonl` that has their captions, or of images with a
             `.txt` or `.json` each for their caption; or a dataset on the Hub. It is one file or folder, whatever
             characters are in its name. Tables are read as text: see [`~data.tables.read_csv`].
-        split (`str`, defaults to `"train"`): Which split, where the source has several.
+        split (`str`, defaults to `"train"`): Which split, where the source has several, or a part of one, such as
+            `"train[:10%]"`. A file, and a dataset saved without splits, is `"train"`, whatever name is given.
         image_column (`str`, defaults to `"image"`): Column with the image. Paths in it are taken from the folder of
             their file (in a folder saved with `save_to_disk`, from that folder), and must not lead out of it, or of
             the folder that is the source. What a dataset on the Hub names is left to `datasets`.
@@ -62,7 +63,7 @@ def load_pairs(source: str, split: str = "train", image_column: str = "image") -
             )
         _tell_left_out(folder, dataset.column_names)
     else:
-        dataset = _made(_file_builder(path, image_column), "train")
+        dataset = _made(_file_builder(path, image_column), split if _is_part(split) else "train")
     return _of_images(dataset, image_column, source)
 
 
@@ -157,6 +158,9 @@ def _load_saved(path: Path, split: str, source: str, image_column: str) -> datas
     for name in stored_files(path):
         check_pointer(path / name)
     dataset = _of_images(datasets.load_from_disk(str(path)), image_column, source)
+    if _is_part(split):
+        parts = datasets.ReadInstruction.from_spec(split).to_absolute({"train": len(dataset)})
+        dataset = dataset.select([row for part in parts for row in range(part.from_, part.to)])
     for name in [name for name, feature in dataset.features.items() if isinstance(feature, datasets.Image)]:
         images, feature = dataset.data.column(name), dataset.features[name]
         whole = whole_paths(images, root, root, f"{shown(source)}, column {shown(name)}")
@@ -171,9 +175,14 @@ def _load_saved(path: Path, split: str, source: str, image_column: str) -> datas
 
 def _folder(path: Path, split: str) -> Folder:
     folder = Folder(path)
-    if split.isidentifier() and split != "all":  # no part of one or several, such as train[:10%]
+    if not _is_part(split) and split != "all":
         _check_split(split, folder.files, str(path))
     return folder
+
+
+def _is_part(split: str) -> bool:
+    """Whether it is a part of a split, or several, such as `train[:10%]+test`."""
+    return "[" in split or "+" in split
 
 
 def _check_split(split: str, splits: Collection[str], source: str) -> None:

@@ -130,6 +130,21 @@ def test_names_of_classes_become_numbers(dtype: str, pairs: datasets.Dataset) ->
     assert encode_labels(pairs, "label") is pairs and encode_labels(pairs, "none") is pairs
 
 
+def test_a_part_of_a_file_or_a_saved_dataset_is_that_part(pairs: datasets.Dataset, tmp_path: Path) -> None:
+    pairs.select(range(4)).to_parquet(tmp_path / "pairs.parquet")
+    pairs.select(range(4)).save_to_disk(tmp_path / "saved")
+    for source in ("pairs.parquet", "saved"):
+        path = str(tmp_path / source)
+        parts = {"train[:2]": [0, 1], "train[75%:]": [3], "train[:1]+train[3:]": [0, 3], "any": [0, 1, 2, 3]}
+        for split, rows in parts.items():
+            expected = [pairs[row]["caption"] for row in rows]
+            assert load_pairs(path, split)["caption"][:] == expected
+            assert [row["caption"] for row in stream_pairs(path, split)] == expected
+        for load in (load_pairs, stream_pairs):
+            with pytest.raises(ValueError, match="test"):
+                load(path, "test[:2]")
+
+
 def test_tables_beside_images_are_not_overlooked(
     images: list[str], pairs: datasets.Dataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
