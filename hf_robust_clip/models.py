@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -25,6 +26,9 @@ logger = logging.get_logger(__name__)
 
 #: The parameters of a dual encoder that belong to its loss; SigLIP alone has a bias.
 SCALARS = ("logit_scale", "logit_bias")
+#: Errors of a disk or of rights, by their number, and what torch says where there is no memory: weights may be whole.
+_OF_THE_MACHINE = (errno.EACCES, errno.EPERM, errno.ENOSPC, errno.ENOMEM, errno.EMFILE)
+_NO_MEMORY = ("out of memory", "can't allocate memory")
 #: Text towers whose positions start behind the padding token's number.
 _OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "altclip_text_model")
 
@@ -245,7 +249,9 @@ def _named_weights(name: str) -> Iterator[None]:
         yield
     # Of files that torch saved: EOFError, RuntimeError, or an OSError with a number, which transformers' own lack.
     except (SafetensorError, EOFError, RuntimeError, OSError) as error:
-        if isinstance(error, OSError) and error.errno is None:
+        if isinstance(error, OSError) and error.errno in (None, *_OF_THE_MACHINE):
+            raise
+        if any(words in str(error) for words in _NO_MEMORY):
             raise
         for weights in sorted(Path(name).glob("*.safetensors")):
             check_names(weights)

@@ -1,5 +1,6 @@
 """Loading a dual encoder: all of its weights or none, and without what was wrapped around it."""
 
+import errno
 import json
 import shutil
 from collections.abc import Callable
@@ -11,6 +12,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from support.families import altclip, chinese_clip, siglip, vision_text_dual_encoder
+from transformers import AutoModel
 
 from hf_robust_clip.cli.measuring import load_model
 from hf_robust_clip.evaluation.embedding import Embedder
@@ -104,6 +106,24 @@ def test_weights_that_are_cut_short_are_named(part: float, saved: Path, adapters
     torch.save(load_dual_encoder(saved).state_dict(), folder / "pytorch_model.bin")
     with pytest.raises(ValueError, match="model are cut short or damaged"):
         load_dual_encoder(cut(folder, "pytorch_model.bin"))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
+def test_whole_weights_are_not_called_damaged(error: Exception, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(AutoModel, "from_pretrained", fail)
+    with pytest.raises(type(error)) as raised:
+        load_dual_encoder(saved)
+    assert raised.value is error
 
 
 def test_what_a_model_has_no_use_for_is_warned_of(
