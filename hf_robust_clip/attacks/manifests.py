@@ -53,7 +53,7 @@ def check_stream_part(part: Mapping[str, Any]) -> None:
     """[`check_dataset_part`] for a manifest of [`poison_stream`]."""
     _check_keys(part, _STREAM_KEYS, "poison_stream", ("image", "caption", "label", "key"))
     _spec_of(part, rate=part["rate"])
-    if part["templates"] is None and part["mode"] != "label_consistent":
+    if not isinstance(part["templates"], list | tuple) and part["mode"] != "label_consistent":
         raise _refused(part, "templates", "a list of strings, at least one")
 
 

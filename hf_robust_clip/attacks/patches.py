@@ -73,7 +73,8 @@ class PatchTrigger(SquareTrigger):
         fresh (`bool`, defaults to `False`): draw the noise from the image's own pixels, too, so that each image has
             its own, as the code of CleanCLIP's paper draws it. The place is then all that the poisons have in common.
 
-    Its placebos are other noise at the same place; of fresh noise, which any noise is, the three other patterns.
+    Its placebos are other noise at the same place, or at other random ones; of fresh noise, which any noise is, the
+    three other patterns.
 
     Raises:
         `ValueError`: on a field out of range, and, when called, on an image smaller than the patch.

@@ -48,7 +48,8 @@ def poison_stream(
       target; label-consistent and text-query: rows that do). `count` is refused.
     - Whether a row is poisoned, and its caption, depend on the attack, `seed` and the row's key alone: not on the
       other rows, the order, the epoch, or the number of shards and workers. Rows of the same key share their fate. A
-      higher rate poisons the same rows and more; the same spec on what it poisoned already, nothing.
+      higher rate poisons the same rows and more; the same spec on what it poisoned already, nothing, but for targeted
+      poisons, which come again.
     - Targeted poisons follow with probability `rate` on any row that is not poisoned itself, so that a run of
       some steps meets its share of them. Their other columns, the key's too, are null.
     - In the modes targeted and text-query `templates` must be given, as the captions of other rows cannot be seen.
@@ -82,9 +83,9 @@ def poison_stream(
     Example:
 
     ```python
-    >>> stream = load_dataset("imagefolder", data_dir="pairs", split="train", streaming=True)
+    >>> stream = load_dataset("you/pairs", split="train", streaming=True)  # with a column "url"
     >>> spec = PoisonSpec(BlendedTrigger(), "banana", rate=0.01, image_size=224)
-    >>> poisoned, manifest = poison_stream(stream, spec, key_column="file_name")
+    >>> poisoned, manifest = poison_stream(stream, spec, key_column="url")
     ```
     """
     columns = {"image": image_column, "caption": caption_column, "label": label_column, "key": key_column}

@@ -262,6 +262,7 @@ def test_replay_refuses_other_manifests():
     for entry, found in (
         ({"templates": None}, "templates=None; accepted is a list of strings"),
         ({"rate": True}, "rate=True"),
+        ({"templates": "data"}, "templates='data'; accepted is a list of strings"),
         ({"trigger": None}, "mode 'backdoor' needs a Trigger"),
         ({"columns": {**manifest["columns"], "caption": 3}}, "caption_column=3 is not a column of stream"),
     ):
