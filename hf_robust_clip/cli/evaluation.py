@@ -165,10 +165,11 @@ def _probes(args: argparse.Namespace, labelled: Labelled, triggers: list[Any]) -
     if args.linear_probe_data is None:
         return []
     from ..evaluation.linear_probe import LinearProbeEvaluator
-    from .measuring import load_data, prefixes, target_of
+    from .measuring import load_data, prefixes, relabelled, target_of
 
     flag = "--linear-probe-data"
     training = load_data(flag, args.linear_probe_data, args.linear_probe_split, args.image_column)
+    training = relabelled(args, training)
     data, names, image_column, label_column = labelled
     named = zip(triggers, prefixes(triggers), strict=True)
     attacks: list[Any] = [

@@ -91,12 +91,7 @@ def load_labelled(args: argparse.Namespace, data: str, split: str, image_column:
     source = value_of(args, data)
     if source is None:
         return None
-    dataset = load_data(data, source, value_of(args, split), image_column)
-    if args.classes is not None:
-        with usage_errors("--classes"):
-            dataset = label_by_captions(
-                dataset, _read_classes(args.classes), args.caption_column, label_column=args.label_column
-            )
+    dataset = relabelled(args, load_data(data, source, value_of(args, split), image_column))
     if args.label_column not in dataset.column_names:
         raise UsageError(
             f"--label-column: {shown(args.label_column)} is not a column of {shown(source)}; its columns are "
@@ -116,6 +111,15 @@ def load_labelled(args: argparse.Namespace, data: str, split: str, image_column:
             "these names in them; write the names of what is seen where these are numbers of classes"
         )
     return Labelled(dataset, list(feature.names), image_column, args.label_column)
+
+
+def relabelled(args: argparse.Namespace, dataset: Any) -> Any:
+    """The images with the classes that `--classes` reads off their captions; as they are without it."""
+    if args.classes is None:
+        return dataset
+    words = _read_classes(args.classes)
+    with usage_errors("--classes"):
+        return label_by_captions(dataset, words, args.caption_column, label_column=args.label_column)
 
 
 def make_trigger(text: str) -> Trigger | TextTrigger:
