@@ -132,18 +132,22 @@ def find_copies(
     Rows with equal or near-equal images, the most suspect first.
 
     Args:
-        pairs (`(M, 2)` int64): Of [`near_pairs`]; those count whose thumbnails are alike.
+        pairs (`(M, 2)` int64): Of [`near_pairs`]. Of rows that these link, those are one image that are linked by
+            alike thumbnails, or next to each other by brightness with alike ones.
         rows (`(R,)` int64): The rows in `pairs`, in order.
         thumbnails (`(R, 192)` uint8), words (sequence of sets of `str`): Of the image and the captions of each.
     """
     ends = np.searchsorted(rows, pairs)
+    # Between two copies there may be other images of their fingerprint, such as brighter ones.
+    linked = _components(ends, len(rows))
+    _, equal = np.unique(np.ascontiguousarray(thumbnails).view(f"V{thumbnails.shape[1]}"), return_inverse=True)
+    order = np.lexsort((equal.ravel(), thumbnails.mean(axis=1), linked))
+    ends = np.concatenate([ends, np.stack([order[:-1], order[1:]], axis=1)[np.diff(linked[order]) == 0]])
     alike = [
         np.abs(thumbnails[block[:, 0]].astype(np.int16) - thumbnails[block[:, 1]]).mean(axis=1) <= DIFFERENCE
         for block in (ends[start : start + _BLOCK] for start in range(0, len(ends), _BLOCK))
     ]
-    edges = ends[np.concatenate(alike)] if alike else ends
-    graph = coo_matrix((np.ones(len(edges)), (edges[:, 0], edges[:, 1])), shape=(len(rows), len(rows)))
-    _, component = connected_components(graph, directed=False)
+    component = _components(ends[np.concatenate(alike)] if alike else ends, len(rows))
     order = np.argsort(component, kind="stable")
     sets = np.split(order, np.flatnonzero(np.diff(component[order])) + 1)
     found = [
@@ -152,6 +156,13 @@ def find_copies(
         if len(members) > 1
     ]
     return sorted(found, key=lambda copies: (-copies.suspicion, copies.rows))
+
+
+def _components(edges: NDArray[np.int64], count: int) -> NDArray[np.int32]:
+    """The number of the component of each of some nodes."""
+    graph = coo_matrix((np.ones(len(edges)), (edges[:, 0], edges[:, 1])), shape=(count, count))
+    component: NDArray[np.int32] = connected_components(graph, directed=False)[1]
+    return component
 
 
 def _disagreement(words: Sequence[set[str]]) -> float:

@@ -157,7 +157,14 @@ def test_a_probe_is_fitted_on_the_classes_that_captions_name(model: Path, images
     figures = []
     for order in (CLASS_NAMES, CLASS_NAMES[::-1]):
         (tmp_path / "classes.json").write_text(json.dumps({name: [name] for name in order}))
-        given = ["--data", str(images), "--classes", str(tmp_path / "classes.json"), "--json", str(tmp_path / "o.json")]
+        given = [
+            "--data",
+            str(images),
+            "--classes",
+            str(tmp_path / "classes.json"),
+            "--json",
+            str(tmp_path / "o.json"),
+        ]
         assert main(["evaluate", str(model), *given, "--linear-probe-data", str(images)]) == 0
         figures.append(json.loads((tmp_path / "o.json").read_text())["figures"])
     assert figures[0] == pytest.approx(figures[1], abs=0.02)

@@ -174,6 +174,15 @@ def test_copies_are_found_at_other_sizes_and_qualities_and_other_images_are_not(
     assert found[0].disagreement > 0.8 and found[0].suspicion == 3 * found[0].disagreement
 
 
+def test_copies_are_found_with_other_images_of_their_fingerprint_between_them() -> None:
+    one = Image.fromarray((np.asarray(photo(0)) * 0.7).astype(np.uint8))
+    brighter = [Image.fromarray(np.asarray(one) + np.uint8(8 * number)) for number in range(1, 7)]
+    images = [image for other in brighter for image in (one, other)]
+    assert len({fingerprint(image) for image in images}) == 1
+    found = copies_of(images, [f"word{number} and others" for number in range(12)])
+    assert found[0].rows == (0, 2, 4, 6, 8, 10)
+
+
 def test_copies_that_agree_are_less_suspect_than_those_that_do_not() -> None:
     images = [photo(0), photo(0), photo(1), photo(1)]
     found = copies_of(images, ["a red cat", "a red cat", "a dog", "some ship"])
