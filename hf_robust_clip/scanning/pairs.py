@@ -90,6 +90,8 @@ def scan_pairs(
         seed (`int`, defaults to 0): Of the sample, the references and the decomposition.
         cache_dir (path, *optional*): A folder that keeps what is done, about 400 bytes a pair. A scan that was stopped
             goes on there, between batches. Several ranks need one, which they share. `None`: a temporary folder.
+            A `datasets.Dataset` is known again by its fingerprint, a stream by its first 16 rows, and other data by
+            these and their number: give data that changed a folder of its own.
         key_column (`str`, *optional*): Of a stream, the column that tells rows apart. `None`: their running number,
             which only one process knows.
         reference_sizes (sequence of `int`, each at least 18), reference_rounds (`int`): Pairs of a reference, and how

@@ -163,13 +163,14 @@ class PairReader:
                 yield rows, [self._identity(row) for row in rows], place
 
     def first(self, count: int = 16) -> str:
-        """A hash of the first rows, which tells most datasets apart."""
+        """A hash of the first rows and, where they have numbers, of how many there are: tells most datasets apart."""
         if self.streamed:
             rows = [dict(row) for row in itertools.islice(iter(self._rows.dataset), count)]
         else:
             rows = self._rows.__getitems__(range(min(count, self.total)))
         kept, _ = self.collator([{**row, ROW_INDEX: number} for number, row in enumerate(rows)])
         content = [kept.identities.tolist(), kept.fingerprints.tolist(), kept.captions.tolist()]
+        content += [] if self.streamed else [self.total]
         return hashlib.blake2b(json.dumps(content).encode(), digest_size=8).hexdigest()
 
     def _streamed(self, places: Sequence[Place]) -> Iterator[Batch]:

@@ -122,6 +122,10 @@ def test_a_folder_is_of_one_stream_and_one_processor(pairs: datasets.Dataset, tm
     other = pairs.select(range(99, -1, -1)).to_iterable_dataset()
     with pytest.raises(ValueError, match="holds the scan of something else: dataset was"):
         scanned(other, cache_dir=tmp_path / "scan")
+    rows = list(pairs)
+    scanned(rows, cache_dir=tmp_path / "of a list")
+    with pytest.raises(ValueError, match="holds the scan of something else: dataset was"):
+        scanned(rows[:90], cache_dir=tmp_path / "of a list")
 
 
 def test_a_caption_with_line_breaks_is_one_caption(pairs: datasets.Dataset) -> None:
