@@ -207,7 +207,7 @@ def _build(config: ImageAugmentationConfig) -> list[_Step]:
         steps.append(_AutoAugment())
     if config.shift > 0:
         steps.append(_Shift(config.shift))
-    if config.crop_scale != (1.0, 1.0):
+    if tuple(config.crop_scale) != (1.0, 1.0):
         steps.append(_CropAndFlip(config.crop_scale, config.crop_ratio, config.flip))
     elif config.flip > 0:
         steps.append(_Flip(config.flip))

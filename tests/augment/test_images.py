@@ -165,7 +165,8 @@ def test_identity_is_the_identity():
     images = photos()
     assert torch.equal(ImageAugmentation("identity")(images), images)
     nothing = dict.fromkeys(("flip", "greyscale", "blur", "noise", "erasing", "cutout", "jitter_probability"), 0.0)
-    assert torch.equal(ImageAugmentation("strong", **nothing, crop_scale=(1.0, 1.0))(images), images)
+    for whole in ((1.0, 1.0), [1.0, 1.0]):
+        assert torch.equal(ImageAugmentation("strong", **nothing, crop_scale=whole)(images), images)
 
 
 def test_weak_shifts_whole_images_by_at_most_a_sixteenth():
