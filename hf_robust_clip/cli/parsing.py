@@ -87,7 +87,8 @@ class ConfigParser(Parser):
         # No flag gives None: an argument that still is None was not on the command line.
         blank = argparse.Namespace(**dict.fromkeys(settings))
         parsed, extras = super().parse_known_args(arguments, blank)
-        from_flags = {name: value for name, value in vars(parsed).items() if value is not None}
+        # Of names without a flag, of which there may be none, argparse makes an empty list.
+        from_flags = {name: value for name, value in vars(parsed).items() if value is not None and value != []}
         config = self._read(from_flags["config"]) if "config" in from_flags else {}
         # A default that is text is what the flag makes of it, as argparse has it.
         defaults = {
@@ -95,7 +96,7 @@ class ConfigParser(Parser):
             for name, action in settings.items()
         }
         values = defaults | config | from_flags
-        missing = [name for name in self.required if values[name] is None]
+        missing = [name for name in self.required if values[name] in (None, [])]
         if missing:
             names = ["/".join(settings[name].option_strings[:1]) or name.upper() for name in missing]
             self.error("the following arguments are required: " + shortened(", ".join(names), 300))
@@ -141,7 +142,7 @@ class ConfigParser(Parser):
         """What an argument is by its value in a file, which flags would be given as `text`."""
         if type(value) in self.structures.get(action.dest, ()):
             return value if isinstance(value, dict) else text
-        several = isinstance(action, argparse._AppendAction) or action.nargs == "+"
+        several = isinstance(action, argparse._AppendAction) or action.nargs in ("+", "*")
         texts = text if several and isinstance(text, list) else [text]
         if action.nargs == 0:
             if not isinstance(value, bool):

@@ -83,12 +83,16 @@ def run(args: argparse.Namespace) -> int:
         check_whole(flag, value, least)
     if (args.classes is None) == (args.clusters is None):
         raise UsageError("give exactly one of --classes and --clusters: what images can be called")
+    if args.template and args.clusters is not None:
+        raise UsageError("--template goes with --classes: clusters of captions have no names to put into prompts")
     check_apart(args.data, args.output_dir)
     if args.dry_run:
         say(args.parser.dump(args).rstrip())
         return 0
     from ..attacks.found import PIXELS_FILE, TRIGGERS_FILE
+    from ..telling import check_report_extra
 
+    check_report_extra()
     lock = sole_writer(args.output_dir, "--output-dir", "a scan")
     with output_folder(args.output_dir, lock, files=(SCAN, REPORT, PIXELS_FILE, TRIGGERS_FILE)):
         return _scan(args)

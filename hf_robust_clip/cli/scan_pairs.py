@@ -48,8 +48,8 @@ def add_parser(commands: Any) -> None:
         "opinion, and leave it in cleaned/",
     )
     epochs, rate = spelled("--verify-epochs"), spelled("--verify-learning-rate")
-    add(*epochs, type=int, default=4, metavar="N", help="epochs of that cleaning (default: %(default)s)")
-    add(*rate, type=float, default=1e-5, metavar="RATE", help="its rate (default: %(default)s)")
+    add(*epochs, type=int, metavar="N", help="with --verify: epochs of that cleaning (default: 4)")
+    add(*rate, type=float, metavar="RATE", help="with --verify: its learning rate (default: 1e-5)")
     add(*spelled("--batch-size"), type=int, default=64, metavar="N", help="pairs embedded at a time (default: 64)")
     add(*spelled("--num-workers"), type=int, default=0, metavar="N", help="processes that decode (default: this one)")
     add("--device", metavar="NAME", help="such as cuda:1 or cpu (default: an accelerator if there is one)")
@@ -62,7 +62,6 @@ def run(args: argparse.Namespace) -> int:
     check_source("--data", args.data)
     check_whole("--batch-size", args.batch_size, 1)
     check_whole("--num-workers", args.num_workers, 0)
-    check_whole("--verify-epochs", args.verify_epochs, 1)
     check_whole("--seed", args.seed, 0)
     if args.drop is not None and not 0 < args.drop < 1:
         raise UsageError(f"--drop: {args.drop} is not a share of the pairs between 0 and 1, such as 0.1")
@@ -70,6 +69,14 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(
             "--verify trains on the least suspect half of the pairs, which needs their numbers: leave --streaming out"
         )
+    for flag, value in (
+        ("--verify-epochs", args.verify_epochs),
+        ("--verify-learning-rate", args.verify_learning_rate),
+    ):
+        if value is not None and not args.verify:
+            raise UsageError(f"{flag} goes with --verify: without it no model is cleaned")
+    if args.verify_epochs is not None:
+        check_whole("--verify-epochs", args.verify_epochs, 1)
     if args.key_column is not None and not args.streaming:
         raise UsageError("--key-column goes with --streaming: without it pairs have numbers")
     for model in args.models:
@@ -78,6 +85,9 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         say(args.parser.dump(args).rstrip())
         return 0
+    from ..telling import check_report_extra
+
+    check_report_extra()
     lock = sole_writer(args.output_dir, "--output-dir", "a scan")
     with output_folder(args.output_dir, lock, files=(SCORES, GROUPS, REPORT), folders=(KEPT, CLEANED)):
         return _scan(args)
@@ -88,6 +98,7 @@ def _scan(args: argparse.Namespace) -> int:
     import pyarrow.compute as pc
 
     from ..files import write_text
+    from ..scanning.found import disagrees
     from ..scanning.pairs import scan_pairs
     from ..telling.scan_page import render_pair_scan
     from .measuring import device_of, load_data, load_model
@@ -114,16 +125,20 @@ def _scan(args: argparse.Namespace) -> int:
             scan = _verified(args, scan, dataset, *loaded[-1])
         scan.scores.to_parquet(str(args.output_dir / SCORES))
         write_json(args.output_dir / GROUPS, scan.described())
+        stay = None if args.drop is None else _keep(scan, dataset, args.drop, args.output_dir)
         page = render_pair_scan(scan, dataset, args.image_column, args.caption_column)
         write_text(args.output_dir / REPORT, page)
-        stay = None if args.drop is None else _keep(scan, dataset, args.drop, args.output_dir)
     suspect = pc.sum(scan.scores.data.column("suspect")).as_py()
     say(f"{len(scan.scores)} pairs under {len(loaded)} model(s); {suspect} are above the default cut-off.")
     for group in scan.groups[:_PRINTED]:
         verdict = {None: "", True: ", confirmed", False: ", not confirmed"}[group.confirmed]
         where = "of the pixels" if group.checkpoint is None else f"model {group.checkpoint + 1}"
         say(f"  group {group.word!r}: {group.size} pairs, weight {group.weight:.2f}, {where}{verdict}")
-    say(f"  images that occur several times with captions that disagree: {len(scan.disagreeing)}")
+    disagreeing = sum(map(disagrees, scan.duplicates))
+    say(
+        f"  images that occur three times or more with captions that disagree: {disagreeing}, "
+        f"{len(scan.disagreeing)} of them suspect"
+    )
     if stay is not None:
         say(f"{stay} pairs stay: {args.output_dir / KEPT}")
     say(f"Look at the groups: {args.output_dir / REPORT}")
@@ -159,8 +174,8 @@ def _verified(args: argparse.Namespace, scan: Any, dataset: Any, model: Any, pro
         say(f"Cleaning the last model on the {len(trusted)} least suspect pairs")
         settings = CleanCLIPTrainer.args_class(
             str(args.output_dir / CLEANED),
-            num_train_epochs=args.verify_epochs,
-            learning_rate=args.verify_learning_rate,
+            num_train_epochs=4 if args.verify_epochs is None else args.verify_epochs,
+            learning_rate=1e-5 if args.verify_learning_rate is None else args.verify_learning_rate,
             per_device_train_batch_size=min(args.batch_size, len(trusted)),
             seed=args.seed,
             save_strategy="no",
@@ -174,4 +189,5 @@ def _verified(args: argparse.Namespace, scan: Any, dataset: Any, model: Any, pro
         trainer.save_model()
         return trainer.unwrapped_model
 
-    return scan.verify(dataset, clean, processor, **columns, batch_size=args.batch_size)
+    given = {**columns, "batch_size": args.batch_size, "num_workers": args.num_workers}
+    return scan.verify(dataset, clean, processor, **given)

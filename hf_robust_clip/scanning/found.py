@@ -237,7 +237,8 @@ class PairScan:
             replace(group, cleaned_rank=float(ranks[list(group.members)].mean())) if group.members else group
             for group in self.groups
         ]
-        scores = self.scores.add_column("cleaned_distance", distance)
+        scores = self.scores.select_columns([name for name in self.scores.column_names if name != "cleaned_distance"])
+        scores = scores.add_column("cleaned_distance", distance)
         return replace(self, scores=scores, groups=groups)
 
     def pairs_of(

@@ -69,7 +69,8 @@ def scan_statements(scan: CheckpointScan) -> list[str]:
         said.append(f"The first of the others has {max(others):.2f}.")
     said.append(
         f"Of photos without a trigger the model is {scan.certainty:.0%} certain what to call them, on average. "
-        "Prompts unlike the captions that it learned make this low and hide a backdoor: try others (--template)."
+        "Prompts unlike the captions that it learned make this low and hide a backdoor: try others (--template), or "
+        "clusters of captions (--clusters)."
     )
     said.append(FALSE_ALARMS[scan.with_base])
     said.append("This does not show that a model is clean: the scan misses some kinds of triggers.")

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..columns import captions_of
-from ..scanning.found import PairScan
+from ..scanning.found import PairScan, disagrees
 from ..wording import shortened
 from .html import picture, templates
 from .page import check_report_extra
@@ -75,7 +75,8 @@ def render_pair_scan(
         chance=scan.chance,
         groups=groups,
         duplicates=duplicates,
-        disagreeing=len(scan.disagreeing),
+        disagreeing=sum(map(disagrees, scan.duplicates)),
+        suspect_copies=len(scan.disagreeing),
         firsts=firsts,
         histograms=themed(lambda _: _draw_histograms(values)),
     )

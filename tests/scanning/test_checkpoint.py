@@ -299,6 +299,7 @@ def test_the_command_writes_what_it_says_and_others_take_it(
     for arguments, message in (
         ([*command, "--output-dir", str(other)], "exactly one of --classes and --clusters"),
         ([*command, "--classes", "a,b", "--output-dir", str(other)], "candidates must be at least 3"),
+        ([*command, "--clusters", "3", "--template", "{}", "--output-dir", str(other)], "goes with --classes"),
         ([*command, *classes, "--output-dir", str(out), "--base", "no/such/model/at/all"], "--base: "),
         ([*measure, "--trigger", f"found:{tmp_path}"], "--trigger: "),
         ([*measure, "--trigger", f"found:{out}:frog"], "has no trigger for 'frog'"),

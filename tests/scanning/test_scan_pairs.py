@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,9 @@ def test_verify_cleans_on_the_trusted_pairs_and_asks_that_model(scan: PairScan, 
     expected = scan.verified(pairs, small_model(2), digit_processor(), batch_size=17)
     assert found.scores["cleaned_distance"][:] == expected.scores["cleaned_distance"][:]
     assert found.groups == expected.groups
+    again = found.verified(pairs, small_model(0), digit_processor(), batch_size=17)
+    assert again.scores.column_names == found.scores.column_names
+    assert again.scores["cleaned_distance"][:] != found.scores["cleaned_distance"][:]
     with pytest.raises(TypeError, match="clean returned None; accepted is the cleaned model"):
         scan.verify(pairs, lambda trusted: None)
 
@@ -166,6 +170,19 @@ def test_the_page_shows_groups_and_escapes_captions(scan: PairScan, pairs: datas
     assert scan.groups[0].word in page and "What this scan does not find" in page
 
 
+@pytest.mark.parametrize("command", ["scan-pairs", "scan-checkpoint"])
+def test_a_scan_without_the_extra_of_its_page_fails_before_it_begins(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else found(name))
+    flags = [] if command == "scan-pairs" else ["--classes", "a,b,c"]
+    (tmp_path / "pairs.csv").write_text("image,caption\n")
+    given = [command, "you/model", "--data", str(tmp_path / "pairs.csv"), "--output-dir", str(tmp_path / "out")]
+    assert main([*given, *flags]) == 1
+    assert "hf-robust-clip[report]" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 @pytest.mark.training
 def test_the_command_writes_what_it_says(pairs: datasets.Dataset, tmp_path: Path, capsys: Any) -> None:
     small_model(0).save_pretrained(tmp_path / "model")
@@ -200,8 +217,16 @@ def test_the_command_writes_what_it_says(pairs: datasets.Dataset, tmp_path: Path
     for flags, message in (
         (["--streaming", "--verify"], "--verify trains on the least suspect half of the pairs"),
         (["--key-column", "label"], "--key-column goes with --streaming"),
+        (["--verify-epochs", "2"], "--verify-epochs goes with --verify"),
     ):
         assert main([*command, "--output-dir", str(tmp_path / "other"), *flags]) == 2
         assert message in capsys.readouterr().err
+    assert main([*command, "--output-dir", str(tmp_path / "other"), "--dry-run"]) == 0
+    (tmp_path / "scan.yaml").write_text(resolved := capsys.readouterr().out)
+    assert main(["scan-pairs", "--config", str(tmp_path / "scan.yaml"), "--dry-run"]) == 0
+    assert capsys.readouterr().out == resolved and str(tmp_path / "model") in resolved
+    with pytest.raises(SystemExit):
+        main(["scan-pairs", *command[2:], "--output-dir", str(tmp_path / "other")])
+    assert "the following arguments are required: MODELS" in capsys.readouterr().err
     assert main([*command, "--output-dir", str(tmp_path / "other"), "--drop", "2"]) == 2
     assert "--drop: 2.0 is not a share of the pairs" in capsys.readouterr().err
