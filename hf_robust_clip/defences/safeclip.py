@@ -121,6 +121,7 @@ class SafeCLIP(Defence):
         kind="pre-training",
         limits=(
             FIRST.format("the first split"),
+            "Poisons that are many enough to be learned with the classes, before the first split, get through.",
             CONSISTENT,
             "It costs accuracy where data is scarce, since risky pairs teach no words: an independent run on 500,000 "
             "pairs went from 25.3% to 13.9% on CIFAR-10.",
