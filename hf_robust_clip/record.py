@@ -150,7 +150,10 @@ class Histogram(Part):
 
 
 class Split(Part):
-    """A split of the pairs, as [`~defences.split.SplitRecord`] says, with their similarities."""
+    """
+    A split of the pairs, as [`~defences.split.SplitRecord`] says, with their similarities. `safe_batches`, how many
+    batches of all processes the safe pairs fill; `None` where it is not known.
+    """
 
     epoch: Count
     safe_share: Share
@@ -165,6 +168,7 @@ class Split(Part):
     poisons_in_safe_set: Share | None
     safe_set_poison_rate: Share | None
     histogram: Histogram
+    safe_batches: Count | None = None
 
 
 class Details(Part):

@@ -56,11 +56,12 @@ class RoutedBatchSampler(torch.utils.data.Sampler[list[int]]):
         for name, value in (("length", length), ("batch_size", batch_size), ("world_size", world_size)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, but is {shown(value)}")
-        group = batch_size * world_size
-        if length < 2 * group:
+        #: Rows of a step, of all processes.
+        self.group = batch_size * world_size
+        if length < 2 * self.group:
             raise ValueError(
                 f"length={length} rows are fewer than two batches of batch_size={batch_size} on each of "
-                f"world_size={world_size} processes, {2 * group} rows; use a smaller batch_size or more rows"
+                f"world_size={world_size} processes, {2 * self.group} rows; use a smaller batch_size or more rows"
             )
         self.length = length
         self.batch_size = batch_size
@@ -114,22 +115,21 @@ class RoutedBatchSampler(torch.utils.data.Sampler[list[int]]):
         return self._batches(kinds, order[safe], order[~safe])
 
     def _batches(self, kinds: np.ndarray, safe: np.ndarray, risky: np.ndarray) -> Iterator[list[int]]:
-        group = self.batch_size * self.world_size
         taken = {True: 0, False: 0}
         for kind in kinds.tolist():
-            rows = (safe if kind else risky)[taken[kind] : taken[kind] + group]
-            taken[kind] += group
+            rows = (safe if kind else risky)[taken[kind] : taken[kind] + self.group]
+            taken[kind] += self.group
             yield from rows.reshape(self.world_size, self.batch_size).tolist()
 
     @property
     def _steps(self) -> int:
-        return self.length // (self.batch_size * self.world_size) - 1
+        return self.length // self.group - 1
 
     def _draw(self) -> tuple[np.ndarray, np.random.Generator]:
         # The kinds before the rows, so that to know the kinds takes no permutation of all rows.
         generator = np.random.default_rng(derive_seed(self.seed, self.epoch))
-        group = self.batch_size * self.world_size
-        kinds = np.repeat([True, False], [self._safe_rows // group, (self.length - self._safe_rows) // group])
+        groups = [self._safe_rows // self.group, (self.length - self._safe_rows) // self.group]
+        kinds = np.repeat([True, False], groups)
         generator.shuffle(kinds)
         # Together the two kinds have as many groups as there are steps, or one more: the last of them, which in random
         # order is any of them, is left out.

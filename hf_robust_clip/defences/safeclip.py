@@ -246,12 +246,12 @@ class SafeCLIP(Defence):
         assert self._sampler is not None  # made with the loader
         logs = {}
         if epoch >= self.first_split_epoch and self.splits.epoch != epoch:
-            logs = self._split(epoch, score)
+            logs = self._split(epoch, score, self._sampler.group)
         self._sampler.set_epoch(epoch)
         self._sampler.set_split(self.splits.safe)
         return logs
 
-    def _split(self, epoch: int, score: Callable[..., PairScores | None]) -> dict[str, float]:
+    def _split(self, epoch: int, score: Callable[..., PairScores | None], batch: int) -> dict[str, float]:
         scores = score(augmented=self.score_views == "augmented")
         if scores is not None:  # on the first rank alone
             self.splits.add(epoch, scores, self.safe_threshold, self.safe_growth, self.safe_cap, seed=self.seed)
@@ -272,6 +272,11 @@ class SafeCLIP(Defence):
                 f"{latest.separation:.2f} standard deviations apart. Which pairs it calls safe is close to chance. "
                 "Longer warm-up or more data may help."
             )
+        if 0 < round(latest.safe_share * self.splits.rows) < batch:
+            logger.warning(
+                f"The safe set of epoch {epoch} holds fewer pairs than a batch of all processes, {batch}: no image "
+                "learns from a caption. Lower the batch size or safe_threshold."
+            )
         return {f"split_{name}": value for name, value in latest._asdict().items() if value == value}
 
     def reset(self) -> None:
@@ -281,7 +286,7 @@ class SafeCLIP(Defence):
 
     def notes(self) -> dict[str, Any]:
         """The splits."""
-        return {"splits": self.splits.to_list()}
+        return {"splits": self.splits.to_list(None if self._sampler is None else self._sampler.group)}
 
     @classmethod
     def findings(cls, record: RunRecord) -> Iterator[Statement]:
@@ -301,11 +306,13 @@ class SafeCLIP(Defence):
                 f" tells poisoned pairs from clean ones with an AUROC of {first.auroc:.3f}. Its safe set holds {held}."
             )
             yield Statement("result", "SafeCLIP's first split", rest)
-        for share, which, outcome in (
-            (0.0, "no pair", "no image learned from a caption"),
-            (1.0, "every pair", "it defended against nothing"),
+        nothing = "no image learned from a caption"
+        for which, outcome, concerns in (
+            ("no pair", nothing, lambda split: split.safe_share == 0),
+            ("fewer pairs than a batch", nothing, lambda split: split.safe_share > 0 and split.safe_batches == 0),
+            ("every pair", "it defended against nothing", lambda split: split.safe_share == 1),
         ):
-            epochs = [split.epoch + 1 for split in splits if split.safe_share == share]
+            epochs = [split.epoch + 1 for split in filter(concerns, splits)]
             if epochs:
                 *others, final = map(str, epochs)
                 numbers = f"{', '.join(others)} and {final}" if others else final

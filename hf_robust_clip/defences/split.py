@@ -167,16 +167,18 @@ class SplitHistory(nn.Module):
         self.table = torch.tensor([*self.records, record], dtype=torch.float64)
         self.counts = torch.from_numpy(np.stack([*self.histograms, histogram]))
 
-    def to_list(self) -> list[dict[str, Any]]:
+    def to_list(self, batch: int | None = None) -> list[dict[str, Any]]:
         """
-        The splits ready for JSON: the fields of their [`SplitRecord`], `None` where one is NaN, and `histogram`: how
-        many `clean` and how many `poisoned` pairs have a similarity in each of equal parts of [-1, 1].
+        The splits ready for JSON: the fields of their [`SplitRecord`], `None` where one is NaN; `histogram`: how
+        many `clean` and how many `poisoned` pairs have a similarity in each of equal parts of [-1, 1]; and with a
+        `batch`, the pairs of one, `safe_batches`: how many the safe pairs fill.
         """
         return [
             {
                 **{name: value if math.isfinite(value) else None for name, value in record._asdict().items()},
                 "epoch": int(record.epoch),
                 "histogram": dict(zip(("clean", "poisoned"), histogram.tolist(), strict=True)),
+                "safe_batches": None if batch is None else round(record.safe_share * self.rows) // batch,
             }
             for record, histogram in zip(self.records, self.histograms, strict=True)
         ]

@@ -109,6 +109,8 @@ def test_what_the_defences_noted_down_is_summed_up() -> None:
     text = of_splits(split(auroc=None, poisons_in_safe_set=None, safe_set_poison_rate=None))
     assert "25.0%" in text and "AUROC" not in text
     assert "no pair safe in epoch 7 and 8, in" in of_splits(split(safe_share=0.0), split(epoch=7, safe_share=0.0))
+    assert "fewer pairs than a batch safe in epoch 7, in which no image" in of_splits(split(safe_batches=0))
+    assert "than a batch" not in of_splits(split(safe_batches=1), split(safe_share=0.0, safe_batches=0))
     assert "every pair safe in epoch 8," in of_splits(split(), split(epoch=7, safe_share=1.0))
     log = [
         {"loss": 1.0, "epoch": epoch, "match_similarity": 0.5, "poisoned_match_adversarial": share}

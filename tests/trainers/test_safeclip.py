@@ -277,8 +277,23 @@ def test_split_without_two_kinds_is_warned_of(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     defence = SafeCLIP(64, safe_threshold=threshold, safe_cap=1.0)
-    defence._split(2, lambda augmented: PairScores(similarities.astype(np.float32), None))
+    defence._split(2, lambda augmented: PairScores(similarities.astype(np.float32), None), BATCH)
     assert f"The split of epoch 2 calls {word} pair safe" in caplog.text
+
+
+@pytest.mark.parametrize("cap, told", [(0.2, True), (0.25, False)])
+def test_safe_set_that_fills_no_batch_is_warned_of(
+    cap: float, told: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = {"warmup_unimodal_epochs": 0, "warmup_cross_epochs": 0, "num_train_epochs": 1}
+    trainer = make_trainer(
+        SafeCLIPTrainer, tmp_path, per_device_train_batch_size=16, safe_threshold=0.1, safe_cap=cap, **options
+    )
+    trainer.train()
+    assert trainer.splits.records[0].safe_share > 0
+    found = [statement.text for statement in SafeCLIP.findings(trainer.record())]
+    assert ("The safe set of epoch 0 holds fewer pairs than a batch of all processes, 16" in caplog.text) == told
+    assert any("fewer pairs than a batch safe in epoch 1, in which no image learned" in text for text in found) == told
 
 
 def test_split_of_one_group_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
@@ -288,7 +303,7 @@ def test_split_of_one_group_is_warned_of(caplog: pytest.LogCaptureFixture) -> No
     one = np.concatenate([generator.normal(0.3, 0.02, 3000), generator.normal(0.3, 0.1, 3000)])
     two = np.concatenate([generator.normal(0.1, 0.05, 3000), generator.normal(0.4, 0.05, 3000)])
     for epoch, similarities in enumerate((two, one)):
-        defence._split(epoch, lambda augmented, s=similarities: PairScores(s.astype("f4"), None))
+        defence._split(epoch, lambda augmented, s=similarities: PairScores(s.astype("f4"), None), BATCH)
     assert defence.splits.records[0].separation > 5
     assert "epoch 0" not in caplog.text
     assert "The mixture of epoch 1 found one group of similarities and not two" in caplog.text
