@@ -257,7 +257,9 @@ def check_trained(model: nn.Module) -> None:
     )
 
 
-def check_collator(collator: Any, args: CLIPTrainingArguments, text_augmentation: Any) -> None:
+def check_collator(
+    collator: Any, args: CLIPTrainingArguments, text_views: Sequence[str], text_augmentation: Any
+) -> None:
     """`ValueError` for a collator that contradicts the arguments."""
     if not isinstance(collator, CLIPDataCollator):
         raise ValueError(f"data_collator must be a CLIPDataCollator, but is {type(collator).__name__}")
@@ -267,10 +269,25 @@ def check_collator(collator: Any, args: CLIPTrainingArguments, text_augmentation
                 f"{name} is {shown(getattr(args, name))} in args, but {shown(getattr(collator, name))} in "
                 "data_collator"
             )
-    if text_augmentation is not None and collator.text_augmentation is None and collator.views != (ORIGINAL,):
+    length = collator.max_length or collator.tokenizer.model_max_length
+    if args.max_length not in (None, length):
+        raise ValueError(f"max_length is {shown(args.max_length)} in args, but {shown(length)} in data_collator")
+    # Without an augmentation all views are copies, whatever they are called.
+    augmented, wanted = ([view != ORIGINAL for view in views] for views in (collator.views, text_views))
+    if len(augmented) != len(wanted) or (text_augmentation is not None and augmented != wanted):
         raise ValueError(
-            "data_collator has no text_augmentation, so that its augmented views are copies: give it one, or pass "
-            "text_augmentation='identity' to the trainer if that is meant"
+            f"data_collator has the captions of the views {shown(collator.views)}, but this trainer needs others, of "
+            f"which 'original' alone is un-augmented: give it views={shown(text_views)}"
+        )
+    # Augmentations of one kind and of the same settings have one `repr`.
+    ours, theirs = (
+        (repr(given), getattr(given, "lexicon", None)) for given in (text_augmentation, collator.text_augmentation)
+    )
+    if ours != theirs:
+        raise ValueError(
+            f"text_augmentation is {shown(text_augmentation)} in the trainer, from text_preset where it is not given, "
+            f"but {shown(collator.text_augmentation)} in data_collator, which augments captions: accepted are two of "
+            "the same, where None of data_collator is 'identity' of the trainer"
         )
 
 

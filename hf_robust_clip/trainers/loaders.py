@@ -28,7 +28,7 @@ def training_collator(
 ) -> CLIPDataCollator:
     """The collator of a training: the one that was given, if it does not contradict the arguments, or a new one."""
     if given is not None:
-        check_collator(given, args, text_augmentation)
+        check_collator(given, args, views, text_augmentation)
         return given
     return CLIPDataCollator(
         processor,

@@ -137,7 +137,9 @@ class CLIPTrainer(Trainer):
             Of the class that belongs to this trainer, `args_class`. `None`: its defaults, with the output folder
             `tmp_trainer`.
         data_collator ([`CLIPDataCollator`], *optional*):
-            Made from `processing_class` and `args` by default. One of your own must return this trainer's text views.
+            Made from `processing_class` and `args` by default. One of your own must return this trainer's text views,
+            un-augmented and augmented ones where the trainer has them. Its `text_augmentation` goes before
+            `args.text_preset`.
         train_dataset (`datasets.Dataset`, `datasets.IterableDataset` or any torch dataset, *optional*):
             Rows with an image and a caption, under the names in `args`. [`~data.streams.Stream`] says who reads what
             of an iterable dataset. An optional boolean column `poisoned` marks
@@ -222,6 +224,8 @@ class CLIPTrainer(Trainer):
         if all(getattr(type(self), name) is getattr(CLIPTrainer, name) for name in _EVALUATION):
             check_best_metric(args, self.evaluators, eval_dataset)
         self.image_augmentation = resolve_image_augmentation(image_augmentation, args)
+        if text_augmentation is None:
+            text_augmentation = getattr(data_collator, "text_augmentation", None)
         text_augmentation = resolve_text_augmentation(text_augmentation, args)
         # One view and an augmentation: the augmented view takes the original's place.
         augments = self.image_augmentation is not None or text_augmentation is not None

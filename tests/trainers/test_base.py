@@ -23,6 +23,7 @@ from hf_robust_clip import (
     PatchTrigger,
     RoCLIPTrainer,
     SafeCLIPTrainer,
+    TextAugmentation,
     ZeroShotEvaluator,
 )
 from hf_robust_clip.data.digits import CAPTION_TEMPLATES, CLASS_NAMES, digit_processor
@@ -344,7 +345,7 @@ def test_evaluators_that_report_the_same_name_are_refused(tmp_path: Path) -> Non
         ),
         (
             {"data_collator": CLIPDataCollator(digit_processor(), views=("original", "augmented"))},
-            "data_collator has no text_augmentation",
+            "text_augmentation is TextAugmentation.*but None in data_collator.*None of data_collator is 'identity'",
         ),
         (
             {"train_dataset": datasets.Dataset.from_dict({"image": [b""] * 9, "caption": ["a"] * 4 + [None] * 5})},
@@ -361,17 +362,66 @@ def test_bad_arguments_are_refused_before_training(change: dict[str, Any], messa
         make_trainer(CleanCLIPTrainer, tmp_path, **change)
 
 
-def test_views_of_a_foreign_collator_are_checked(tmp_path: Path) -> None:
-    trainer = CleanCLIPTrainer(
-        small_model(),
-        args=make_trainer(CleanCLIPTrainer, tmp_path).args,
-        data_collator=CLIPDataCollator(digit_processor()),
-        train_dataset=digits().select(range(16)),
-        processing_class=digit_processor(),
-    )
-    trainer.args.per_device_train_batch_size = 8
-    with pytest.raises(ValueError, match="give it views="):
-        trainer.train()
+def shout(caption: str, seed: int) -> str:
+    return caption.upper()
+
+
+def collator(*views: str, **given: Any) -> CLIPDataCollator:
+    return CLIPDataCollator(digit_processor(), views=views, **given)
+
+
+@pytest.mark.parametrize(
+    "cls, own, change, message",
+    [
+        (CleanCLIPTrainer, collator("original"), {}, r"give it views=\('original', 'augmented'\)"),
+        (
+            CleanCLIPTrainer,
+            collator("augmented", "original", text_augmentation=TextAugmentation()),
+            {},
+            r"give it views=\('original', 'augmented'\)",
+        ),
+        (SafeCLIPTrainer, collator("original", "b", text_augmentation=TextAugmentation()), {}, "give it views="),
+        (RoCLIPTrainer, collator("original"), {}, r"give it views=\('augmented',\)"),
+        (CLIPTrainer, collator("original"), {"text_preset": "light"}, "give it views="),
+        (
+            RoCLIPTrainer,
+            collator("b", text_augmentation=TextAugmentation()),
+            {"text_augmentation": "light"},
+            "but TextAugmentation.* in data_collator, which augments captions",
+        ),
+        (CLIPTrainer, collator("b", text_augmentation=TextAugmentation()), {"text_augmentation": "identity"}, "None"),
+        (CLIPTrainer, collator("original"), {"max_length": 4}, "max_length is 4 in args, but 16 in data_collator"),
+    ],
+)
+def test_own_collator_that_is_not_what_the_trainer_needs_is_refused(
+    cls: type[CLIPTrainer], own: CLIPDataCollator, change: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        make_trainer(cls, tmp_path, data_collator=own, **change)
+    assert len(str(caught.value)) <= 600
+
+
+@pytest.mark.parametrize(
+    "cls, own, change",
+    [
+        (CLIPTrainer, collator("original"), {}),
+        (CLIPTrainer, collator("original"), {"image_augmentation": "weak", "max_length": 16}),
+        (CLIPTrainer, collator("b", text_augmentation=shout), {}),
+        (RoCLIPTrainer, collator("original"), {"text_augmentation": "identity"}),
+        (RoCLIPTrainer, collator("b", text_augmentation=shout), {}),
+        (CleanCLIPTrainer, collator("original", "b", text_augmentation=TextAugmentation()), {"text_preset": "light"}),
+        (SafeCLIPTrainer, collator("a", "b", text_augmentation=TextAugmentation()), {"text_augmentation": "eda"}),
+        (SafeCLIPTrainer, collator("original", "b"), {"text_augmentation": "identity"}),
+    ],
+)
+def test_own_collator_augments_captions(
+    cls: type[CLIPTrainer], own: CLIPDataCollator, change: dict[str, Any], tmp_path: Path
+) -> None:
+    trainer = make_trainer(cls, tmp_path, data_collator=own, **change)
+    trainer.step.prepared(trainer.receive(own([{**digits()[row], "row_index": row} for row in range(4)])), True)
+    augmentation = own.text_augmentation
+    expected = {None: None, shout: "shout"}.get(augmentation, repr(augmentation))
+    assert trainer.record().augmentation.captions == expected
 
 
 @pytest.mark.parametrize("cls", ARGUMENTS)
