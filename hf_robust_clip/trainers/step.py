@@ -120,9 +120,9 @@ class Step:
         return as_scalar(held["logit_scale"]).exp(), as_scalar(held["logit_bias"]) if self.sigmoid else None
 
     def unused_of(self, encoder: Any) -> torch.Tensor:
-        """Zero, with a gradient of zero for the bias of a dual encoder, which a loss may leave out."""
-        bias = (self.held or scalars_of(encoder)).get("logit_bias")
-        return torch.zeros((), device=self.device) if bias is None else 0.0 * as_scalar(bias)
+        """Zero, with a gradient of zero for the scalars of a dual encoder, which a loss may leave out."""
+        scalars = (self.held or scalars_of(encoder)).values()
+        return 0.0 * torch.stack([as_scalar(value) for value in scalars]).sum()
 
     @torch.no_grad()
     def reference(self, encoder: Any, inputs: dict[str, torch.Tensor]) -> Embeddings | None:

@@ -15,6 +15,7 @@ from peft import LoraConfig
 from hf_robust_clip import (
     CleanCLIPTrainer,
     CLIPTrainer,
+    Defence,
     PARTrainer,
     RoCLIPTrainer,
     SafeCLIPTrainer,
@@ -64,6 +65,13 @@ OTHERS: dict[str, tuple[type[CLIPTrainer], dict[str, Any]]] = {
     **{f"{tower} frozen": (CLIPTrainer, {"freeze": tower}) for tower in ("vision", "text")},
     "vision frozen, SigLIP": (CLIPTrainer, {"freeze": "vision", "family": siglip}),
 }
+
+
+class Aligned(Defence):
+    """A loss that leaves the scale out."""
+
+    def forward(self, views: Any, scale: torch.Tensor, batch: Any) -> dict[str, torch.Tensor]:
+        return {"align_loss": 1 - views["original"].similarities.mean()}
 
 
 def group_threads() -> list[str]:

@@ -8,13 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from support.training import assert_same_bits, digits, make_trainer, training_log
+from support.families import siglip
+from support.processes import Aligned
+from support.training import assert_same_bits, digits, make_trainer, small_model, training_log
 
 from hf_robust_clip import CLIPTrainer, CLIPTrainingArguments, Defence, RoCLIPTrainer
 from hf_robust_clip.batch import Batch
 from hf_robust_clip.data.digits import digit_processor
 from hf_robust_clip.defences import DEFENCES, CleanCLIP
 from hf_robust_clip.losses import clip_loss, info_nce
+from hf_robust_clip.models import scalars_of
 
 
 class Trimmed(Defence):
@@ -86,6 +89,14 @@ def test_chunks_change_nothing_of_it(tmp_path: Path) -> None:
                 module.dropout = 0.0
         trainer.train()
     torch.testing.assert_close(one.defence.fit, two.defence.fit, equal_nan=True)
+
+
+@pytest.mark.parametrize("family", [small_model, siglip])
+def test_a_loss_without_the_scalars_gives_them_a_gradient_of_zero(family: Any, tmp_path: Path) -> None:
+    trainer = make_trainer(CLIPTrainer, tmp_path, defence=Aligned(), model=family())
+    batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    trainer.compute_loss(trainer.model, batch).backward()
+    assert all(value.grad == 0 for value in scalars_of(trainer.model).values())
 
 
 def test_what_is_not_a_defence_is_refused(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from support.processes import (
     SPLIT,
     TRAINERS,
     WORLD,
+    Aligned,
     assert_state,
     few_steps,
     group_threads,
@@ -195,6 +196,7 @@ def test_trainers_in_several_processes(tmp_path: Path) -> None:
         "unimodal_image_loss, unimodal_text_loss",
     ]
     assert report["matching_steps"] == {matching: [False, False, True, True] for matching in MATCHINGS}
+    assert report["steps_without_a_scale"] == 2
     assert report["skipped_rows"] == [3, 17]
     assert report["figures_agree"] and report["similarities_agree"]
     figures = one_process_figures(tmp_path / "one")
@@ -407,6 +409,10 @@ def two(output: Path) -> None:
         )
         trainer.train()
         report["matching_steps"][matching] = ["image_match_loss" in step.terms for step in trainer.steps]
+    trainer = make_trainer(
+        CLIPTrainer, output / "aligned", max_steps=2, defence=Aligned(), gradient_checkpointing=True
+    )
+    report["steps_without_a_scale"] = trainer.train().global_step
     trainer = make_trainer(
         CLIPTrainer, output / "bad", train_dataset=broken(), on_bad_row="skip", per_device_train_batch_size=4
     )
