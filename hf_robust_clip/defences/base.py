@@ -222,5 +222,15 @@ class Defence(nn.Module):
         """
         if not hasattr(self, "_first"):
             self._first = {name: value.detach().cpu().clone() for name, value in self.state_dict().items()}
-        elif self._first:
+            self._unmade = [name for name, value in self._buffers.items() if value is None]
+            return
+        for name in self._unmade:
+            setattr(self, name, None)
+        if self._first:
             self.load_state_dict(self._first)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name, value in self._buffers.items():
+            if value is None and prefix + name in state_dict:
+                setattr(self, name, torch.empty_like(state_dict[prefix + name]))
+        super()._load_from_state_dict(state_dict, prefix, *args)

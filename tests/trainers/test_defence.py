@@ -53,6 +53,20 @@ class Trimmed(Defence):
         return {"visited": int((~self.fit.isnan()).sum())}
 
 
+class Mean(Defence):
+    """With a buffer that is made in the first step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", None)
+
+    def forward(self, views: Any, scale: torch.Tensor, batch: Batch) -> dict[str, torch.Tensor]:
+        (pairs,) = views.values()
+        found = pairs.image_embeds.detach().mean(dim=0)
+        self.mean = found if self.mean is None else 0.9 * self.mean + 0.1 * found
+        return {"clip_loss": self.contrast(*pairs, scale, batch)}
+
+
 def trimmed(folder: Path, rows: int = 32, **overrides: Any) -> CLIPTrainer:
     return make_trainer(CLIPTrainer, folder, rows=rows, defence=Trimmed(rows), **overrides)
 
@@ -78,6 +92,17 @@ def test_a_second_training_begins_with_the_memory_of_a_first(tmp_path: Path) -> 
     assert trainer.defence.fit.isnan().sum() == 16
     trainer.defence.reset()
     assert trainer.defence.fit.isnan().all()
+
+
+def test_a_buffer_that_is_made_in_training_is_memory_as_well(tmp_path: Path) -> None:
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    whole, resumed = (make_trainer(CLIPTrainer, tmp_path, defence=Mean(), **options) for _ in range(2))
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert_same_bits(whole, resumed)
+    assert torch.equal(whole.defence.mean, resumed.defence.mean)
+    whole.defence.reset()
+    assert whole.defence.mean is None
 
 
 def test_chunks_change_nothing_of_it(tmp_path: Path) -> None:
