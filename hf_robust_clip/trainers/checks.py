@@ -19,7 +19,7 @@ from ..augment.text import TextAugmentation
 from ..data.collator import ORIGINAL, CLIPDataCollator
 from ..data.rows import check_dataset
 from ..evaluation.base import Better, Evaluator
-from ..kinds import check_callable, kind
+from ..kinds import check_callable, is_stream, kind
 from ..models import load_dual_encoder
 from ..wording import listed, shortened, shown
 
@@ -62,7 +62,10 @@ def explained(init: Callable[_P, None]) -> Callable[_P, None]:
 def check_arguments(
     args: CLIPTrainingArguments, args_class: type[CLIPTrainingArguments], train_dataset: Any, eval_dataset: Any
 ) -> None:
-    """`ValueError` for arguments of another class or for texts alone, DataParallel, and datasets that do not work."""
+    """
+    `ValueError` for arguments of another class or for texts alone, DataParallel, ways to deal batches that tear them
+    apart, and datasets that do not work.
+    """
     if not isinstance(args, args_class):
         raise ValueError(f"args must be a {args_class.__name__}, but is {type(args).__name__}")
     if args.n_gpu > 1:
@@ -82,6 +85,7 @@ def check_arguments(
         )
     if args.contrastive_chunk_size is not None or args.accumulate_negatives:
         _check_chunking(args)
+    _check_dealing(args, train_dataset)
     columns = (args.image_column, args.caption_column)
     datasets = {"eval_dataset": eval_dataset}
     if isinstance(eval_dataset, dict):
@@ -181,6 +185,23 @@ def _metrics(evaluators: Sequence[Any]) -> dict[str, Better]:
         if isinstance(evaluator, Evaluator):
             metrics |= evaluator.prefixed(evaluator.metrics())
     return metrics
+
+
+def _check_dealing(args: CLIPTrainingArguments, train_dataset: Any) -> None:
+    accelerator_config: Any = args.accelerator_config
+    streamed, several = is_stream(train_dataset), args.world_size > 1
+    for name in ("split_batches", "dispatch_batches"):
+        if getattr(accelerator_config, name) and (streamed or several):
+            raise ValueError(
+                f"accelerator_config.{name}=True does not work with an iterable train_dataset or several processes, "
+                "each of which reads batches of per_device_train_batch_size rows for itself: set it to False"
+            )
+    uneven = several and not accelerator_config.even_batches and not args.dataloader_drop_last
+    if uneven and not streamed and train_dataset is not None:
+        raise ValueError(
+            f"accelerator_config.even_batches=False and dataloader_drop_last=False leave {args.world_size} processes "
+            "with unequal shares of the last batch, so that they wait for each other forever: set one of them to True"
+        )
 
 
 def _check_chunking(args: CLIPTrainingArguments) -> None:

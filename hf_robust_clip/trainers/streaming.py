@@ -43,9 +43,6 @@ class StreamedTraining:
         dataset (iterable dataset): What is trained on.
         batch_size (`int`): Rows of a batch, on each rank.
         args ([`CLIPTrainingArguments`]), accelerator (`Accelerator`), collator ([`CLIPDataCollator`]): The trainer's.
-
-    Raises:
-        `ValueError`: If accelerate is to split or dispatch batches: ranks read their own.
     """
 
     def __init__(
@@ -57,13 +54,6 @@ class StreamedTraining:
         collator: CLIPDataCollator,
     ) -> None:
         self.args = args
-        accelerator_config: Any = args.accelerator_config
-        for name in ("split_batches", "dispatch_batches"):
-            if getattr(accelerator_config, name):
-                raise ValueError(
-                    f"accelerator_config.{name}=True does not work with an iterable train_dataset, of which each "
-                    "process reads its own batches of per_device_train_batch_size rows: set it to False"
-                )
         on_bad_row: Any = args.on_bad_row
         self.stream = Stream(
             dataset,

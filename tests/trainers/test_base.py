@@ -362,6 +362,26 @@ def test_bad_arguments_are_refused_before_training(change: dict[str, Any], messa
         make_trainer(CleanCLIPTrainer, tmp_path, **change)
 
 
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"accelerator_config": {"dispatch_batches": True}}, "accelerator_config.dispatch_batches=True .* set it to"),
+        ({"accelerator_config": {"split_batches": True}}, "accelerator_config.split_batches=True .* set it to False"),
+        (
+            {"accelerator_config": {"even_batches": False}, "dataloader_drop_last": False},
+            "even_batches=False and dataloader_drop_last=False leave 2 processes .* set one of them to True",
+        ),
+    ],
+)
+def test_what_deals_unequal_batches_is_refused_above_one_process(
+    change: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_trainer(CLIPTrainer, tmp_path, **change)
+    monkeypatch.setattr(CLIPTrainingArguments, "world_size", 2)
+    with pytest.raises(ValueError, match=message):
+        make_trainer(CLIPTrainer, tmp_path, **change)
+
+
 def shout(caption: str, seed: int) -> str:
     return caption.upper()
 

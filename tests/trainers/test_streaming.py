@@ -200,9 +200,6 @@ def test_a_batch_is_cut_to_the_same_rows_of_every_view() -> None:
 
 
 @pytest.mark.parametrize("setting", ["split_batches", "dispatch_batches"])
-def test_batches_made_by_accelerate_are_refused(
-    setting: str, stopped: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(stopped[1].args.accelerator_config, setting, True)
+def test_batches_made_by_accelerate_are_refused(setting: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"accelerator_config.{setting}=True does not work with an iterable"):
-        streamed_again(stopped[1])
+        make_trainer(CLIPTrainer, tmp_path, train_dataset=shards(), max_steps=1, accelerator_config={setting: True})
