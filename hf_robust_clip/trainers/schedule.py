@@ -54,6 +54,7 @@ def phased(
     # Of the optimizer, which may be the user's, with other rates than args.learning_rate.
     peak = max(map(float, scheduler.base_lrs))
     steps_per_epoch = max(steps_per_epoch, 1)  # none before the dataloader is made
+    steps = max(steps, 1)  # none of no epochs
 
     def composed(schedule: Callable[[int], float]) -> Callable[[int], float]:
         return lambda step: (

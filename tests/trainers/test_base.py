@@ -38,6 +38,14 @@ def evaluators(test: datasets.Dataset) -> list[Any]:
     ]
 
 
+@pytest.mark.parametrize("cls", ARGUMENTS)
+def test_no_epochs_train_nothing(cls: type[CLIPTrainer], tmp_path: Path) -> None:
+    trainer = make_trainer(cls, tmp_path, num_train_epochs=0)
+    before = copy.deepcopy(trainer.model.state_dict())
+    assert trainer.train().global_step == 0
+    assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
+
+
 @BOTH
 def test_every_parameter_is_trained(cls: type[CLIPTrainer], tmp_path: Path) -> None:
     trainer = make_trainer(cls, tmp_path, max_steps=2)
