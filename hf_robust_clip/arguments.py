@@ -140,7 +140,7 @@ class CLIPTrainingArguments(TrainingArguments):
             ("freeze", FREEZE),
         ):
             check_choice(self, name, accepted)
-        if self.max_logit_scale < 1:
+        if not self.max_logit_scale >= 1:  # true for NaN, too
             raise ValueError(f"max_logit_scale must be at least 1, but is {shown(self.max_logit_scale)}")
         if self.contrastive_chunk_size is not None:
             check_whole(self, "contrastive_chunk_size", least=1)

@@ -343,6 +343,7 @@ def test_evaluators_that_report_the_same_name_are_refused(tmp_path: Path) -> Non
         ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha must be None, but is 5.0"),
         ({"on_bad_row": "ignore"}, "on_bad_row must be one of 'raise', 'skip', but is 'ignore'"),
         ({"max_logit_scale": 0.5}, "max_logit_scale must be at least 1"),
+        ({"max_logit_scale": math.nan}, "max_logit_scale must be at least 1, but is nan"),
         ({"max_length": 1}, "max_length must be None or at least 2"),
         ({"unimodal_weight": -1.0}, "unimodal_weight must be at least 0"),
         ({"processing_class": digit_processor().image_processor}, "processing_class must have an image_processor and"),
