@@ -39,6 +39,7 @@ _PLUMBING = (
     "freeze",
     "max_logit_scale",
     "merge_adapters",
+    "dataloader_drop_last",
     "stop_on_non_finite",
     "on_bad_row",
     "adversarial_phrase",

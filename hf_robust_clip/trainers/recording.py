@@ -24,9 +24,9 @@ _TIMES = ("loss", "runtime", "samples_per_second", "steps_per_second", "model_pr
 #: Arguments that do not change what a model becomes, by the beginning of their names.
 _OUTCOME_FREE = (
     *("output_dir", "hub_", "push_to_hub", "logging_", "log_", "save_", "eval_", "report_to", "run_name", "do_"),
-    *("disable_tqdm", "project", "trackio_", "resume_from_checkpoint", "dataloader_", "include_", "per_device_eval_"),
-    *("load_best_model_at_end", "metric_for_best_model", "greater_is_better", "enable_jit_checkpoint", "restore_"),
-    *("accelerator_config", "activation_checkpointing", "gradient_checkpointing", "debug"),
+    *("disable_tqdm", "project", "trackio_", "resume_from_checkpoint", "include_", "per_device_eval_"),
+    *("dataloader_num_", "dataloader_p", "dataloader_in_order", "dataloader_multi", "restore_"),
+    *("accelerator_config", "enable_jit_checkpoint", "activation_checkpointing", "gradient_checkpointing", "debug"),
     *("prediction_loss_only", "remove_unused_columns", "ddp_timeout", "skip_memory_metrics", "use_cpu", "batch_eval_"),
 )
 

@@ -28,6 +28,7 @@ from hf_robust_clip.describing import describe_evaluator
 from hf_robust_clip.evaluation.embedding import Embedder
 from hf_robust_clip.evaluation.running import run_evaluators
 from hf_robust_clip.record import RUN_FILE, Data, RunRecord
+from hf_robust_clip.telling import render_card
 from hf_robust_clip.trainers import trainer as trainer_module
 
 
@@ -132,6 +133,21 @@ def test_settings_are_those_that_differ(tmp_path: Path) -> None:
     assert "logging_steps" not in record.settings and "output_dir" not in record.settings
     assert record.defence["unimodal_weight"] == 2.0 and record.defence_defaults["unimodal_weight"] == 1.0
     assert record.defence["learning_rate"] == 1e-3
+
+
+def test_settings_say_which_checkpoint_is_kept_and_which_rows_are_trained_on(tmp_path: Path) -> None:
+    kept = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": False}
+    evaluated = {"eval_dataset": digits("test").select(range(8)), "eval_strategy": "steps", "save_strategy": "steps"}
+    options = {"dataloader_drop_last": False, "dataloader_persistent_workers": True, "dataloader_num_workers": 1}
+    record = make_trainer(CleanCLIPTrainer, tmp_path, **kept, **evaluated, **options).record()
+    assert kept.items() <= record.settings.items()
+    assert record.defence["dataloader_drop_last"] is False and record.defence_defaults["dataloader_drop_last"] is True
+    assert [name for name in {**record.settings, **record.defence} if name.startswith("dataloader_")] == [
+        "dataloader_drop_last"
+    ]
+    default = make_trainer(CleanCLIPTrainer, tmp_path).record()
+    cards = [render_card(told).replace("\\", "") for told in (record, default)]
+    assert ["dataloader_drop_last" in card for card in cards] == [True, False]
 
 
 def test_no_file_holds_the_token(tmp_path: Path) -> None:
