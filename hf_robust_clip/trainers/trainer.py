@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
+from accelerate.utils.memory import clear_device_cache
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -458,7 +459,7 @@ class CLIPTrainer(Trainer):
         batches, self._pending = self._pending, []
         # Set by the Trainer for each optimizer step: the last of an epoch may have fewer.
         divisor = 1 if args.accumulate_negatives else int(self.current_gradient_accumulation_steps)
-        return self.step.chunked(
+        loss = self.step.chunked(
             model,
             self.unwrapped_model,
             batches,
@@ -468,6 +469,10 @@ class CLIPTrainer(Trainer):
             self.accelerator,
             self.compute_loss_context_manager,
         )
+        every = args.torch_empty_cache_steps
+        if every is not None and self.state.global_step % every == 0:
+            clear_device_cache()
+        return loss
 
     # ---- Events ----
 

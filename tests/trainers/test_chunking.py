@@ -89,6 +89,19 @@ def assert_same_logs(found: CLIPTrainer, expected: CLIPTrainer) -> None:
         assert one == pytest.approx(two, rel=1e-4, abs=1e-6)
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"contrastive_chunk_size": 3}, {"accumulate_negatives": True, "gradient_accumulation_steps": 2}]
+)
+def test_cache_is_emptied_as_often_as_asked(
+    options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    emptied = []
+    for place in ("transformers.trainer", "hf_robust_clip.trainers.trainer"):
+        monkeypatch.setattr(f"{place}.clear_device_cache", lambda: emptied.append(1))
+    make_trainer(CLIPTrainer, tmp_path, max_steps=4, torch_empty_cache_steps=2, **options).train()
+    assert len(emptied) == 2
+
+
 @ALL
 def test_gradients_and_logs_are_those_of_the_whole_batch(cls: type[CLIPTrainer], tmp_path: Path) -> None:
     expected, whole = run(cls, tmp_path)
