@@ -78,11 +78,16 @@ def check_arguments(
             f"train_sampling_strategy must be one of {listed(SAMPLINGS)}, but is "
             f"{shown(args.train_sampling_strategy)}, which needs the length of each row's text"
         )
-    if args.neftune_noise_alpha is not None:
-        raise ValueError(
-            f"neftune_noise_alpha must be None, but is {shown(args.neftune_noise_alpha)}: NEFTune adds noise to the "
-            "input embeddings of a language model, and a dual encoder has none of its own"
-        )
+    for name, off, why in (
+        (
+            "neftune_noise_alpha",
+            None,
+            "NEFTune adds noise to the input embeddings of a language model, and a dual encoder has none of its own",
+        ),
+        ("label_smoothing_factor", 0.0, "it smooths the labels of classes, and pairs have none"),
+    ):
+        if getattr(args, name) != off:
+            raise ValueError(f"{name} must be {off}, but is {shown(getattr(args, name))}: {why}")
     if args.contrastive_chunk_size is not None or args.accumulate_negatives:
         _check_chunking(args)
     _check_dealing(args, train_dataset)

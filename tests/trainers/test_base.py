@@ -341,6 +341,7 @@ def test_evaluators_that_report_the_same_name_are_refused(tmp_path: Path) -> Non
         ),
         ({"train_sampling_strategy": "batch_rebalance"}, "but is 'batch_rebalance'"),
         ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha must be None, but is 5.0"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor must be 0.0, but is 0.1"),
         ({"on_bad_row": "ignore"}, "on_bad_row must be one of 'raise', 'skip', but is 'ignore'"),
         ({"max_logit_scale": 0.5}, "max_logit_scale must be at least 1"),
         ({"max_logit_scale": math.nan}, "max_logit_scale must be at least 1, but is nan"),
