@@ -3,7 +3,8 @@ The losses of CLIP, of SigLIP and of the defences, as pure functions of embeddin
 
 Every function takes L2-normalised embeddings `(B, D)` whose rows with the same index belong together, and the
 multiplicative `scale`, `exp(model.logit_scale)`, a scalar tensor or float. Those of the defences return a dictionary
-of named scalar terms, weights already applied, whose sum is the loss. Compute them in float32 or better.
+of named scalar terms, weights already applied, whose sum is the loss. Compute them in float32 or better; within
+`torch.autocast`, they are.
 Of large batches the logits are never there all at once. With a `bias`, terms between images and texts are SigLIP's
 ([`sigmoid_loss`]) in place of CLIP's; terms within a modality are InfoNCE either way.
 
@@ -14,6 +15,8 @@ of one process with the whole batch.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal, Protocol
 
@@ -59,15 +62,16 @@ def info_nce(
     """
     if reduction not in ("mean", "none"):
         raise ValueError(f"reduction must be 'mean' or 'none', but is {shown(reduction)}")
-    first = 0
-    if gather:
-        first = rank() * keys.shape[0]
-        keys = gather_features(keys)
-    if reduction == "mean" and queries.shape[0] * keys.shape[0] > _MAX_LOGITS:
-        return _blockwise(_softmax, queries, keys, scale, 0.0, first)
-    logits = scale * queries @ keys.T  # (B, world_size * B)
-    targets = torch.arange(first, first + queries.shape[0], device=logits.device)
-    return F.cross_entropy(logits, targets, reduction=reduction)
+    with _exact(queries, keys) as (queries, keys):
+        first = 0
+        if gather:
+            first = rank() * keys.shape[0]
+            keys = gather_features(keys)
+        if reduction == "mean" and queries.shape[0] * keys.shape[0] > _MAX_LOGITS:
+            return _blockwise(_softmax, queries, keys, scale, 0.0, first)
+        logits = scale * queries @ keys.T  # (B, world_size * B)
+        targets = torch.arange(first, first + queries.shape[0], device=logits.device)
+        return F.cross_entropy(logits, targets, reduction=reduction)
 
 
 def sigmoid_loss(
@@ -92,16 +96,28 @@ def sigmoid_loss(
     Returns:
         `torch.Tensor`: Scalar.
     """
-    first = 0
-    if gather:
-        first = rank() * text_embeds.shape[0]
-        text_embeds = gather_features(text_embeds)
-    if image_embeds.shape[0] * text_embeds.shape[0] > _MAX_LOGITS:
-        return _blockwise(_sigmoid, image_embeds, text_embeds, scale, bias, first)
-    logits = scale * image_embeds @ text_embeds.T + bias  # (B, world_size * B)
-    targets = torch.arange(first, first + image_embeds.shape[0], device=logits.device)[:, None]
-    against = logits.scatter(1, targets, -logits.gather(1, targets))  # -y * logits
-    return -F.logsigmoid(-against).sum() / image_embeds.shape[0]
+    with _exact(image_embeds, text_embeds) as (images, texts):
+        first = 0
+        if gather:
+            first = rank() * texts.shape[0]
+            texts = gather_features(texts)
+        if images.shape[0] * texts.shape[0] > _MAX_LOGITS:
+            return _blockwise(_sigmoid, images, texts, scale, bias, first)
+        logits = scale * images @ texts.T + bias  # (B, world_size * B)
+        targets = torch.arange(first, first + images.shape[0], device=logits.device)[:, None]
+        against = logits.scatter(1, targets, -logits.gather(1, targets))  # -y * logits
+        return -F.logsigmoid(-against).sum() / images.shape[0]
+
+
+@contextmanager
+def _exact(*sides: torch.Tensor) -> Iterator[Sequence[torch.Tensor]]:
+    """The embeddings, in float32 or better where autocast is on; it is off within."""
+    device = sides[0].device.type
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        yield sides
+        return
+    with torch.autocast(device, enabled=False):
+        yield [side.to(torch.promote_types(side.dtype, torch.float32)) for side in sides]
 
 
 def _softmax(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

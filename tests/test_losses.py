@@ -182,6 +182,26 @@ def test_large_batches_have_the_same_gradients_without_all_logits(
             torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("loss", [clip_loss, partial(sigmoid_loss, bias=-10.0)])
+def test_autocast_changes_no_loss(
+    loss: Callable[..., torch.Tensor], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+):
+    generator = torch.Generator().manual_seed(0)
+    sides = [F.normalize(torch.randn(16, 8, generator=generator), dim=1).to(dtype) for _ in range(2)]
+    found = []
+    for cast, limit in ((False, 1 << 24), (True, 1 << 24), (True, 40)):
+        monkeypatch.setattr(losses, "_MAX_LOGITS", limit)
+        images, texts, scale = (torch.as_tensor(value).detach().requires_grad_() for value in (*sides, 20.0))
+        with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+            value = loss(images if cast else images.float(), texts if cast else texts.float(), scale)
+        value.backward()
+        # Those of bfloat16 are rounded wherever they are added up.
+        found.append([value.detach(), scale.grad, *([images.grad, texts.grad] if dtype == torch.float32 else [])])
+    for one in found[1:]:
+        torch.testing.assert_close(one, found[0], rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("loss", [clip_loss, partial(sigmoid_loss, bias=-10.0)])
 def test_large_batches_never_have_all_of_their_logits(
     loss: Callable[..., torch.Tensor], monkeypatch: pytest.MonkeyPatch
