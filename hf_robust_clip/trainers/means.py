@@ -15,8 +15,9 @@ if TYPE_CHECKING:
 
 class RunningMeans:
     """
-    Means over all ranks and all calls since the last log. Call [`add`] in a defence's `loss_components` to have
-    diagnostics of your own logged: `self.means.add({"hardest_negative": similarities.max(dim=1).values})`.
+    Means over all ranks and all calls since the last log. Call [`add`] in a trainer's `loss_components` to have
+    diagnostics of your own logged: `self.means.add({"hardest_negative": similarities.max(dim=1).values})`. A defence
+    has [`~defences.Defence.note`], in its `forward`.
 
     Args:
         accelerator (`Accelerator`): Of the trainer.
