@@ -107,8 +107,7 @@ def split_of(rows: int) -> dict[str, Any]:
 
     def first_batches() -> Any:
         iterator = iter(sampler)
-        kinds = sampler.kinds
-        return list(itertools.islice(iterator, BATCHES)), kinds, iterator
+        return list(itertools.islice(iterator, BATCHES)), iterator
 
     found["epoch_start"], _ = measured(first_batches)
     with tempfile.TemporaryDirectory() as folder:

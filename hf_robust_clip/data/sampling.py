@@ -44,7 +44,7 @@ class RoutedBatchSampler(torch.utils.data.Sampler[list[int]]):
     loader = accelerator.prepare(DataLoader(dataset, batch_sampler=sampler))
     sampler.set_split(probability >= 0.9)
     sampler.set_epoch(6)
-    for batch, safe in zip(loader, sampler.kinds):
+    for batch in loader:  # all safe or all risky
         ...
     ```
     """
@@ -70,12 +70,10 @@ class RoutedBatchSampler(torch.utils.data.Sampler[list[int]]):
         self.epoch = 0
         self._bits: torch.Tensor | None = None
         self._safe_rows = length  # without a split all rows are of one kind
-        self._kinds: np.ndarray | None = None
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch, from which the order follows."""
         self.epoch = epoch
-        self._kinds = None
 
     def set_split(self, safe: np.ndarray | torch.Tensor | None) -> None:
         """
@@ -87,25 +85,19 @@ class RoutedBatchSampler(torch.utils.data.Sampler[list[int]]):
             raise ValueError(f"safe must have one value for each of {self.length} rows, but has {len(split)}")
         self._bits = None if split is None else pack_mask(split)
         self._safe_rows = self.length if split is None else int(np.count_nonzero(split))
-        self._kinds = None
-
-    @property
-    def kinds(self) -> np.ndarray | None:
-        """
-        `(steps,)`, boolean, on the host: whether step `i` of the epoch is a safe one, the same on all processes.
-        `None` without a split.
-        """
-        if self._kinds is None and self._bits is not None:
-            self._kinds = self._draw()[0]
-            self._kinds.setflags(write=False)
-        return self._kinds
 
     def __len__(self) -> int:
         """Number of batches in an epoch, of all processes together."""
         return self._steps * self.world_size
 
     def __iter__(self) -> Iterator[list[int]]:
-        kinds, generator = self._draw()
+        generator = np.random.default_rng(derive_seed(self.seed, self.epoch))
+        groups = [self._safe_rows // self.group, (self.length - self._safe_rows) // self.group]
+        kinds = np.repeat([True, False], groups)
+        generator.shuffle(kinds)
+        # Together the two kinds have as many groups as there are steps, or one more: the last of them, which in random
+        # order is any of them, is left out.
+        kinds = kinds[: self._steps]
         # As `generator.permutation`, in half of its memory.
         order = np.arange(self.length, dtype=np.uint32 if self.length <= 1 << 32 else np.int64)
         generator.shuffle(order)
@@ -124,16 +116,6 @@ class RoutedBatchSampler(torch.utils.data.Sampler[list[int]]):
     @property
     def _steps(self) -> int:
         return self.length // self.group - 1
-
-    def _draw(self) -> tuple[np.ndarray, np.random.Generator]:
-        # The kinds before the rows, so that to know the kinds takes no permutation of all rows.
-        generator = np.random.default_rng(derive_seed(self.seed, self.epoch))
-        groups = [self._safe_rows // self.group, (self.length - self._safe_rows) // self.group]
-        kinds = np.repeat([True, False], groups)
-        generator.shuffle(kinds)
-        # Together the two kinds have as many groups as there are steps, or one more: the last of them, which in random
-        # order is any of them, is left out.
-        return kinds[: self._steps], generator
 
 
 def pack_mask(mask: np.ndarray | torch.Tensor) -> torch.Tensor:
