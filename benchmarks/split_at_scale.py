@@ -92,8 +92,8 @@ def split_anew(history: SplitHistory, epoch: int, scores: PairScores) -> dict[st
 def split_of(rows: int) -> dict[str, Any]:
     """The split of so many rows, with known poisons and without; an epoch's start; the state in a checkpoint."""
     # What the first use of each library takes for itself.
-    SplitHistory().add(0, draw_scores(10_000, 0), 0.9, 0.01, 0.85, seed=0)
-    history = SplitHistory()
+    SplitHistory(10_000).add(0, draw_scores(10_000, 0), 0.9, 0.01, 0.85, seed=0)
+    history = SplitHistory(rows)
     found: dict[str, Any] = {"rows": rows}
     scores = draw_scores(rows, seed=0)
     found["fit"], mixture = measured(lambda: SimilarityMixture.fit(scores.similarities, seed=0))
@@ -115,7 +115,7 @@ def split_of(rows: int) -> dict[str, Any]:
 
         def save_and_load() -> None:
             save_file(history.state_dict(), path)
-            SplitHistory().load_state_dict(load_file(path), rows)
+            SplitHistory(rows).load_state_dict(load_file(path))
 
         found["state"], _ = measured(save_and_load)
         found["checkpoint_bytes"] = path.stat().st_size

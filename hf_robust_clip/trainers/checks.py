@@ -341,6 +341,18 @@ def resolve_image_augmentation(
     return given.to(args.device) if isinstance(given, nn.Module) else given
 
 
+def own_text_augmentation(collator: Any, args: CLIPTrainingArguments, views: Sequence[str]) -> Any:
+    """That of the user's collator, where no other was given. One without any leaves a trainer of one view without."""
+    own = getattr(collator, "text_augmentation", None)
+    if own is None and len(views) == 1 and args.text_preset != IDENTITY:
+        logger.warning(
+            f"data_collator has no text_augmentation, so captions are not augmented, and text_preset="
+            f"{shown(args.text_preset)} is not used."
+        )
+        return IDENTITY
+    return own
+
+
 def resolve_text_augmentation(given: Any, args: CLIPTrainingArguments) -> Callable[[str, int], str] | None:
     """The augmentation of captions that was given or named; `None` for none."""
     given = args.text_preset if given is None else given

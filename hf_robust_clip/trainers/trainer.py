@@ -77,6 +77,7 @@ from .checks import (
     decide_best_metric,
     explained,
     load_to_train,
+    own_text_augmentation,
     resolve_image_augmentation,
     resolve_text_augmentation,
     takes_sigmoid,
@@ -225,12 +226,12 @@ class CLIPTrainer(Trainer):
         if all(getattr(type(self), name) is getattr(CLIPTrainer, name) for name in _EVALUATION):
             check_best_metric(args, self.evaluators, eval_dataset)
         self.image_augmentation = resolve_image_augmentation(image_augmentation, args)
-        if text_augmentation is None:
-            text_augmentation = getattr(data_collator, "text_augmentation", None)
+        views = tuple(self.views or defence.views)
+        if text_augmentation is None and data_collator is not None:
+            text_augmentation = own_text_augmentation(data_collator, args, defence.text_views or views)
         text_augmentation = resolve_text_augmentation(text_augmentation, args)
         # One view and an augmentation: the augmented view takes the original's place.
         augments = self.image_augmentation is not None or text_augmentation is not None
-        views = tuple(self.views or defence.views)
         self.views = ("augmented",) if views == (ORIGINAL,) and augments else views
         text_views = tuple(defence.text_views or self.views)
         if text_augmentation is not None and text_views == (ORIGINAL,):

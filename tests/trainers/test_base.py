@@ -411,8 +411,8 @@ def collator(*views: str, **given: Any) -> CLIPDataCollator:
             r"give it views=\('original', 'augmented'\)",
         ),
         (SafeCLIPTrainer, collator("original", "b", text_augmentation=TextAugmentation()), {}, "give it views="),
-        (RoCLIPTrainer, collator("original"), {}, r"give it views=\('augmented',\)"),
-        (CLIPTrainer, collator("original"), {"text_preset": "light"}, "give it views="),
+        (RoCLIPTrainer, collator("original"), {"text_augmentation": "eda"}, r"give it views=\('augmented',\)"),
+        (CLIPTrainer, collator("original"), {"text_augmentation": "light"}, "give it views="),
         (
             RoCLIPTrainer,
             collator("b", text_augmentation=TextAugmentation()),
@@ -429,6 +429,16 @@ def test_own_collator_that_is_not_what_the_trainer_needs_is_refused(
     with pytest.raises(ValueError, match=message) as caught:
         make_trainer(cls, tmp_path, data_collator=own, **change)
     assert len(str(caught.value)) <= 600
+
+
+def test_own_collator_of_one_view_leaves_captions_as_they_are_and_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for cls, change in ((RoCLIPTrainer, {}), (CLIPTrainer, {"text_preset": "light"})):
+        caplog.clear()
+        trainer = make_trainer(cls, tmp_path, data_collator=collator("original"), **change)
+        assert "text_preset='" in caplog.text and "is not used" in caplog.text
+        assert trainer.record().augmentation.captions is None
 
 
 @pytest.mark.parametrize(
