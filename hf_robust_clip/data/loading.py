@@ -35,8 +35,9 @@ def load_pairs(source: str, split: str = "train", image_column: str = "image") -
             files, of images with a `metadata.csv` or `metadata.jsonl` that has their captions, or of images with a
             `.txt` or `.json` each for their caption; or a dataset on the Hub. It is one file or folder, whatever
             characters are in its name. Tables are read as text: see [`~data.tables.read_csv`].
-        split (`str`, defaults to `"train"`): Which split, where the source has several, or a part of one, such as
-            `"train[:10%]"`. A file, and a dataset saved without splits, is `"train"`, whatever name is given.
+        split (`str`, defaults to `"train"`): Which split, where the source has several. A file, and a dataset saved
+            without splits, is `"train"`, whatever name is given. Parts such as `"train[:10%]"` are taken of anything
+            but a dataset saved with splits.
         image_column (`str`, defaults to `"image"`): Column with the image. Paths in it are taken from the folder of
             their file (in a folder saved with `save_to_disk`, from that folder), and must not lead out of it, or of
             the folder that is the source. What a dataset on the Hub names is left to `datasets`.
@@ -158,9 +159,6 @@ def _load_saved(path: Path, split: str, source: str, image_column: str) -> datas
     for name in stored_files(path):
         check_pointer(path / name)
     dataset = _of_images(datasets.load_from_disk(str(path)), image_column, source)
-    if _is_part(split):
-        parts = datasets.ReadInstruction.from_spec(split).to_absolute({"train": len(dataset)})
-        dataset = dataset.select([row for part in parts for row in range(part.from_, part.to)])
     for name in [name for name, feature in dataset.features.items() if isinstance(feature, datasets.Image)]:
         images, feature = dataset.data.column(name), dataset.features[name]
         whole = whole_paths(images, root, root, f"{shown(source)}, column {shown(name)}")
@@ -170,6 +168,9 @@ def _load_saved(path: Path, split: str, source: str, image_column: str) -> datas
             fingerprint = Hasher.hash([dataset._fingerprint, "whole paths", name, root])
             dataset = dataset.add_column(f"whole {name}", whole, new_fingerprint=fingerprint)
             dataset = dataset.remove_columns(name).rename_column(f"whole {name}", name).cast_column(name, feature)
+    if _is_part(split):
+        parts = datasets.ReadInstruction.from_spec(split).to_absolute({"train": len(dataset)})
+        dataset = dataset.select([row for part in parts for row in range(part.from_, part.to)])
     return dataset
 
 

@@ -145,6 +145,18 @@ def test_a_part_of_a_file_or_a_saved_dataset_is_that_part(pairs: datasets.Datase
                 load(path, "test[:2]")
 
 
+def test_parts_of_a_saved_dataset_keep_images_with_their_captions(pairs: datasets.Dataset, tmp_path: Path) -> None:
+    names = [f"{row}.png" for row in range(4)]
+    rows = datasets.Dataset.from_dict({"image": names, "caption": pairs["caption"][:4]})
+    rows.save_to_disk(tmp_path / "saved")
+    for row, name in enumerate(names):
+        pairs[row]["image"].save(tmp_path / "saved" / name)
+    for split, wanted in (("train[50%:]+train[:50%]", [2, 3, 0, 1]), ("train[:1]+train[3:]", [0, 3])):
+        loaded = load_pairs(str(tmp_path / "saved"), split)
+        assert [row["caption"] for row in loaded] == [pairs[row]["caption"] for row in wanted]
+        assert [row["image"].tobytes() for row in loaded] == [pairs[row]["image"].tobytes() for row in wanted]
+
+
 def test_tables_beside_images_are_not_overlooked(
     images: list[str], pairs: datasets.Dataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
