@@ -132,8 +132,8 @@ def find_copies(
     Rows with equal or near-equal images, the most suspect first.
 
     Args:
-        pairs (`(M, 2)` int64): Of [`near_pairs`]. Of rows that these link, those are one image that are linked by
-            alike thumbnails, or next to each other by brightness with alike ones.
+        pairs (`(M, 2)` int64): Of [`near_pairs`]; those count whose thumbnails are alike. Of the rows that they link,
+            all with the same thumbnail are one image, whatever lies between them.
         rows (`(R,)` int64): The rows in `pairs`, in order.
         thumbnails (`(R, 192)` uint8), words (sequence of sets of `str`): Of the image and the captions of each.
     """
@@ -141,8 +141,9 @@ def find_copies(
     # Between two copies there may be other images of their fingerprint, such as brighter ones.
     linked = _components(ends, len(rows))
     _, equal = np.unique(np.ascontiguousarray(thumbnails).view(f"V{thumbnails.shape[1]}"), return_inverse=True)
-    order = np.lexsort((equal.ravel(), thumbnails.mean(axis=1), linked))
-    ends = np.concatenate([ends, np.stack([order[:-1], order[1:]], axis=1)[np.diff(linked[order]) == 0]])
+    order = np.lexsort((equal.ravel(), linked))
+    same = (np.diff(linked[order]) == 0) & (np.diff(equal.ravel()[order]) == 0)
+    ends = np.concatenate([ends, np.stack([order[:-1], order[1:]], axis=1)[same]])
     alike = [
         np.abs(thumbnails[block[:, 0]].astype(np.int16) - thumbnails[block[:, 1]]).mean(axis=1) <= DIFFERENCE
         for block in (ends[start : start + _BLOCK] for start in range(0, len(ends), _BLOCK))

@@ -183,6 +183,13 @@ def test_copies_are_found_with_other_images_of_their_fingerprint_between_them() 
     assert found[0].rows == (0, 2, 4, 6, 8, 10)
 
 
+def test_a_scene_at_many_exposures_is_not_one_image() -> None:
+    scene, shifts = np.asarray(photo(0)) * 0.5, np.random.default_rng(0).permutation(np.linspace(0, 127, 60))
+    images = [Image.fromarray((scene + shift).astype(np.uint8)) for shift in shifts]
+    found = copies_of(images, [f"word{number} and others" for number in range(60)])
+    assert all(len(copies.rows) < 6 for copies in found)
+
+
 def test_copies_that_agree_are_less_suspect_than_those_that_do_not() -> None:
     images = [photo(0), photo(0), photo(1), photo(1)]
     found = copies_of(images, ["a red cat", "a red cat", "a dog", "some ship"])
