@@ -222,15 +222,21 @@ class Defence(nn.Module):
         """
         if not hasattr(self, "_first"):
             self._first = {name: value.detach().cpu().clone() for name, value in self.state_dict().items()}
-            self._unmade = [name for name, value in self._buffers.items() if value is None]
-            return
-        for name in self._unmade:
-            setattr(self, name, None)
-        if self._first:
+            self._unmade = {key for key, module, name in self._slots() if module._buffers[name] is None}
+        elif self._first or self._unmade:
             self.load_state_dict(self._first)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        for name, value in self._buffers.items():
-            if value is None and prefix + name in state_dict:
-                setattr(self, name, torch.empty_like(state_dict[prefix + name]))
+        # Buffers that are made in training: what a state has of them, and none where it was saved before.
+        for key, module, name in self._slots():
+            there = state_dict.get(prefix + key)
+            if there is None and key in getattr(self, "_unmade", ()):
+                module._buffers[name] = None
+            elif there is not None and module._buffers[name] is None:
+                module._buffers[name] = torch.empty_like(there)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _slots(self) -> Iterator[tuple[str, nn.Module, str]]:
+        """Of each buffer, its own and its modules', made or not, its key in a state, its module and its name there."""
+        for path, module in self.named_modules():
+            yield from ((f"{path}.{name}" if path else name, module, name) for name in module._buffers)

@@ -11,6 +11,7 @@ import torch
 from support.families import siglip
 from support.processes import Aligned
 from support.training import assert_same_bits, digits, make_trainer, small_model, training_log
+from torch import nn
 
 from hf_robust_clip import CLIPTrainer, CLIPTrainingArguments, Defence, RoCLIPTrainer
 from hf_robust_clip.batch import Batch
@@ -53,17 +54,27 @@ class Trimmed(Defence):
         return {"visited": int((~self.fit.isnan()).sum())}
 
 
-class Mean(Defence):
-    """With a buffer that is made in the first step."""
+class Memory(nn.Module):
+    """A module of a defence with a buffer that the first step makes."""
 
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("mean", None)
 
+
+class Mean(Defence):
+    """With buffers, its own and a module's, that are made in the first step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", None)
+        self.memory = Memory()
+
     def forward(self, views: Any, scale: torch.Tensor, batch: Batch) -> dict[str, torch.Tensor]:
         (pairs,) = views.values()
         found = pairs.image_embeds.detach().mean(dim=0)
-        self.mean = found if self.mean is None else 0.9 * self.mean + 0.1 * found
+        for holder in (self, self.memory):
+            holder.mean = found if holder.mean is None else 0.9 * holder.mean + 0.1 * found
         return {"clip_loss": self.contrast(*pairs, scale, batch)}
 
 
@@ -101,8 +112,13 @@ def test_a_buffer_that_is_made_in_training_is_memory_as_well(tmp_path: Path) -> 
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert_same_bits(whole, resumed)
     assert torch.equal(whole.defence.mean, resumed.defence.mean)
-    whole.defence.reset()
-    assert whole.defence.mean is None
+    assert torch.equal(whole.defence.memory.mean, resumed.defence.memory.mean)
+    made = whole.defence.state_dict()
+    assert set(made) == {"mean", "memory.mean"}
+    for forget in (whole.defence.reset, lambda: whole.defence.load_state_dict({})):  # saved before they were made
+        whole.defence.load_state_dict(made)
+        forget()
+        assert whole.defence.mean is whole.defence.memory.mean is None
 
 
 def test_chunks_change_nothing_of_it(tmp_path: Path) -> None:
