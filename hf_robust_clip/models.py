@@ -28,7 +28,7 @@ logger = logging.get_logger(__name__)
 SCALARS = ("logit_scale", "logit_bias")
 #: Errors of a disk or of rights, by their number, and what torch says where there is no memory: weights may be whole.
 _OF_THE_MACHINE = (errno.EACCES, errno.EPERM, errno.ENOSPC, errno.ENOMEM, errno.EMFILE)
-_NO_MEMORY = ("out of memory", "can't allocate memory")
+_NO_MEMORY = ("out of memory", "can't allocate memory", "Cannot allocate memory")
 #: Text towers whose positions start behind the padding token's number.
 _OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "altclip_text_model")
 

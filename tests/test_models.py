@@ -114,6 +114,7 @@ def test_weights_that_are_cut_short_are_named(part: float, saved: Path, adapters
         OSError(errno.ENOSPC, "No space left on device"),
         torch.OutOfMemoryError("CUDA out of memory"),
         RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("unable to mmap 1001 bytes from file <w.bin>: Cannot allocate memory (12)"),
     ],
 )
 def test_whole_weights_are_not_called_damaged(error: Exception, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from transformers.utils import logging
 
 from ..arguments import check_choice, check_whole
 from ..batch import Batch, Embeddings
-from ..columns import captions_of, naming
+from ..columns import captions_of, has_transform, naming
 from ..data.rows import column_values, poison_flags
 from ..losses import MATCHINGS, Matching, roclip_loss
 from ..methods import ANYTHING, CONSISTENT, FIRST, WORDS, Line, Method, Panel, Series, Statement
@@ -294,6 +294,8 @@ def adversarial_rows(dataset: Any, caption_column: str, phrase: str | None) -> n
     """Which captions are of the adversarial class `(N,)`, bool; `None` where the dataset does not say."""
     rows = poison_flags(dataset)
     if rows is not None and phrase is not None:
+        if has_transform(dataset):  # whose captions take reading every row
+            return None
         names = naming(phrase)
         rows |= np.array([any(map(names, captions_of(value))) for value in column_values(dataset, caption_column)])
     return rows

@@ -275,7 +275,7 @@ class SafeCLIP(Defence):
         if 0 < round(latest.safe_share * self.splits.rows) < batch:
             logger.warning(
                 f"The safe set of epoch {epoch} holds fewer pairs than a batch of all processes, {batch}: no image "
-                "learns from a caption. Lower the batch size or safe_threshold."
+                "learns from a caption. Lower the batch size or safe_threshold, or raise safe_cap."
             )
         return {f"split_{name}": value for name, value in latest._asdict().items() if value == value}
 

@@ -12,6 +12,7 @@ from support.training import digits, make_trainer, poisoned_pairs, training_log
 
 from hf_robust_clip import CLIPTrainer, RoCLIPTrainer, RoCLIPTrainingArguments
 from hf_robust_clip.defences import RoCLIP
+from hf_robust_clip.defences.roclip import adversarial_rows
 
 ROWS, BATCH, POOL = 32, 8, 20
 #: Four epochs of four steps, of which the second and the last match.
@@ -146,6 +147,13 @@ def test_pool_age_counts_optimizer_steps(tmp_path: Path) -> None:
     trainer = make_trainer(RoCLIPTrainer, tmp_path, pool_size=40, gradient_accumulation_steps=2, max_steps=4)
     trainer.train()
     assert [entry["pool_age"] for entry in training_log(trainer)] == [0.5, 1.5, 2, 2]
+
+
+def test_adversarial_rows_are_unknown_where_a_transform_makes_the_captions() -> None:
+    data = digits().select(range(8)).add_column("poisoned", [True] + 7 * [False])
+    transformed = data.with_transform(lambda rows: 1 / 0)
+    assert adversarial_rows(transformed, "caption", TARGET) is None
+    assert adversarial_rows(transformed, "caption", None).tolist() == data["poisoned"][:]
 
 
 def test_adversarial_rows_of_lists_of_captions(tmp_path: Path) -> None:
