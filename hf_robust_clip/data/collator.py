@@ -92,6 +92,11 @@ class CLIPDataCollator:
         # In shared memory, so that worker processes that live on through the epochs see the number change.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
+    @property
+    def augmentation(self) -> Callable[[str, int], str] | None:
+        """What it augments captions with: `None` where all of its views are originals."""
+        return None if set(self.views) == {ORIGINAL} else self.text_augmentation
+
     def set_epoch(self, epoch: int) -> None:
         """Draw what belongs to this epoch (from 0) from now on, in worker processes too."""
         self._epoch.fill_(epoch)

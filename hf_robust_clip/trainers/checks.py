@@ -283,9 +283,7 @@ def check_trained(model: nn.Module) -> None:
     )
 
 
-def check_collator(
-    collator: Any, args: CLIPTrainingArguments, text_views: Sequence[str], text_augmentation: Any
-) -> None:
+def check_collator(collator: Any, args: CLIPTrainingArguments) -> None:
     """`ValueError` for a collator that contradicts the arguments."""
     if not isinstance(collator, CLIPDataCollator):
         raise ValueError(f"data_collator must be a CLIPDataCollator, but is {type(collator).__name__}")
@@ -298,6 +296,10 @@ def check_collator(
     length = collator.max_length or collator.tokenizer.model_max_length
     if args.max_length not in (None, length):
         raise ValueError(f"max_length is {shown(args.max_length)} in args, but {shown(length)} in data_collator")
+
+
+def check_views(collator: CLIPDataCollator, text_views: Sequence[str], text_augmentation: Any) -> None:
+    """`ValueError` for a collator whose captions are not those that a trainer trains on."""
     # Without an augmentation all views are copies, whatever they are called.
     augmented, wanted = ([view != ORIGINAL for view in views] for views in (collator.views, text_views))
     if len(augmented) != len(wanted) or (text_augmentation is not None and augmented != wanted):
@@ -307,12 +309,12 @@ def check_collator(
         )
     # Augmentations of one kind and of the same settings have one `repr`.
     ours, theirs = (
-        (repr(given), getattr(given, "lexicon", None)) for given in (text_augmentation, collator.text_augmentation)
+        (repr(given), getattr(given, "lexicon", None)) for given in (text_augmentation, collator.augmentation)
     )
     if ours != theirs:
         raise ValueError(
             f"text_augmentation is {shown(text_augmentation)} in the trainer, from text_preset where it is not given, "
-            f"but {shown(collator.text_augmentation)} in data_collator, which augments captions: accepted are two of "
+            f"but {shown(collator.augmentation)} in data_collator, which augments captions: accepted are two of "
             "the same, where None of data_collator is 'identity' of the trainer"
         )
 
@@ -343,7 +345,7 @@ def resolve_image_augmentation(
 
 def own_text_augmentation(collator: Any, args: CLIPTrainingArguments, views: Sequence[str]) -> Any:
     """That of the user's collator, where no other was given. One without any leaves a trainer of one view without."""
-    own = getattr(collator, "text_augmentation", None)
+    own = getattr(collator, "augmentation", None)
     if own is None and len(views) == 1 and args.text_preset != IDENTITY:
         logger.warning(
             f"data_collator has no text_augmentation, so captions are not augmented, and text_preset="

@@ -15,7 +15,7 @@ from ..data.collator import CLIPDataCollator, RowsOnHost
 from ..data.rows import IndexedDataset
 from ..data.streams import Stream, StreamCollator
 from ..models import caption_padding, longest_caption
-from .checks import check_collator
+from .checks import check_collator, check_views
 
 
 def training_collator(
@@ -25,10 +25,13 @@ def training_collator(
     args: CLIPTrainingArguments,
     views: tuple[str, ...],
     text_augmentation: Callable[[str, int], str] | None,
+    trains: bool,
 ) -> CLIPDataCollator:
     """The collator of a training: the one that was given, if it does not contradict the arguments, or a new one."""
     if given is not None:
-        check_collator(given, args, views, text_augmentation)
+        check_collator(given, args)
+        if trains:
+            check_views(given, views, text_augmentation)
         return given
     return CLIPDataCollator(
         processor,

@@ -239,7 +239,10 @@ class CLIPTrainer(Trainer):
                 f"text_augmentation, or text_preset={shown(args.text_preset)}, would change nothing: "
                 f"{type(defence).__name__} as it is takes captions un-augmented; accepted is 'identity'"
             )
-        collator = training_collator(data_collator, processing_class, encoder, args, text_views, text_augmentation)
+        trains = train_dataset is not None
+        collator = training_collator(
+            data_collator, processing_class, encoder, args, text_views, text_augmentation, trains
+        )
         if peft_config is not None:
             encoder = add_adapters(encoder, peft_config, args.seed)
         check_adapters(encoder, args)
@@ -876,7 +879,7 @@ class CLIPTrainer(Trainer):
             after=self.run_log.after,
             defence=self.defence,
             image_size=self.data_collator.preprocess.image_size,
-            augmentations=(self.image_augmentation, self.data_collator.text_augmentation),
+            augmentations=(self.image_augmentation, self.data_collator.augmentation),
             skipped=self.run_log.skipped,
             seconds=self.run_log.seconds,
             sigmoid=self.step.sigmoid,

@@ -431,6 +431,14 @@ def test_own_collator_that_is_not_what_the_trainer_needs_is_refused(
     assert len(str(caught.value)) <= 600
 
 
+def test_own_collator_that_only_evaluates_needs_no_views_of_training(tmp_path: Path) -> None:
+    rows = digits().select(range(8))
+    trainer = make_trainer(
+        CleanCLIPTrainer, tmp_path, train_dataset=None, eval_dataset=rows, data_collator=collator("original")
+    )
+    assert trainer.evaluate()["eval_loss"] > 0
+
+
 def test_own_collator_of_one_view_leaves_captions_as_they_are_and_says_so(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -448,6 +456,7 @@ def test_own_collator_of_one_view_leaves_captions_as_they_are_and_says_so(
         (CLIPTrainer, collator("original"), {"image_augmentation": "weak", "max_length": 16}),
         (CLIPTrainer, collator("b", text_augmentation=shout), {}),
         (RoCLIPTrainer, collator("original"), {"text_augmentation": "identity"}),
+        (CLIPTrainer, collator("b", text_augmentation=shout).with_views(("original",)), {}),
         (RoCLIPTrainer, collator("b", text_augmentation=shout), {}),
         (CleanCLIPTrainer, collator("original", "b", text_augmentation=TextAugmentation()), {"text_preset": "light"}),
         (SafeCLIPTrainer, collator("a", "b", text_augmentation=TextAugmentation()), {"text_augmentation": "eda"}),
@@ -459,7 +468,7 @@ def test_own_collator_augments_captions(
 ) -> None:
     trainer = make_trainer(cls, tmp_path, data_collator=own, **change)
     trainer.step.prepared(trainer.receive(own([{**digits()[row], "row_index": row} for row in range(4)])), True)
-    augmentation = own.text_augmentation
+    augmentation = own.augmentation
     expected = {None: None, shout: "shout"}.get(augmentation, repr(augmentation))
     assert trainer.record().augmentation.captions == expected
 
