@@ -21,8 +21,8 @@ ROWS, SHOWN, PHOTOS, NAME = 10, 5, 5, 60
 _SIDE = 128
 #: What is known of false alarms, without a base and with one. docs/scanning-checkpoints.md has the figures.
 FALSE_ALARMS = (
-    "Of eight models of digits that were never poisoned, one reached the threshold: their highest scores were 2.76, "
-    "1.69 and 1.13. How often other models do is not known.",
+    "Of eight models of digits that were never poisoned, one reached the threshold: their highest scores were 2.55, "
+    "1.80 and 1.74. How often other models do is not known.",
     "How often models that were never poisoned reach the threshold against their base is not known.",
 )
 #: What is known to escape, one entry a kind.
