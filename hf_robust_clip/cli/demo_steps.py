@@ -113,7 +113,7 @@ def run_steps(folder: Path, seed: int, trigger_name: str, recipe: Recipe, quick:
         if name == "roclip":
             details["matching"] = _matching(record)
         elif isinstance(trainer, SafeCLIPTrainer):
-            details["splits"] = trainer.splits.to_list()
+            details["splits"] = trainer.defence.notes()["splits"]
 
     results["setup"] = {
         "defence": defence,

@@ -179,7 +179,8 @@ def test_splits_are_noted_down(all_three):
     splits = results["splits"]
     assert [split["epoch"] for split in splits] == [1, 2]
     for split in splits:
-        assert set(split) == {*SplitRecord._fields, "histogram"}
+        assert set(split) == {*SplitRecord._fields, "histogram", "safe_batches"}
+        assert 0 <= split["safe_batches"] <= split["safe_share"] * results["setup"]["pairs"] / 2
         clean, poisoned = (split["histogram"][kind] for kind in ("clean", "poisoned"))
         assert len(clean) == len(poisoned) == BINS
         assert sum(poisoned) == results["setup"]["poisons"]
