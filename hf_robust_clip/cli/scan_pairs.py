@@ -14,6 +14,8 @@ from .output import UsageError, check_apart, output_folder, say, usage_errors, w
 SCORES, GROUPS, REPORT, KEPT, CLEANED = "scores.parquet", "groups.json", "report.html", "kept", "cleaned"
 #: Groups that are printed.
 _PRINTED = 5
+#: Epochs and learning rate of the cleaning of --verify, where none are given.
+_VERIFY_EPOCHS, _VERIFY_RATE = 4, 1e-5
 
 
 def add_parser(commands: Any) -> None:
@@ -48,8 +50,8 @@ def add_parser(commands: Any) -> None:
         "opinion, and leave it in cleaned/",
     )
     epochs, rate = spelled("--verify-epochs"), spelled("--verify-learning-rate")
-    add(*epochs, type=int, metavar="N", help="with --verify: epochs of that cleaning (default: 4)")
-    add(*rate, type=float, metavar="RATE", help="with --verify: its learning rate (default: 1e-5)")
+    add(*epochs, type=int, metavar="N", help=f"with --verify: epochs of that cleaning (default: {_VERIFY_EPOCHS})")
+    add(*rate, type=float, metavar="RATE", help=f"with --verify: its learning rate (default: {_VERIFY_RATE})")
     add(*spelled("--batch-size"), type=int, default=64, metavar="N", help="pairs embedded at a time (default: 64)")
     add(*spelled("--num-workers"), type=int, default=0, metavar="N", help="processes that decode (default: this one)")
     add("--device", metavar="NAME", help="such as cuda:1 or cpu (default: an accelerator if there is one)")
@@ -174,8 +176,8 @@ def _verified(args: argparse.Namespace, scan: Any, dataset: Any, model: Any, pro
         say(f"Cleaning the last model on the {len(trusted)} least suspect pairs")
         settings = CleanCLIPTrainer.args_class(
             str(args.output_dir / CLEANED),
-            num_train_epochs=4 if args.verify_epochs is None else args.verify_epochs,
-            learning_rate=1e-5 if args.verify_learning_rate is None else args.verify_learning_rate,
+            num_train_epochs=_VERIFY_EPOCHS if args.verify_epochs is None else args.verify_epochs,
+            learning_rate=_VERIFY_RATE if args.verify_learning_rate is None else args.verify_learning_rate,
             per_device_train_batch_size=min(args.batch_size, len(trusted)),
             seed=args.seed,
             save_strategy="no",
