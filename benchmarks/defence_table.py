@@ -150,7 +150,7 @@ def table_cells(study: Study, chosen: Mapping[str, float]) -> list[Cell]:
     for seed in study.seeds:
         for attack, poisoning in study.attacks.items():
             for row in study.rows:
-                if not (study.has(row, attack, seed) and study.has(attack, attack, seed)):
+                if not study.has(row, attack, seed):
                     continue
                 made = [make_cell(study, row, attack, poisoning, seed, chosen)]
                 if twin_row(row, study.rows) == row != TWIN and study.has(CLEANED_TWINS, attack, seed):

@@ -92,7 +92,7 @@ class Study:
         rows (sequence of `str`): Those of the table, of `ROWS`.
         seeds (sequence of `int`): Those of the table.
         only (mapping): Of a row, an attack or `"cleaned_twins"`, the never-poisoned model after each cleaning, to the
-            `attacks` and `seeds` that it has cells for. Default: all.
+            `rows`, `attacks` and `seeds` that it has cells for. Default: all.
         measures (sequence of `str`): Of `MEASURES`.
         renderings (`int`): Of each digit.
         train_per_class, test_per_class (`int`, *optional*): Most photos of a class, the first ones.
@@ -131,7 +131,7 @@ class Study:
         _check_names("search.learning_rates", self.search.learning_rates, (*PHASES[1:], *ROWS))
         _check_names("only", self.only, (*self.rows, *self.attacks, CLEANED_TWINS))
         for name, parts in self.only.items():
-            _check_names(f"only.{name}", parts, ("attacks", "seeds"))
+            _check_names(f"only.{name}", parts, ("rows" if name in self.attacks else "attacks", "seeds"))
             for part, values in parts.items():
                 _check_names(f"only.{name}.{part}", values, getattr(self, part))
         if not self.attacks:
@@ -157,9 +157,12 @@ class Study:
         return row_augmentation(ROWS, self.image_augmentation, row)
 
     def has(self, name: str, attack: str, seed: int) -> bool:
-        """Whether a row, an attack or `"cleaned_twins"` has a cell for an attack and a seed."""
-        parts = self.only.get(name, {})
-        return attack in parts.get("attacks", self.attacks) and seed in parts.get("seeds", self.seeds)
+        """Whether a row or `"cleaned_twins"` has a cell for an attack and a seed."""
+        parts, own = self.only.get(name, {}), self.only.get(attack, {})
+        # A cleaned twin's own row has been asked for.
+        if name not in (CLEANED_TWINS, *own.get("rows", (name,))) or attack not in parts.get("attacks", (attack,)):
+            return False
+        return all(seed in one.get("seeds", (seed,)) for one in (parts, own))
 
     def rates(self, row: str) -> list[float]:
         """The learning rates that the search tries for a row."""

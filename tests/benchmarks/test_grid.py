@@ -181,10 +181,16 @@ def test_the_table_has_every_row_attack_and_seed_once() -> None:
     assert all((cell.rebound_rate is None) == (cell.start is None and cell.row not in alone) for cell in cells)
 
 
-def test_a_study_can_have_fewer_cells_for_a_row_an_attack_and_cleaned_twins() -> None:
+@pytest.mark.parametrize("said", ["of the row", "of the attack"])
+def test_a_study_can_have_fewer_cells_for_a_row_an_attack_and_cleaned_twins(said: str) -> None:
     attacks = {"patch": STUDY.attacks["patch"], "large": {"trigger": {"name": "patch", "size": 5}, "rate": 0.05}}
     whole = replace(STUDY, attacks=attacks, seeds=(0, 1), rows=("undefended", "twin", "plain"))
-    fewer = {"large": {"seeds": [0]}, "plain": {"attacks": ["patch"]}, "cleaned_twins": {"seeds": [1]}}
+    fewer: dict = {"large": {"seeds": [0]}, "cleaned_twins": {"seeds": [1]}}
+    if said == "of the row":
+        fewer["plain"] = {"attacks": ["patch"]}
+    else:
+        fewer["large"]["rows"] = ["undefended", "twin"]
+        fewer["patch"] = {"rows": ["undefended", "twin", "plain"]}
     left_out = {
         *(("undefended", "large", 1, False), ("twin", "large", 1, True), ("plain", "patch", 0, True)),
         *(("plain", "large", seed, twin) for seed in (0, 1) for twin in (False, True)),
@@ -195,6 +201,7 @@ def test_a_study_can_have_fewer_cells_for_a_row_an_attack_and_cleaned_twins() ->
     }
     assert left == {name: key for name, key in of.items() if name not in left_out}
     wrong: list[tuple[dict, str]] = [({"plane": {}}, "plain"), ({"plain": {"seed": [0]}}, "seeds")]
+    wrong += [({"large": {"rows": ["plane"]}}, "plain"), ({"plain": {"rows": ["plain"]}}, "rows")]
     for only, named in (*wrong, ({"plain": {"seeds": [2]}}, "2")):
         with pytest.raises(ValueError, match=f"only.*{named}"):
             replace(whole, only=only)
