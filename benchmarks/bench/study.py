@@ -91,8 +91,8 @@ class Study:
         image_augmentation (mapping): Of row to the arguments of [`~hf_robust_clip.ImageAugmentation`].
         rows (sequence of `str`): Those of the table, of `ROWS`.
         seeds (sequence of `int`): Those of the table.
-        only (mapping): Of a row, an attack or `"cleaned_twins"`, the never-poisoned model after each cleaning, to the
-            `rows`, `attacks` and `seeds` that it has cells for. Default: all.
+        only (mapping): Of a row or `"cleaned_twins"`, the never-poisoned model after each cleaning, to the `attacks`
+            and `seeds` that it has cells for; of an attack to its `rows` and `seeds`. Default: all.
         measures (sequence of `str`): Of `MEASURES`.
         renderings (`int`): Of each digit.
         train_per_class, test_per_class (`int`, *optional*): Most photos of a class, the first ones.
