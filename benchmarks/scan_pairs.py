@@ -132,7 +132,7 @@ def scanned(suspect: Scanned, left: int | None) -> dict[str, Any]:
             "members": top.size,
             "checkpoint": top.checkpoint,
         },
-        "suspect": int(np.sum(scan.scores["suspect"])),
+        "suspect": scan.suspects,
         "disagreeing": len(scan.disagreeing),
         "scan_cpu_seconds": round(seconds, 1),
     }

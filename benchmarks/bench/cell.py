@@ -28,7 +28,7 @@ from hf_robust_clip.models import load_dual_encoder, load_processor
 from hf_robust_clip.versions import versions
 
 from .attack import Planted, plant
-from .filtering import DROP, SCAN_VERSION, epoch_checkpoints, random_drop
+from .filtering import SCAN_VERSION, epoch_checkpoints, random_drop
 from .material import Material, load_material, start_model
 from .rebound import REBOUND, rebound
 from .study import FILTER, ROWS, TWIN, Study, digest
@@ -57,7 +57,7 @@ class Cell:
         arguments (mapping): Training arguments in place of the row's.
         start (`Cell`, *optional*): Whose model it starts from.
         scanned (`Cell`, *optional*): Under whose checkpoints the pairs are scanned before training, which drops a
-            tenth of them. Row `filter` needs it.
+            tenth of them, or all that are suspect where these are more. Row `filter` needs it.
         twin (`bool`): Whether nothing is planted: the same training on the pairs as they were, which the attack is
             then measured on.
         rebound_rate (`float`, *optional*): Learning rate at which a cleaned model is fine-tuned on plainly, after it
@@ -233,9 +233,9 @@ def _train(cell: Cell, model: Any, processor: Any, material: Material, planted: 
     elif cell.scanned:
         checkpoints = epoch_checkpoints(folder.parent / cell.scanned.model_key)
         scan = scan_pairs(checkpoints, processor, pairs, **columns, batch_size=256, seed=cell.seed)
-        pairs = scan.keep(pairs, DROP)
+        pairs = scan.keep(pairs, drop=None)
         poisons = sum(pairs[POISONED]) if POISONED in pairs.column_names else 0
-        left_out = {"kept": len(pairs), "poisons_kept": poisons, "suspect": sum(scan.scores["suspect"])}
+        left_out = {"kept": len(pairs), "poisons_kept": poisons, "suspect": scan.suspects}
     # What a scan of pairs needs of those that learn the pairs as they are.
     saving = {"save_strategy": "epoch", "save_only_model": True} if cell.row in ("undefended", TWIN) else {}
     set_seed(cell.seed)

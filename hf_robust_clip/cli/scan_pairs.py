@@ -97,8 +97,6 @@ def run(args: argparse.Namespace) -> int:
 
 def _scan(args: argparse.Namespace) -> int:
     # These import torch and datasets, which takes seconds.
-    import pyarrow.compute as pc
-
     from ..files import write_text
     from ..scanning.found import disagrees
     from ..scanning.pairs import scan_pairs
@@ -130,8 +128,7 @@ def _scan(args: argparse.Namespace) -> int:
         stay = None if args.drop is None else _keep(scan, dataset, args.drop, args.output_dir)
         page = render_pair_scan(scan, dataset, args.image_column, args.caption_column)
         write_text(args.output_dir / REPORT, page)
-    suspect = pc.sum(scan.scores.data.column("suspect")).as_py()
-    say(f"{len(scan.scores)} pairs under {len(loaded)} model(s); {suspect} are above the default cut-off.")
+    say(f"{len(scan.scores)} pairs under {len(loaded)} model(s); {scan.suspects} are above the default cut-off.")
     for group in scan.groups[:_PRINTED]:
         verdict = {None: "", True: ", confirmed", False: ", not confirmed"}[group.confirmed]
         where = "of the pixels" if group.checkpoint is None else f"model {group.checkpoint + 1}"

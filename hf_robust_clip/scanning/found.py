@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -12,6 +13,7 @@ import datasets
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import rankdata
+from transformers.utils import logging
 
 from ..columns import check_numbered
 from ..data.filtered import note_filtered
@@ -26,12 +28,16 @@ from .features import encode
 from .reading import PairReader, identity, key_of
 from .sample import first_captions
 
+logger = logging.get_logger(__name__)
+
 #: Rows with the image of a suspect set of copies at least, the least disagreement of their captions, and the most
 #: pairs that are suspect so, as a share: in data with a row for each caption of an image, five copies are usual.
 LEAST_COPIES, LEAST_DISAGREEMENT, MOST_COPIES = 3, 0.5, 0.05
 #: Mean rank of a group's members under a cleaned model from which on it is confirmed. Poisoned groups had 0.74 to 0.97
 #: where it was chosen, natural ones 0.41 to 0.57.
 CONFIRMED = 0.65
+#: Share of the pairs that [`PairScan.keep`] leaves out, unless it is told another.
+DROP = 0.1
 #: Rows whose scores are read at a time, and pairs next to a group that its description names.
 _BLOCK, _DESCRIBED = 100_000, 100
 
@@ -106,24 +112,40 @@ class PairScan:
     # Where the scores are, unless in memory: it goes when the scan does.
     _folder: tempfile.TemporaryDirectory[str] | None = field(default=None, repr=False, compare=False)
 
-    def keep(self, dataset: Any, drop: float = 0.1) -> Any:
+    @property
+    def suspects(self) -> int:
+        """How many pairs the default cut-off takes."""
+        return int(self._column("suspect").sum())
+
+    def keep(self, dataset: Any, drop: float | None = DROP) -> Any:
         """
-        The pairs that stay when the most suspect share is dropped, with all columns, in order. Their description says
-        so, and so does the record of a model that is trained on them.
+        The pairs that stay when the most suspect are dropped, with all columns, in order. Their description says so,
+        and so does the record of a model that is trained on them.
 
         Args:
             dataset: That was scanned, with numbered rows (`datasets.Dataset`) or a stream
                 (`datasets.IterableDataset`). Without a `key_column` it must have one shard, in its own order: who
                 reads shards in parts or shuffled counts their rows anew.
-            drop (`float`, defaults to 0.1): Share of the pairs, in [0, 1).
+            drop (`float` or `None`, defaults to 0.1): Share of the pairs, in [0, 1). `None`: a tenth, or all that the
+                default cut-off takes where these are more. A warning says how many of them a share leaves in.
 
         Raises:
             `ValueError`: If `drop` is not such a share, the dataset has another number of rows, or those of a stream
                 have neither key nor number.
         """
-        _check_share("drop", drop, "[0, 1)", lambda: 0 <= drop < 1)
+        if drop is not None:
+            _check_share("drop", drop, "[0, 1)", lambda: 0 <= drop < 1)
         self._check_kind(dataset)
-        least = round(drop * len(self.scores))
+        suspects, least = self.suspects, round((DROP if drop is None else drop) * len(self.scores))
+        if drop is None:
+            least = max(least, suspects)
+        elif 0 < least < suspects:
+            enough = math.ceil(1000 * suspects / len(self.scores)) / 1000
+            logger.warning(
+                f"drop={drop:g} leaves {suspects - least} of the {suspects} suspect pairs in, drop={enough:g} none. "
+                "Look at the groups: are they poisons?"
+            )
+        # The suspect ones have the first ranks.
         kept = self._without(dataset, self._rows_where("rank", lambda rank: rank <= least))
         note_filtered(kept, "scan_pairs", least, len(self.scores))
         return kept

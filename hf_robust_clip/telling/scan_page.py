@@ -70,7 +70,7 @@ def render_pair_scan(
     environment = templates(autoescape=True)
     return environment.get_template("pair_scan.html.j2").render(
         pairs=len(scan.scores),
-        suspect=int(np.sum(scan.scores["suspect"])),
+        suspect=scan.suspects,
         known=scan.known,
         chance=scan.chance,
         groups=groups,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,20 @@ def test_keep_leaves_out_the_most_suspect_share_and_keeps_order_and_columns(
     expected = [caption for caption, place in zip(pairs["caption"], rank, strict=True) if place > round(12.4)]
     assert kept["caption"][:] == expected
     assert len(scan.keep(pairs, drop=0)) == len(pairs)
+
+
+def test_keep_leaves_out_all_suspects_and_a_share_that_leaves_some_in_is_warned_of(
+    scan: PairScan, pairs: datasets.Dataset, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = np.asarray(scan.scores["rank"]) <= 31
+    many = replace(scan, scores=scan.scores.remove_columns("suspect").add_column("suspect", first))
+    assert many.suspects == 31
+    assert many.keep(pairs, None)["caption"][:] == pairs.select(np.flatnonzero(~first))["caption"][:]
+    assert not caplog.text
+    assert len(many.keep(pairs, 0.1)) == 112
+    assert "drop=0.1 leaves 19 of the 31 suspect pairs in, drop=0.25 none." in caplog.text
+    caplog.clear()
+    assert len(many.keep(pairs, 0.25)) == 93 and not caplog.text
 
 
 @pytest.mark.parametrize("drop", [1, -0.1, True, "0.1"])
