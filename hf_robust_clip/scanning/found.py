@@ -136,18 +136,17 @@ class PairScan:
         if drop is not None:
             _check_share("drop", drop, "[0, 1)", lambda: 0 <= drop < 1)
         self._check_kind(dataset)
-        suspects, least = self.suspects, round((DROP if drop is None else drop) * len(self.scores))
-        if drop is None:
-            least = max(least, suspects)
-        elif 0 < least < suspects:
-            enough = math.ceil(1000 * suspects / len(self.scores)) / 1000
+        suspects, rows = self.suspects, len(self.scores)
+        least = max(round(DROP * rows), suspects) if drop is None else round(drop * rows)
+        if 0 < least < suspects:
+            enough = math.ceil(1000 * suspects / rows) / 1000
             logger.warning(
-                f"drop={drop:g} leaves {suspects - least} of the {suspects} suspect pairs in, drop={enough:g} none. "
+                f"drop={drop} leaves {suspects - least} of the {suspects} suspect pairs in, drop={enough:g} none. "
                 "Look at the groups: are they poisons?"
             )
         # The suspect ones have the first ranks.
         kept = self._without(dataset, self._rows_where("rank", lambda rank: rank <= least))
-        note_filtered(kept, "scan_pairs", least, len(self.scores))
+        note_filtered(kept, "scan_pairs", least, rows)
         return kept
 
     def flag(self, dataset: Any) -> Any:
