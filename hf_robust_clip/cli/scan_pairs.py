@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from ..locking import sole_writer
+from ..wording import shortened
 from .flags import add_columns, check_source, check_whole, spelled
 from .output import UsageError, check_apart, output_folder, say, usage_errors, write_json
 
 SCORES, GROUPS, REPORT, KEPT, CLEANED = "scores.parquet", "groups.json", "report.html", "kept", "cleaned"
+#: What --drop takes beside a share: `drop=None` of `PairScan.keep`.
+_SUSPECTS = "suspects"
 #: Groups that are printed.
 _PRINTED = 5
 #: Epochs and learning rate of the cleaning of --verify, where none are given.
@@ -42,7 +45,13 @@ def add_parser(commands: Any) -> None:
         help="keeps what is done: the same command goes on there after it was stopped",
     )
     add(*spelled("--output-dir"), type=Path, metavar="FOLDER", help="new folder for what is found")
-    add("--drop", type=float, metavar="SHARE", help="share of the pairs, the most suspect, that kept/ leaves out")
+    add(
+        "--drop",
+        type=_share,
+        metavar="SHARE",
+        help="share of the pairs, the most suspect, that kept/ leaves out; or 'suspects': a tenth, or all that are "
+        "suspect where these are more",
+    )
     add(
         "--verify",
         action="store_true",
@@ -65,8 +74,11 @@ def run(args: argparse.Namespace) -> int:
     check_whole("--batch-size", args.batch_size, 1)
     check_whole("--num-workers", args.num_workers, 0)
     check_whole("--seed", args.seed, 0)
-    if args.drop is not None and not 0 < args.drop < 1:
-        raise UsageError(f"--drop: {args.drop} is not a share of the pairs between 0 and 1, such as 0.1")
+    if args.drop not in (None, _SUSPECTS) and not (isinstance(args.drop, float) and 0 < args.drop < 1):
+        raise UsageError(
+            f"--drop: {shortened(str(args.drop))} is not a share of the pairs between 0 and 1, such as 0.1, or "
+            f"'{_SUSPECTS}'"
+        )
     if args.streaming and args.verify:
         raise UsageError(
             "--verify trains on the least suspect half of the pairs, which needs their numbers: leave --streaming out"
@@ -93,6 +105,14 @@ def run(args: argparse.Namespace) -> int:
     lock = sole_writer(args.output_dir, "--output-dir", "a scan")
     with output_folder(args.output_dir, lock, files=(SCORES, GROUPS, REPORT), folders=(KEPT, CLEANED)):
         return _scan(args)
+
+
+def _share(text: str) -> float | str:
+    """A number where the text is one."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def _scan(args: argparse.Namespace) -> int:
@@ -144,10 +164,11 @@ def _scan(args: argparse.Namespace) -> int:
     return 0
 
 
-def _keep(scan: Any, dataset: Any, drop: float, folder: Path) -> int:
+def _keep(scan: Any, dataset: Any, share: float | str, folder: Path) -> int:
     """Write the pairs that stay, images as they were stored, and say how many they are."""
     import datasets
 
+    drop = None if share == _SUSPECTS else share
     if isinstance(dataset, datasets.Dataset):
         kept = scan.keep(dataset, drop)
         kept.save_to_disk(str(folder / KEPT))

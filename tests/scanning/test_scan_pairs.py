@@ -199,7 +199,9 @@ def test_a_scan_without_the_extra_of_its_page_fails_before_it_begins(
 
 
 @pytest.mark.training
-def test_the_command_writes_what_it_says(pairs: datasets.Dataset, tmp_path: Path, capsys: Any) -> None:
+def test_the_command_writes_what_it_says(
+    pairs: datasets.Dataset, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     small_model(0).save_pretrained(tmp_path / "model")
     digit_processor().save_pretrained(tmp_path / "model")
     pairs.to_parquet(tmp_path / "pairs.parquet")
@@ -220,6 +222,10 @@ def test_the_command_writes_what_it_says(pairs: datasets.Dataset, tmp_path: Path
     stream = ["--streaming", "--cache-dir", str(tmp_path / "cache"), "--drop", "0.1"]
     assert main([*command, "--output-dir", str(tmp_path / "streamed"), *stream]) == 0
     assert "112 pairs stay" in capsys.readouterr().out
+    with monkeypatch.context() as patched:
+        patched.setattr(PairScan, "suspects", 20)
+        assert main([*command, "--output-dir", str(tmp_path / "suspects"), "--drop", "suspects"]) == 0
+    assert "20 are above the default cut-off" in (printed := capsys.readouterr().out) and "104 pairs stay" in printed
     one, other = (datasets.load_from_disk(str(tmp_path / name / "kept")) for name in ("out", "streamed"))
     assert one.features == other.features and one.info.description == other.info.description
     stored = [dataset.cast_column("image", datasets.Image(decode=False))[:] for dataset in (one, other)]
@@ -245,3 +251,7 @@ def test_the_command_writes_what_it_says(pairs: datasets.Dataset, tmp_path: Path
     assert "the following arguments are required: MODELS" in capsys.readouterr().err
     assert main([*command, "--output-dir", str(tmp_path / "other"), "--drop", "2"]) == 2
     assert "--drop: 2.0 is not a share of the pairs" in capsys.readouterr().err
+    assert main([*command, "--output-dir", str(tmp_path / "other"), "--drop", "all"]) == 2
+    assert "--drop: all is not a share of the pairs between 0 and 1, such as 0.1, or 'suspects'" in (
+        capsys.readouterr().err
+    )
