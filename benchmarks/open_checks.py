@@ -4,9 +4,9 @@ What the papers leave open, one command each, on the digits or any study:
     python benchmarks/open_checks.py pool_size
     python benchmarks/open_checks.py all --seeds 0 1
 
-Writes the figures, a table and a plot as `benchmarks/results/checks/STUDY-CHECK.json`, `.md` and `.png`, with the
-learning rates that `defence_table.py` found for the study, whose cells it takes over where they are the same. Goes on
-where it was interrupted, as that does.
+Writes the figures, a table and a plot as `benchmarks/results/checks/STUDY-CHECK.json`, `.md` and `.png` (with
+`-ATTACK` where that is not blended noise), with the learning rates that `defence_table.py` found for the study, whose
+cells it takes over where they are the same. Goes on where it was interrupted, as that does.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ def describe(variant: Variant, results: Results) -> dict[str, Any]:
         "seeds": [cell["seed"] for cell in cells],
         "accuracy": [cell["figures"]["clean_accuracy"] for cell in cells],
         "attack_success": [cell["figures"][cell["success"]] for cell in cells],
+        "excess": [cell["figures"].get("excess_success_rate") for cell in cells],
         "poisons": [cell["counts"]["poisons"] for cell in cells],
         "scan_left": [cell["course"].get("filter", {}).get("poisons_kept") for cell in cells],
         "attacked": [cell["counts"]["attacked"] for cell in cells],
@@ -47,12 +48,15 @@ def describe(variant: Variant, results: Results) -> dict[str, Any]:
 def markdown(content: Mapping[str, Any]) -> str:
     """The check's table."""
     scanned = any(count is not None for variant in content["variants"] for count in variant.get("scan_left", ()))
-    titles = ["clean accuracy", "attack success", *(["poisons that the scan left"] if scanned else [])]
-    titles += ["attacked", "seconds"]
+    with_excess = all(None not in variant.get("excess", [None]) for variant in content["variants"])
+    titles = ["clean accuracy", "attack success", *(["above the mean of its placebos"] if with_excess else [])]
+    titles += [*(["poisons that the scan left"] if scanned else []), "attacked", "seconds"]
     lines = [f"**{content['question']}**", "", content["setting"], ""]
     lines += [f"| | {' | '.join(titles)} |", "|---" * (len(titles) + 1) + "|"]
     for variant in content["variants"]:
         figures = [variant["label"], spread(variant["accuracy"]), spread(variant["attack_success"])]
+        if with_excess:
+            figures.append(spread(variant["excess"]))
         if scanned:
             figures.append(", ".join(str(count) for count in variant["scan_left"] if count is not None))
         seconds = sum(variant["seconds"]) / len(variant["seconds"])
@@ -110,7 +114,8 @@ def main() -> None:
     for name in CHECKS if options.check == "all" else [options.check]:
         check = CHECKS[name](setting)
         cells = [cell for variant in check.variants for cell in variant.cells]
-        results = Results(RESULTS / f"{study.name}-{name}.json")
+        of_attack = "" if options.attack == parser.get_default("attack") else f"-{options.attack}"
+        results = Results(RESULTS / f"{study.name}-{name}{of_attack}.json")
         results.take_over(table, cells)
         print(f"{name}: {check.question}")
         run_cells(cells, results, **run)

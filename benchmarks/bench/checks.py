@@ -211,6 +211,22 @@ def left_poisons(setting: Setting) -> Check:
     )
 
 
+def families(setting: Setting) -> Check:
+    row = "unbind_learned" if "unbind_learned" in setting.study.rows else "unbind"
+    pools = {"additions": "patch=3,warp=3", "patches": "add=3,warp=3", "warps": "add=3,patch=3"}
+    return Check(
+        "Does Unbind need a family like the attacker's trigger?",
+        [
+            setting.variant("undefended"),
+            setting.variant(row),
+            *(
+                setting.variant(row, f"without {family}", arguments={"families": pool})
+                for family, pool in pools.items()
+            ),
+        ],
+    )
+
+
 def rebound(setting: Setting) -> Check:
     epochs = setting.study.row_arguments("plain").get("num_train_epochs", 3)
     return Check(
@@ -235,6 +251,6 @@ CHECKS: dict[str, Callable[[Setting], Check]] = {
     check.__name__: check
     for check in (
         *(pool_size, augmentation, matching, similarity, adaptive),
-        *(safe_growth, safe_threshold, left_poisons, rebound),
+        *(safe_growth, safe_threshold, left_poisons, families, rebound),
     )
 }
