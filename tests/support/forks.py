@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import importlib.util
 import os
@@ -69,6 +70,8 @@ def _call(module: Any, mode: str, output: Path) -> None:
 
 
 if __name__ == "__main__":
+    # Where a process is ended by a signal, such as by the allocator, it says at which line.
+    faulthandler.enable()
     spec = importlib.util.spec_from_file_location("forked", sys.argv[1])
     assert spec is not None and spec.loader is not None
     file = importlib.util.module_from_spec(spec)
