@@ -12,16 +12,19 @@ cells it takes over where they are the same. Goes on where it was interrupted, a
 from __future__ import annotations
 
 import argparse
+import statistics
 from collections.abc import Mapping
 from typing import Any
 
 from bench.checks import CHECKS, Check, Setting, Variant
 from bench.grid import Results, run_cells
+from bench.marked import ROOT
+from bench.marked import markdown as table_of
 from bench.material import load_material
 from bench.study import load_study
 from bench.table import spread
 from defence_table import RESULTS as TABLES
-from defence_table import ROOT, add_run_arguments, run_arguments
+from defence_table import add_run_arguments, run_arguments
 
 RESULTS = ROOT / "benchmarks" / "results" / "checks"
 
@@ -46,22 +49,23 @@ def describe(variant: Variant, results: Results) -> dict[str, Any]:
 
 
 def markdown(content: Mapping[str, Any]) -> str:
-    """The check's table."""
-    scanned = any(count is not None for variant in content["variants"] for count in variant.get("scan_left", ()))
-    with_excess = all(None not in variant.get("excess", [None]) for variant in content["variants"])
-    titles = ["clean accuracy", "attack success", *(["above the mean of its placebos"] if with_excess else [])]
-    titles += [*(["poisons that the scan left"] if scanned else []), "attacked", "seconds"]
-    lines = [f"**{content['question']}**", "", content["setting"], ""]
-    lines += [f"| | {' | '.join(titles)} |", "|---" * (len(titles) + 1) + "|"]
-    for variant in content["variants"]:
-        figures = [variant["label"], spread(variant["accuracy"]), spread(variant["attack_success"])]
-        if with_excess:
-            figures.append(spread(variant["excess"]))
-        if scanned:
-            figures.append(", ".join(str(count) for count in variant["scan_left"] if count is not None))
-        seconds = sum(variant["seconds"]) / len(variant["seconds"])
-        lines.append(f"| {' | '.join(figures)} | {variant['attacked'][0]} | {seconds:.0f} |")
-    return "\n".join(lines) + "\n"
+    """The check's table, without the columns in which nothing was measured."""
+    variants = content["variants"]
+    columns = {
+        "": [variant["label"] for variant in variants],
+        "clean accuracy": [spread(variant["accuracy"]) for variant in variants],
+        "attack success": [spread(variant["attack_success"]) for variant in variants],
+        "above the mean of its placebos": [spread(variant.get("excess", ())) for variant in variants],
+        "poisons that the scan left": [
+            ", ".join(str(count) for count in variant.get("scan_left", ()) if count is not None)
+            for variant in variants
+        ],
+        "attacked": [str(variant["attacked"][0]) for variant in variants],
+        "seconds": [f"{statistics.mean(variant['seconds']):.0f}" for variant in variants],
+    }
+    shown = {title: cells for title, cells in columns.items() if any(cells)}
+    table = table_of(tuple(shown), list(zip(*shown.values(), strict=True)))
+    return f"**{content['question']}**\n\n{content['setting']}\n\n{table}"
 
 
 def publish(name: str, check: Check, setting: Setting, results: Results) -> None:
