@@ -21,6 +21,8 @@ from transformers import CLIPModel, CLIPProcessor, Trainer
 
 from hf_robust_clip.data.digits import digit_processor
 
+# An iterator over a stream of Parquet files sleeps for so many seconds when it ends, or whenever it is collected.
+datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0.1  # of 5
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Several workers with a thread for each core each would only wait for one another.
     torch.set_num_threads(1)

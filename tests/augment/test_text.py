@@ -147,10 +147,14 @@ def test_long_caption_is_quick_enough_to_be_no_hazard(eda: TextAugmentation) -> 
 # Operations
 
 
-@pytest.mark.parametrize("seed", range(25))
 @pytest.mark.parametrize("rate", [0.1, 0.5, 1.0])
 @pytest.mark.parametrize("caption", CAPTIONS)
-def test_each_operation_does_what_it_says(caption: str, rate: float, seed: int) -> None:
+def test_each_operation_does_what_it_says(caption: str, rate: float) -> None:
+    for seed in range(25):
+        assert_operations(caption, rate, seed)
+
+
+def assert_operations(caption: str, rate: float, seed: int) -> None:
     before = words(caption)
     n_changes = max(1, int(rate * len(before)))
 

@@ -30,8 +30,10 @@ def assert_no_token(hub: HubStandIn, folder: Path, output: str) -> None:
 
 def test_every_strategy_pushes_what_it_is_for(tmp_path: Path) -> None:
     with HubStandIn() as hub:
-        output = run_script(hub, SCRIPT, tmp_path / "out", "pushes", home=tmp_path / "home", token=None, **VERBOSE)
+        scenarios = ("pushes", "adapters")
+        output = run_script(hub, SCRIPT, tmp_path / "out", *scenarios, home=tmp_path / "home", token=None, **VERBOSE)
     assert "during training failed" not in output
+    assert_adapters(hub)
     pushed = {
         "by-hand": set(),
         "end": set(),
@@ -64,9 +66,8 @@ def test_every_strategy_pushes_what_it_is_for(tmp_path: Path) -> None:
     assert_no_token(hub, tmp_path / "out", output)
 
 
-def test_adapters_are_pushed_alone_or_merged(tmp_path: Path) -> None:
-    with HubStandIn() as hub:
-        run_script(hub, SCRIPT, tmp_path / "out", "adapters", home=tmp_path / "home", token=WRITE_TOKEN)
+def assert_adapters(hub: HubStandIn) -> None:
+    """Adapters are pushed alone or merged."""
     alone, merged = (set(hub.files(f"tester/{name}")) for name in ("adapters", "merged"))
     assert {"adapter_config.json", "adapter_model.safetensors"} <= alone and "model.safetensors" not in alone
     assert {"config.json", "model.safetensors"} <= merged and not any("adapter" in path for path in merged)
